@@ -1,0 +1,105 @@
+"""Read-only pictures of the pool, handed to schemes and kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .stats import PageStat
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerPages:
+    """One layer of the pool.
+
+    Attributes:
+        keys: ``[P, G, page_size, D]``.
+        values: ``[P, G, page_size, D]``.
+        stats: Declared statistic -> ``[P, G, D]`` float32.
+    """
+
+    keys: torch.Tensor
+    values: torch.Tensor
+    stats: Mapping[PageStat, torch.Tensor]
+
+    @property
+    def page_size(self) -> int:
+        return self.keys.shape[2]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Rows:
+    """The sequences of one call: S sequences whose queries are packed one after another.
+
+    The last query of sequence ``s`` sits at position ``context_lens[s] - 1``; the keys of this
+    step are already written, so sequence ``s`` has ``context_lens[s]`` keys.
+
+    Attributes:
+        block_tables: ``[S, N]`` int32, logical page -> physical page, padded by 0.
+        context_lens: ``[S]`` int32.
+        query_offsets: ``[S + 1]`` int32, queries of ``s`` are ``query_offsets[s]:query_offsets[s + 1]``.
+        host_context_lens: The same numbers on the host, so that no step waits for the device.
+        host_query_lens: Queries per sequence, on the host.
+    """
+
+    block_tables: torch.Tensor
+    context_lens: torch.Tensor
+    query_offsets: torch.Tensor
+    host_context_lens: tuple[int, ...]
+    host_query_lens: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls,
+        block_tables: list[list[int]],
+        context_lens: list[int],
+        query_lens: list[int],
+        device: torch.device,
+    ) -> Rows:
+        """Makes the tensors from host lists (one upload each)."""
+        width = max((len(pages) for pages in block_tables), default=0) or 1
+        padded = [pages + [0] * (width - len(pages)) for pages in block_tables]
+        offsets = [0]
+        for length in query_lens:
+            offsets.append(offsets[-1] + length)
+
+        def upload(data: list[int] | list[list[int]]) -> torch.Tensor:
+            return torch.tensor(data, dtype=torch.int32).to(device, non_blocking=True)
+
+        return cls(
+            upload(padded),
+            upload(context_lens),
+            upload(offsets),
+            tuple(context_lens),
+            tuple(query_lens),
+        )
+
+    @property
+    def num_sequences(self) -> int:
+        return len(self.host_query_lens)
+
+    @property
+    def num_queries(self) -> int:
+        return sum(self.host_query_lens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PagedView:
+    """One layer's pages as seen by the sequences of one call. Nobody writes through it."""
+
+    pages: LayerPages
+    rows: Rows
+
+    @property
+    def page_size(self) -> int:
+        return self.pages.page_size
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.pages.keys.shape[1]
+
+    @property
+    def head_dim(self) -> int:
+        return self.pages.keys.shape[3]

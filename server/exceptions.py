@@ -1,0 +1,67 @@
+"""Errors that the engine raises to whoever submits a request.
+
+EngineError
+├── RequestRefused      this request can never run
+│   ├── InvalidRequest      a value is out of range; ``param`` names it
+│   ├── ContextOverflow     prompt and answer do not fit the model's context
+│   └── PoolTooSmall        prompt and answer do not fit the KV pool
+├── QueueFull           too much is waiting already; try again later
+├── EngineDead          the engine has stopped
+├── BadLogits           the model gave NaN for this request
+└── StepFailed          the step that computed this request failed
+"""
+
+from __future__ import annotations
+
+
+class EngineError(Exception):
+    """Base of every error of the engine."""
+
+
+class RequestRefused(EngineError):
+    """This request can never run as it is."""
+
+
+class InvalidRequest(RequestRefused):
+    """A value is out of range."""
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.param = param
+
+
+class ContextOverflow(RequestRefused):
+    """Prompt and answer do not fit the model's context."""
+
+    def __init__(self, prompt_tokens: int, max_tokens: int, context: int) -> None:
+        super().__init__(
+            f"This model's maximum context length is {context} tokens. However, you requested "
+            f"{prompt_tokens + max_tokens} tokens ({prompt_tokens} in the prompt, {max_tokens} in the "
+            "completion). Please reduce the length of the prompt or the completion."
+        )
+
+
+class PoolTooSmall(RequestRefused):
+    """Prompt and answer do not fit the KV pool."""
+
+    def __init__(self, tokens: int, capacity: int) -> None:
+        super().__init__(
+            f"The request needs room for {tokens} tokens, but the KV cache holds {capacity}. "
+            "Start the server with a larger --kv-cache-gib, or shorten the request."
+        )
+
+
+class QueueFull(EngineError):
+    """Too much is waiting already."""
+
+
+class EngineDead(EngineError):
+    """The engine has stopped and takes no more requests."""
+
+
+class BadLogits(EngineError):
+    """The model gave logits that are not finite for this request."""
+
+
+class StepFailed(EngineError):
+    """The forward pass that computed this request failed."""

@@ -1,0 +1,230 @@
+"""The protocol of a scheme: the only file that a scheme's author must read.
+
+A scheme is one file in ``schemes/`` and one line in ``registry.py``. It only *chooses* keys. It
+never computes attention, never writes the cache, keeps no state between calls, and does not know
+which model or server it runs in.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from typing import Any, ClassVar, Protocol
+
+import torch
+
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.stats import PageStat
+from foveate.kv_cache.view import LayerPages, PagedView, Rows
+
+from .errors import SchemeConfigError
+from .selection import CAUSAL, Band, Segment, Selection, Tiles
+
+
+@dataclass(frozen=True, slots=True)
+class SchemeOptions:
+    """Options that every scheme has; a scheme subclasses it and adds its own.
+
+    ``budget.py`` alone acts on these: what they keep comes on top of what the scheme chooses.
+
+    Args:
+        sink_tokens: First tokens of the context, always read.
+        window_tokens: Last tokens before each query's tile, always read.
+        dense_tail_tokens: Last tokens of the prompt, whose queries read every key.
+    """
+
+    sink_tokens: int = 0
+    window_tokens: int = 0
+    dense_tail_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if item.name.endswith("_tokens") and (
+                not isinstance(value, int) or isinstance(value, bool) or value < 0
+            ):
+                raise SchemeConfigError(f"{item.name} must be a whole number >= 0, got {value!r}")
+
+
+class Role(Enum):
+    """What a layer does under a scheme."""
+
+    DENSE = "dense"
+    DENSE_ANCHOR = "dense_anchor"  # reads everything, but its selection is made and carried
+    SELECT = "select"
+    REUSE = "reuse"
+
+
+@dataclass(frozen=True, slots=True)
+class LayerRole:
+    """A layer's role; ``anchor`` is the layer whose selection a ``REUSE`` layer reads."""
+
+    role: Role
+    anchor: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionSpec:
+    """The model family's own attention facts, honoured by every kernel.
+
+    Attributes:
+        scale: Factor on the logits.
+        softcap: ``softcap * tanh(logit / softcap)`` after scaling; 0 is off (Gemma 2).
+        band: Causal, or the layer's own sliding window.
+        sinks: ``[H]`` learned sink logits, or ``None`` (gpt-oss): one more term in the
+            denominator, neither scaled nor capped.
+    """
+
+    scale: float
+    softcap: float = 0.0
+    band: Band = CAUSAL
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LayerCall:
+    """One layer's attention call: its index among the attention layers, and its facts."""
+
+    index: int
+    spec: AttentionSpec
+
+
+class Scheme(ABC):
+    """A training-free rule for which keys each query reads.
+
+    Class attributes:
+        name: Registry key.
+        source: The paper it follows.
+        Options: Its options.
+        calibration: Command that makes the profile it needs, with ``{model}`` to fill in, or ``None``.
+
+    Attributes:
+        granularity: Tokens per selected index.
+        tile: Queries that share one selection row in prefill (1 in decode).
+    """
+
+    name: ClassVar[str]
+    source: ClassVar[str]
+    Options: ClassVar[type[SchemeOptions]] = SchemeOptions
+    calibration: ClassVar[str | None] = None
+
+    granularity: int = 1
+    tile: int = 128
+
+    def __init__(self, options: SchemeOptions) -> None:
+        self.options = options
+
+    def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
+        """Statistics that the pool must keep for this scheme."""
+        return ()
+
+    def roles(self, num_layers: int) -> tuple[LayerRole, ...]:
+        """One role per attention layer; by default all select."""
+        return (LayerRole(Role.SELECT),) * num_layers
+
+    @abstractmethod
+    def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
+        """Chooses keys for each tile of ``query`` ``[T, H, D]``; ``tiles`` are of size ``self.tile``.
+
+        Sinks, window and the tile's own tokens need not be in the result.
+        """
+
+    @abstractmethod
+    def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
+        """Chooses keys for one query per sequence, ``[S, H, D]``; ``tiles`` are of size 1."""
+
+    def remap(self, selection: Selection, layer: LayerCall) -> Selection:
+        """An anchor's selection as a ``REUSE`` layer reads it; identity by default."""
+        return selection
+
+    def segments(self, selection: Selection, band: Band) -> tuple[Segment, ...]:
+        """How the selected keys are read; by default in one piece, positions as the model has them."""
+        return (Segment(selection, band),)
+
+
+class QueryRotator(Protocol):
+    """What ``patches`` knows of a model's rotary embedding, as far as a scheme may need it."""
+
+    def cap(self, query: torch.Tensor, positions: torch.Tensor, cap: int, layer: int) -> torch.Tensor:
+        """Moves rotated queries ``[T, H, D]`` from ``positions`` ``[T]`` to ``min(positions, cap)``."""
+        ...
+
+
+class Phase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(slots=True, eq=False)
+class StepGroup:
+    """Sequences of one step that share policy and phase: one call of the kernels.
+
+    Attributes:
+        scheme: The policy. ``None`` reads every key (dense prompt tails).
+        phase: Prefill, or decode with one query per sequence.
+        start: First of its queries in the step's packed row.
+        rows: Its sequences.
+        owners: For each sequence, the caller's index for ``StepState.keys_read``.
+        carried: Selections of anchor layers, for the layers that reuse them.
+        tiles: Tiles by size, made once per step.
+    """
+
+    scheme: Scheme | None
+    phase: Phase
+    start: int
+    rows: Rows
+    owners: tuple[int, ...]
+    carried: dict[int, Selection] = field(default_factory=dict)
+    tiles: dict[int, Tiles] = field(default_factory=dict)
+
+    def tiles_of(self, size: int) -> Tiles:
+        if size not in self.tiles:
+            self.tiles[size] = Tiles.of(self.rows, size)
+        return self.tiles[size]
+
+
+class LayerPool(Protocol):
+    """The part of the pool that a step needs."""
+
+    def layer(self, index: int) -> LayerPages: ...
+
+
+@dataclass(slots=True, eq=False)
+class StepState:
+    """Everything one forward pass needs beside the model; made per step, passed explicitly.
+
+    Attributes:
+        pool: Pages by layer.
+        slots: ``[T]`` int64, where each token's K and V go (page * page_size + offset); -1 is nowhere.
+        positions: ``[T]`` int64.
+        groups: Cover the T queries without gap or overlap, in order.
+        rotary: For schemes that read keys at other positions, or ``None``.
+        keys_read: ``[owners, 2]`` float64 on the device: key reads done, and what dense attention
+            would have read, summed over queries, heads and layers.
+        roles: Layer roles by scheme, so that they are asked for once per step.
+    """
+
+    pool: LayerPool
+    slots: torch.Tensor
+    positions: torch.Tensor
+    groups: Sequence[StepGroup]
+    rotary: QueryRotator | None
+    keys_read: torch.Tensor
+    roles: dict[int, tuple[LayerRole, ...]] = field(default_factory=dict)
+
+
+def options_from(cls: type[SchemeOptions], given: dict[str, Any]) -> SchemeOptions:
+    """Builds options from a request's dict.
+
+    Raises:
+        SchemeConfigError: an option is unknown (the message lists those that exist) or out of range.
+    """
+    known = {item.name for item in fields(cls)}
+    unknown = sorted(set(given) - known)
+    if unknown:
+        raise SchemeConfigError(
+            f"unknown option {', '.join(unknown)}; this scheme takes: {', '.join(sorted(known))}"
+        )
+    return cls(**given)

@@ -1,0 +1,154 @@
+"""The one format in which a scheme says which keys are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from foveate.kv_cache.view import Rows
+
+
+@dataclass(frozen=True, slots=True)
+class Band:
+    """Distances at which a key is visible: query ``i`` sees key ``j`` iff ``nearest <= i - j < farthest``.
+
+    ``Band()`` is causal attention; ``Band(0, w)`` the sliding window of w keys, the query's own
+    among them; ``Band(w, None)`` all that lies behind that window.
+    """
+
+    nearest: int = 0
+    farthest: int | None = None
+
+    def within(self, other: Band) -> Band:
+        """The intersection of two bands."""
+        ends = [end for end in (self.farthest, other.farthest) if end is not None]
+        return Band(max(self.nearest, other.nearest), min(ends) if ends else None)
+
+    def visible(self, position: int) -> int:
+        """Number of keys that a query at ``position`` sees."""
+        first = 0 if self.farthest is None else max(0, position - self.farthest + 1)
+        return max(0, position - self.nearest + 1 - first)
+
+
+CAUSAL = Band()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Tiles:
+    """Runs of queries that share one selection row, cut at multiples of ``size`` in *position*.
+
+    Cutting by position and not by place in the chunk makes a selection the same however a prompt
+    is chunked. The first and last tile of a chunk may be partial.
+
+    Attributes:
+        size: Queries per full tile (1 in decode).
+        sequence: ``[R]`` int32, the sequence a tile belongs to.
+        query_start: ``[R]`` int32, its first query in the packed row.
+        query_count: ``[R]`` int32.
+        position: ``[R]`` int32, the position of its first query.
+        host: The same four numbers per tile on the host.
+    """
+
+    size: int
+    sequence: torch.Tensor
+    query_start: torch.Tensor
+    query_count: torch.Tensor
+    position: torch.Tensor
+    host: tuple[tuple[int, int, int, int], ...]
+
+    @classmethod
+    def of(cls, rows: Rows, size: int) -> Tiles:
+        """Cuts the queries of ``rows`` into tiles of ``size`` positions."""
+        host = []
+        start = 0
+        for sequence, (context, count) in enumerate(
+            zip(rows.host_context_lens, rows.host_query_lens, strict=True)
+        ):
+            position, end = context - count, context
+            while position < end:
+                length = min((position // size + 1) * size, end) - position
+                host.append((sequence, start, length, position))
+                start += length
+                position += length
+        table = torch.tensor(host, dtype=torch.int32).reshape(-1, 4)
+        table = table.to(rows.block_tables.device, non_blocking=True)
+        return cls(size, *(column.contiguous() for column in table.unbind(1)), host=tuple(host))
+
+    def __len__(self) -> int:
+        return len(self.host)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Selection:
+    """Keys that each tile of queries reads.
+
+    Attributes:
+        indices: ``[R, G or H, M]`` int32, ascending logical units (``position // granularity``),
+            padded by -1 at the end. Logical indices survive page moves; kernels translate them
+            through the block table.
+        counts: ``[R, G or H]`` int32, valid entries per row.
+        granularity: Tokens per index: 1, or a power of two up to the page size.
+        tiles: Which queries each of the R rows stands for.
+    """
+
+    indices: torch.Tensor
+    counts: torch.Tensor
+    granularity: int
+    tiles: Tiles
+
+    def validate(self, rows: Rows) -> None:
+        """Checks the format; meant for tests and for scheme authors.
+
+        Raises:
+            ValueError: naming the first rule that is broken.
+        """
+        width = self.indices.shape[2]
+        if self.indices.dtype != torch.int32 or self.counts.dtype != torch.int32:
+            raise ValueError("indices and counts must be int32")
+        if self.indices.shape[0] != len(self.tiles) or self.counts.shape != self.indices.shape[:2]:
+            raise ValueError("one row of indices and counts per tile")
+        valid = torch.arange(width, device=self.indices.device) < self.counts[..., None]
+        if not torch.equal(valid, self.indices >= 0):
+            raise ValueError("the first `counts` entries are indices and the rest is -1")
+        if width > 1:
+            ascending = self.indices[..., 1:] > self.indices[..., :-1]
+            if not bool((ascending | ~valid[..., 1:]).all()):
+                raise ValueError("indices must ascend")
+        last = (self.tiles.position + self.tiles.query_count - 1) // self.granularity
+        if bool((self.indices > last[:, None, None]).any()):
+            raise ValueError("an index lies behind the tile's last query")
+
+    def to_mask(self, rows: Rows) -> torch.Tensor:
+        """Bool ``[R, heads, max context]``: the keys named, causality not applied."""
+        longest = max(rows.host_context_lens, default=0)
+        units = -(-longest // self.granularity)
+        mask = torch.zeros(*self.indices.shape[:2], units + 1, dtype=torch.bool, device=self.indices.device)
+        slots = torch.where(self.indices >= 0, self.indices, units).long()
+        mask.scatter_(2, slots, True)
+        return mask[..., :units].repeat_interleave(self.granularity, dim=2)[..., :longest]
+
+    @classmethod
+    def from_mask(cls, mask: torch.Tensor, granularity: int, tiles: Tiles) -> Selection:
+        """From a bool mask over units ``[R, heads, U]``; the inverse of ``to_mask`` up to rounding to units."""
+        counts = mask.sum(-1, dtype=torch.int32)
+        width = int(counts.max()) if counts.numel() else 0
+        order = torch.sort((~mask).to(torch.int8), dim=-1, stable=True).indices[..., : max(width, 1)].to(torch.int32)
+        valid = torch.arange(order.shape[-1], device=mask.device) < counts[..., None]
+        return cls(torch.where(valid, order, -1), counts, granularity, tiles)
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A part of the keys of one attention call; parts are merged by log-sum-exp.
+
+    Attributes:
+        keys: The selection, or ``None`` for every key in the band.
+        band: Distances at which keys are visible.
+        position_cap: Rotate queries as if they stood at ``min(position, position_cap)``; ``None``
+            leaves them as the model rotated them.
+    """
+
+    keys: Selection | None
+    band: Band = CAUSAL
+    position_cap: int | None = None
