@@ -9,6 +9,7 @@ import torch
 
 from .errors import CacheConfigError
 
+CPU = torch.device("cpu")
 MIN_PAGE_SIZE, MAX_PAGE_SIZE = 16, 128
 
 
@@ -44,7 +45,7 @@ class CacheGeometry:
     page_size: int
     num_pages: int
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = CPU
 
     def __post_init__(self) -> None:
         for name in ("num_layers", "num_kv_heads", "head_dim", "num_pages"):

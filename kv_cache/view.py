@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
@@ -42,6 +43,8 @@ class Rows:
         query_offsets: ``[S + 1]`` int32, queries of ``s`` are ``query_offsets[s]:query_offsets[s + 1]``.
         host_context_lens: The same numbers on the host, so that no step waits for the device.
         host_query_lens: Queries per sequence, on the host.
+        host_block_tables: Pages per sequence, on the host, not padded.
+        plans: What a kernel worked out from these rows on the host, kept for the other layers of the step.
     """
 
     block_tables: torch.Tensor
@@ -49,6 +52,8 @@ class Rows:
     query_offsets: torch.Tensor
     host_context_lens: tuple[int, ...]
     host_query_lens: tuple[int, ...]
+    host_block_tables: tuple[tuple[int, ...], ...]
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def build(
@@ -74,6 +79,7 @@ class Rows:
             upload(offsets),
             tuple(context_lens),
             tuple(query_lens),
+            tuple(tuple(pages) for pages in block_tables),
         )
 
     @property

@@ -14,7 +14,6 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 import torch
-
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.stats import PageStat
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
@@ -42,9 +41,7 @@ class SchemeOptions:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name.endswith("_tokens") and (
-                not isinstance(value, int) or isinstance(value, bool) or value < 0
-            ):
+            if item.name.endswith("_tokens") and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
                 raise SchemeConfigError(f"{item.name} must be a whole number >= 0, got {value!r}")
 
 
@@ -103,6 +100,7 @@ class Scheme(ABC):
     Attributes:
         granularity: Tokens per selected index.
         tile: Queries that share one selection row in prefill (1 in decode).
+        keeps_own_tile: ``budget.py`` adds each tile's own tokens to its selection.
     """
 
     name: ClassVar[str]
@@ -112,6 +110,7 @@ class Scheme(ABC):
 
     granularity: int = 1
     tile: int = 128
+    keeps_own_tile: bool = True
 
     def __init__(self, options: SchemeOptions) -> None:
         self.options = options
@@ -188,6 +187,9 @@ class StepGroup:
 class LayerPool(Protocol):
     """The part of the pool that a step needs."""
 
+    @property
+    def num_layers(self) -> int: ...
+
     def layer(self, index: int) -> LayerPages: ...
 
 
@@ -203,7 +205,7 @@ class StepState:
         rotary: For schemes that read keys at other positions, or ``None``.
         keys_read: ``[owners, 2]`` float64 on the device: key reads done, and what dense attention
             would have read, summed over queries, heads and layers.
-        roles: Layer roles by scheme, so that they are asked for once per step.
+        roles: Layer roles by scheme (its id), so that they are asked for once per step.
     """
 
     pool: LayerPool
@@ -213,6 +215,10 @@ class StepState:
     rotary: QueryRotator | None
     keys_read: torch.Tensor
     roles: dict[int, tuple[LayerRole, ...]] = field(default_factory=dict)
+
+    @property
+    def num_layers(self) -> int:
+        return self.pool.num_layers
 
 
 def options_from(cls: type[SchemeOptions], given: dict[str, Any]) -> SchemeOptions:
@@ -224,7 +230,5 @@ def options_from(cls: type[SchemeOptions], given: dict[str, Any]) -> SchemeOptio
     known = {item.name for item in fields(cls)}
     unknown = sorted(set(given) - known)
     if unknown:
-        raise SchemeConfigError(
-            f"unknown option {', '.join(unknown)}; this scheme takes: {', '.join(sorted(known))}"
-        )
+        raise SchemeConfigError(f"unknown option {', '.join(unknown)}; this scheme takes: {', '.join(sorted(known))}")
     return cls(**given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-
 from foveate.kv_cache.view import Rows
 
 
@@ -62,9 +61,7 @@ class Tiles:
         """Cuts the queries of ``rows`` into tiles of ``size`` positions."""
         host = []
         start = 0
-        for sequence, (context, count) in enumerate(
-            zip(rows.host_context_lens, rows.host_query_lens, strict=True)
-        ):
+        for sequence, (context, count) in enumerate(zip(rows.host_context_lens, rows.host_query_lens, strict=True)):
             position, end = context - count, context
             while position < end:
                 length = min((position // size + 1) * size, end) - position

@@ -6,12 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
-from . import attention_torch, reference
+from . import attention_torch, decode_torch, reference
 
 Backend = Literal["reference", "torch", "triton", "flashinfer"]
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -80,7 +79,7 @@ def decode(
 
         return attention_flashinfer.decode(query, view, selection, spec)
     if chosen == "torch":
-        return attention_torch.decode(query, view, selection, spec)
+        return decode_torch.decode(query, view, selection, spec)
     return reference.attention(query, view, selection, spec)
 
 
@@ -112,9 +111,7 @@ def _check(query: torch.Tensor, view: PagedView, selection: Selection | None) ->
     if tokens != view.rows.num_queries:
         raise ValueError(f"{tokens} queries given, the rows hold {view.rows.num_queries}")
     if dim != view.head_dim or heads % view.num_kv_heads:
-        raise ValueError(
-            f"query of {heads} heads x {dim} does not fit {view.num_kv_heads} KV heads x {view.head_dim}"
-        )
+        raise ValueError(f"query of {heads} heads x {dim} does not fit {view.num_kv_heads} KV heads x {view.head_dim}")
     if selection is not None:
         if selection.indices.shape[1] not in (heads, view.num_kv_heads):
             raise ValueError("a selection has one row per KV head or per query head")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import torch
-
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec

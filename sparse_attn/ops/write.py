@@ -6,8 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
-
-from foveate.kv_cache.stats import PageStat
+from foveate.kv_cache.stats import Fold, PageStat
 from foveate.kv_cache.view import LayerPages
 
 Backend = Literal["torch", "triton"]
@@ -64,14 +63,11 @@ def _write_kv_torch(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, s
         # Through the pool's dtype, so that the statistic is that of the stored rows.
         rows = (key if stat.source == "key" else value).to(pages.keys.dtype).float()
         kept[fresh] = stat.fold.empty
-        folded = kept[touched]
-        folded.index_reduce_(0, run, rows, _INDEX_REDUCE[stat.fold.value]) if stat.fold.value != "sum" else (
-            folded.index_add_(0, run, rows)
-        )
-        kept[touched] = folded
+        spread = run[:, None, None].expand_as(rows)
+        kept[touched] = kept[touched].scatter_reduce_(0, spread, rows, _SCATTER[stat.fold])
 
 
-_INDEX_REDUCE = {"min": "amin", "max": "amax"}
+_SCATTER = {Fold.SUM: "sum", Fold.MIN: "amin", Fold.MAX: "amax"}
 
 
 def page_stats(pages: LayerPages, page: int, num_tokens: int) -> Mapping[PageStat, torch.Tensor]:
@@ -81,6 +77,4 @@ def page_stats(pages: LayerPages, page: int, num_tokens: int) -> Mapping[PageSta
         Declared statistic -> ``[G, D]`` float32.
     """
     source = {"key": pages.keys, "value": pages.values}
-    return {
-        stat: stat.fold.reduce(source[stat.source][page, :, :num_tokens].float(), dim=1) for stat in pages.stats
-    }
+    return {stat: stat.fold.reduce(source[stat.source][page, :, :num_tokens].float(), dim=1) for stat in pages.stats}

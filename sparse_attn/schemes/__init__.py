@@ -1,0 +1,1 @@
+"""One file per scheme; ``sparse_attn/registry.py`` lists them."""

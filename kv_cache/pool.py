@@ -1,0 +1,75 @@
+"""The page pool: the memory of keys, values and page statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .geometry import CacheGeometry
+from .stats import PageStat
+from .view import LayerPages
+
+
+class PagePool:
+    """K, V and page statistics of every layer; it knows nothing of who uses which page.
+
+    A page's memory is only mapped when first written on a CPU, so a large pool costs nothing until
+    it is used. A slot that was never written holds anything, NaN included: readers mask it.
+
+    Args:
+        geometry: Sizes, element type and device.
+        stats: Statistics to keep; see ``declare``.
+
+    Attributes:
+        keys: ``[L, P, G, page_size, D]``, L layers.
+        values: ``[L, P, G, page_size, D]``.
+        stats: Declared statistic -> ``[L, P, G, D]`` float32.
+    """
+
+    def __init__(self, geometry: CacheGeometry, stats: Iterable[PageStat] = ()) -> None:
+        self.geometry = geometry
+        shape = (
+            geometry.num_layers,
+            geometry.num_pages,
+            geometry.num_kv_heads,
+            geometry.page_size,
+            geometry.head_dim,
+        )
+        self.keys = torch.empty(shape, dtype=geometry.dtype, device=geometry.device)
+        self.values = torch.empty(shape, dtype=geometry.dtype, device=geometry.device)
+        self.stats: dict[PageStat, torch.Tensor] = {}
+        self._layers = [LayerPages(self.keys[i], self.values[i], {}) for i in range(geometry.num_layers)]
+        self.declare(stats)
+
+    def declare(self, stats: Iterable[PageStat]) -> None:
+        """Adds statistics, each starting from its fold's empty value; known ones are left alone.
+
+        A page written before is not covered: its statistics stay empty until its first slot is
+        written again. Declare before the first token, or drop the cache.
+        """
+        geometry = self.geometry
+        shape = (geometry.num_layers, geometry.num_pages, geometry.num_kv_heads, geometry.head_dim)
+        for stat in stats:
+            if stat in self.stats:
+                continue
+            rows = torch.full(shape, stat.fold.empty, dtype=torch.float32, device=geometry.device)
+            self.stats[stat] = rows
+            self._layers = [
+                LayerPages(pages.keys, pages.values, {**pages.stats, stat: rows[i]})
+                for i, pages in enumerate(self._layers)
+            ]
+
+    def layer(self, index: int) -> LayerPages:
+        """The pages of one layer; made once, so a call allocates nothing."""
+        return self._layers[index]
+
+    def copy_page(self, source: int, target: int) -> None:
+        """Copies K, V and statistics of a page over all layers. Does not wait for the device."""
+        for tensor in (self.keys, self.values, *self.stats.values()):
+            tensor[:, target].copy_(tensor[:, source])
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of K, V and statistics, mapped or not."""
+        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.stats.values()))

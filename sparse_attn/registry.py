@@ -1,0 +1,55 @@
+"""Every scheme that exists: one line each. Loaded when chosen, so a broken scheme breaks only itself."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING, fields
+from importlib import import_module
+from typing import Any
+
+from .errors import UnknownScheme
+from .protocol import Scheme, options_from
+
+_SCHEMES = {
+    "dense": "foveate.sparse_attn.schemes.dense:Dense",
+    "streaming": "foveate.sparse_attn.schemes.streaming:Streaming",
+}
+
+
+def names() -> tuple[str, ...]:
+    """Names of all schemes, in order of registration."""
+    return tuple(_SCHEMES)
+
+
+def load(name: str) -> type[Scheme]:
+    """The class of a scheme.
+
+    Raises:
+        UnknownScheme: the message lists the schemes that exist.
+    """
+    if name not in _SCHEMES:
+        raise UnknownScheme(f"unknown attention scheme {name!r}; there are: {', '.join(_SCHEMES)}")
+    module, _, attribute = _SCHEMES[name].partition(":")
+    scheme: type[Scheme] = getattr(import_module(module), attribute)
+    return scheme
+
+
+def build(name: str, **options: Any) -> Scheme:
+    """Makes a scheme from its name and options.
+
+    Raises:
+        UnknownScheme: no scheme of that name.
+        SchemeConfigError: an option is unknown or out of range.
+        CalibrationMissing: the scheme needs a profile.
+    """
+    scheme = load(name)
+    return scheme(options_from(scheme.Options, options))
+
+
+def describe() -> list[dict[str, Any]]:
+    """Name, source and options with defaults of every scheme, ready for JSON."""
+    described = []
+    for name in names():
+        scheme = load(name)
+        options = {item.name: None if item.default is MISSING else item.default for item in fields(scheme.Options)}
+        described.append({"name": name, "source": scheme.source, "options": options})
+    return described
