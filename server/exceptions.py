@@ -7,6 +7,7 @@ EngineError
 │   └── PoolTooSmall        prompt and answer do not fit the KV pool
 ├── QueueFull           too much is waiting already; try again later
 ├── EngineDead          the engine has stopped
+├── RequestAborted      the caller cut the request off
 ├── BadLogits           the model gave NaN for this request
 └── StepFailed          the step that computed this request failed
 """
@@ -57,6 +58,10 @@ class QueueFull(EngineError):
 
 class EngineDead(EngineError):
     """The engine has stopped and takes no more requests."""
+
+
+class RequestAborted(EngineError):
+    """The caller cut the request off."""
 
 
 class BadLogits(EngineError):

@@ -101,6 +101,7 @@ class Scheme(ABC):
         granularity: Tokens per selected index.
         tile: Queries that share one selection row in prefill (1 in decode).
         keeps_own_tile: ``budget.py`` adds each tile's own tokens to its selection.
+        moves_positions: Some segment has a ``position_cap``, so a ``QueryRotator`` is needed.
     """
 
     name: ClassVar[str]
@@ -111,6 +112,7 @@ class Scheme(ABC):
     granularity: int = 1
     tile: int = 128
     keeps_own_tile: bool = True
+    moves_positions: bool = False
 
     def __init__(self, options: SchemeOptions) -> None:
         self.options = options

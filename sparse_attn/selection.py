@@ -70,7 +70,8 @@ class Tiles:
                 position += length
         table = torch.tensor(host, dtype=torch.int32).reshape(-1, 4)
         table = table.to(rows.block_tables.device, non_blocking=True)
-        return cls(size, *(column.contiguous() for column in table.unbind(1)), host=tuple(host))
+        sequence, query_start, query_count, first = (column.contiguous() for column in table.unbind(1))
+        return cls(size, sequence, query_start, query_count, first, tuple(host))
 
     def __len__(self) -> int:
         return len(self.host)

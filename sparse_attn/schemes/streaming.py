@@ -58,6 +58,10 @@ class Streaming(Scheme):
     # The window segment reads a tile's own tokens; among the sinks they would stand twice.
     keeps_own_tile = False
 
+    def __init__(self, options: StreamingOptions) -> None:
+        super().__init__(options)
+        self.moves_positions = options.positions == "cache"
+
     def roles(self, num_layers: int) -> tuple[LayerRole, ...]:
         """The same keys in every layer, so the first chooses for all."""
         return (LayerRole(Role.SELECT),) + (LayerRole(Role.REUSE, 0),) * (num_layers - 1)
@@ -71,7 +75,7 @@ class Streaming(Scheme):
 
     def segments(self, selection: Selection, band: Band) -> tuple[Segment, ...]:
         window = self.options.budget_tokens - self.options.sink_tokens
-        cap = self.options.budget_tokens - 1 if self.options.positions == "cache" else None
+        cap = self.options.budget_tokens - 1 if self.moves_positions else None
         return (
             Segment(None, Band(0, window).within(band)),
             Segment(selection, Band(window, None).within(band), cap),

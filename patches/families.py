@@ -1,0 +1,164 @@
+"""Facts of a model that paged attention depends on, read from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PreTrainedConfig
+
+from .errors import UnsupportedModel
+
+# Model types whose logits the tests compare with the stock attention of the real classes.
+VERIFIED: frozenset[str] = frozenset(
+    {
+        "llama",
+        "mistral",
+        "qwen2",
+        "qwen3",
+        "gemma2",
+        "gemma3",
+        "gemma3_text",
+        "phi3",
+        "gpt_oss",
+        "olmo2",
+        "smollm3",
+    }
+)
+
+# Families with learned sink logits per head.
+LEARNED_SINKS: frozenset[str] = frozenset({"gpt_oss"})
+
+# Families that rotate only in their sliding-window layers, and say so in code alone.
+ROTATE_SLIDING_ONLY: frozenset[str] = frozenset({"cohere2", "exaone4"})
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the cache, the engine and the schemes need to know of a model.
+
+    Attributes:
+        model_type: Name of the family in ``transformers``.
+        num_layers: Attention layers; all of them keep keys.
+        num_heads: H, query heads.
+        num_kv_heads: G.
+        head_dim: D.
+        context_length: Longest sequence, in tokens, for which the model's positions hold.
+        vocab_size: Width of the logits.
+        windows: Per layer, the model's own sliding window in tokens, or ``None``.
+        rotates: Per layer, whether queries and keys are rotated (false in NoPE layers).
+        softcap: Soft cap of the attention logits; 0 is off.
+        learned_sinks: Whether heads have a learned sink logit.
+    """
+
+    model_type: str
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    context_length: int
+    vocab_size: int
+    windows: tuple[int | None, ...]
+    rotates: tuple[bool, ...]
+    softcap: float
+    learned_sinks: bool
+
+
+def facts(config: PreTrainedConfig) -> ModelFacts:
+    """Reads the facts from a config (the text part, where there are several).
+
+    Raises:
+        UnsupportedModel: the config names an attention that pages cannot serve.
+    """
+    text = config.get_text_config()
+    _refuse(config, text)
+    num_layers = _whole(text, "num_hidden_layers")
+    num_heads = _whole(text, "num_attention_heads")
+    num_kv_heads = _whole(text, "num_key_value_heads", num_heads)
+    head_dim = _whole(text, "head_dim", _whole(text, "hidden_size") // num_heads)
+    windows = _windows(text, num_layers)
+    return ModelFacts(
+        model_type=text.model_type,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        num_kv_heads=num_kv_heads,
+        head_dim=head_dim,
+        context_length=_context_length(text),
+        vocab_size=_whole(text, "vocab_size"),
+        windows=windows,
+        rotates=_rotates(text, windows),
+        softcap=float(getattr(text, "attn_logit_softcapping", None) or 0.0),
+        learned_sinks=text.model_type in LEARNED_SINKS,
+    )
+
+
+def rope_parameters(text: PreTrainedConfig) -> tuple[Mapping[str, Any], ...]:
+    """The rotary parameters of a text config: one set, or one per layer type."""
+    given = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return tuple(nested) if nested else ((given,) if given else ())
+
+
+def _refuse(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
+    kinds = set(getattr(text, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    head_dim = getattr(text, "head_dim", None)
+    value_dim = getattr(text, "v_head_dim", None)
+    reasons = {
+        "it is an encoder-decoder model": config.is_encoder_decoder,
+        "its attention is chunked (attention_chunk_size)": getattr(text, "attention_chunk_size", None),
+        "its attention is bidirectional": getattr(text, "use_bidirectional_attention", None)
+        or getattr(text, "is_causal", True) is False,
+        "its layers share keys and values": (getattr(text, "num_kv_shared_layers", None) or 0) > 0
+        or any(mode is not None for mode in getattr(text, "kv_sharing_modes", None) or ()),
+        "its keys and values are compressed (multi-head latent attention)": getattr(text, "kv_lora_rank", None),
+        "its values have another head dim than its keys": value_dim is not None and value_dim != (head_dim or value_dim),
+        "its logits get a position bias (ALiBi)": getattr(text, "alibi", None),
+        f"it has layers of type {', '.join(sorted(kinds))}": kinds,
+    }
+    for reason, applies in reasons.items():
+        if applies:
+            raise UnsupportedModel(f"{text.model_type} cannot run on paged attention: {reason}")
+
+
+def _whole(text: PreTrainedConfig, name: str, default: int | None = None) -> int:
+    value = getattr(text, name, None)
+    value = default if value is None else value
+    if not isinstance(value, int) or value < 1:
+        raise UnsupportedModel(f"{text.model_type} has no usable {name} in its config: {value!r}")
+    return value
+
+
+def _windows(text: PreTrainedConfig, num_layers: int) -> tuple[int | None, ...]:
+    window = getattr(text, "sliding_window", None)
+    if window is None or getattr(text, "use_sliding_window", True) is False:
+        return (None,) * num_layers
+    kinds = getattr(text, "layer_types", None) or ("sliding_attention",) * num_layers
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds[:num_layers])
+
+
+def _rotates(text: PreTrainedConfig, windows: tuple[int | None, ...]) -> tuple[bool, ...]:
+    rotates = getattr(text, "no_rope_layers", None)  # 1 where a layer does rotate
+    if rotates:
+        return tuple(bool(flag) for flag in rotates[: len(windows)])
+    if text.model_type in ROTATE_SLIDING_ONLY and any(windows):
+        return tuple(window is not None for window in windows)
+    return (True,) * len(windows)
+
+
+def _context_length(text: PreTrainedConfig) -> int:
+    """``max_position_embeddings``, but for the scalings that give it another meaning.
+
+    YaRN names the original length and a factor; some configs leave ``max_position_embeddings`` at
+    the original. LongRoPE and dynamic NTK change every frequency once any sequence of a step grows
+    past the original length, and with it the meaning of keys in the cache and of its batch mates:
+    the length up to which frequencies hold is the limit.
+    """
+    length = _whole(text, "max_position_embeddings")
+    for rope in rope_parameters(text):
+        original = rope.get("original_max_position_embeddings")
+        if rope.get("rope_type") == "longrope" and original:
+            length = min(length, int(original))
+        if rope.get("rope_type") == "yarn" and original:
+            length = max(length, int(original * rope.get("factor", 1.0)))
+    return length

@@ -1,0 +1,88 @@
+"""From block tables to the ``StepState`` of one forward pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.table import BlockTable
+from foveate.kv_cache.view import Rows
+from foveate.sparse_attn.budget import split_dense_tail
+from foveate.sparse_attn.protocol import Phase, QueryRotator, Scheme, StepGroup, StepState
+
+
+def build_step(
+    manager: KVCacheManager,
+    chunks: Sequence[tuple[BlockTable, int]],
+    scheme: Scheme | None,
+    rotary: QueryRotator | None = None,
+) -> StepState:
+    """Reserves pages for the next tokens of some sequences and describes their forward pass.
+
+    Chunks of one token each, all behind a context, are a decode step. Any other step is prefill
+    and counts as the end of the prompt, so its last queries are the scheme's dense tail.
+
+    Args:
+        manager: Owner of the tables. ``commit`` to it after the pass.
+        chunks: Block table and number of new tokens (at least 1) of each sequence, in order of
+            the packed row. Sequence ``i`` has row ``i`` of the step's ``keys_read``.
+        scheme: One policy for all; ``None`` reads every key.
+        rotary: For schemes that move positions.
+
+    Raises:
+        OutOfPages: the pool is too full. Tables keep what was reserved for them.
+    """
+    for table, count in chunks:
+        manager.reserve(table, table.num_tokens + count)
+    slots: list[int] = []
+    positions: list[int] = []
+    for table, count in chunks:
+        slots += manager.slots(table, table.num_tokens, table.num_tokens + count)
+        positions += range(table.num_tokens, table.num_tokens + count)
+    device = manager.pool.geometry.device
+    return StepState(
+        pool=manager.pool,
+        slots=torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
+        positions=torch.tensor(positions, dtype=torch.int64).to(device, non_blocking=True),
+        groups=_groups(chunks, scheme, device),
+        rotary=rotary,
+        keys_read=torch.zeros(len(chunks), 2, dtype=torch.float64, device=device),
+    )
+
+
+def _groups(
+    chunks: Sequence[tuple[BlockTable, int]], scheme: Scheme | None, device: torch.device
+) -> tuple[StepGroup, ...]:
+    if all(count == 1 and table.num_tokens for table, count in chunks):
+        return (_group(range(len(chunks)), chunks, scheme, Phase.DECODE, 0, device),)
+    if scheme is None or not scheme.options.dense_tail_tokens:
+        return (_group(range(len(chunks)), chunks, scheme, Phase.PREFILL, 0, device),)
+    groups = []
+    start = 0
+    for owner, (table, count) in enumerate(chunks):
+        sparse, dense = split_dense_tail(count, 0, scheme.options)
+        for policy, queries, behind in ((scheme, sparse, dense), (None, dense, 0)):
+            if queries:
+                context = table.num_tokens + count - behind
+                rows = Rows.build([list(table.pages)], [context], [queries], device)
+                groups.append(StepGroup(policy, Phase.PREFILL, start, rows, (owner,)))
+                start += queries
+    return tuple(groups)
+
+
+def _group(
+    owners: Sequence[int],
+    chunks: Sequence[tuple[BlockTable, int]],
+    scheme: Scheme | None,
+    phase: Phase,
+    start: int,
+    device: torch.device,
+) -> StepGroup:
+    rows = Rows.build(
+        [list(table.pages) for table, _ in chunks],
+        [table.num_tokens + count for table, count in chunks],
+        [count for _, count in chunks],
+        device,
+    )
+    return StepGroup(scheme, phase, start, rows, tuple(owners))

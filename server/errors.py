@@ -1,0 +1,114 @@
+"""How errors reach a client: one table, one body shape, for plain answers and for streams.
+
+The body is OpenAI's: ``{"error": {"message", "type", "param", "code"}}``. A client sees our own
+words only; the text of an unexpected exception stays in the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from foveate.sparse_attn.errors import CalibrationMissing, SchemeError, UnknownScheme
+
+from . import exceptions as engine_errors
+
+
+class ApiError(Exception):
+    """A refusal by the HTTP layer itself, complete with what the client is told."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.message, self.type = status, message, type
+        self.param, self.code, self.headers = param, code, dict(headers or {})
+
+
+@dataclass(frozen=True, slots=True)
+class _Row:
+    """What a client is told; ``message=None`` is the error's own text, written for callers."""
+
+    status: int
+    type: str
+    code: str
+    message: str | None = None
+    param: str | None = None
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+_BAD = "invalid_request_error"
+_OURS = "server_error"
+_RETRY = (("retry-after", "1"),)
+
+# The first row whose class matches counts, so a class stands before its base.
+_TABLE: tuple[tuple[type[Exception], _Row], ...] = (
+    (engine_errors.ContextOverflow, _Row(400, _BAD, "context_length_exceeded")),
+    (engine_errors.PoolTooSmall, _Row(400, _BAD, "kv_cache_too_small")),
+    (engine_errors.RequestRefused, _Row(400, _BAD, "invalid_value")),
+    (engine_errors.QueueFull, _Row(429, "rate_limit_error", "queue_full", "Too many requests wait.", None, _RETRY)),
+    (
+        engine_errors.EngineDead,
+        _Row(503, "service_unavailable", "engine_stopped", "The engine takes no requests.", None, _RETRY),
+    ),
+    (engine_errors.BadLogits, _Row(500, _OURS, "bad_logits", "The model gave values that are not finite.")),
+    (engine_errors.StepFailed, _Row(500, _OURS, "step_failed", "Computing this request failed.")),
+    (UnknownScheme, _Row(400, _BAD, "unknown_scheme", None, "attention")),
+    (CalibrationMissing, _Row(400, _BAD, "calibration_missing", None, "attention")),
+    (SchemeError, _Row(400, _BAD, "invalid_scheme_option", None, "attention")),
+    (RequestValidationError, _Row(400, _BAD, "invalid_value", "The request is not valid.")),
+    (Exception, _Row(500, _OURS, "internal_error", "The server failed at this request.")),
+)
+_HTTP_WORDS = {404: "There is nothing at this path.", 405: "This path does not take this method."}
+
+
+def to_api_error(error: Exception) -> ApiError:
+    """What a client is told about ``error``."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, HTTPException):
+        message = _HTTP_WORDS.get(error.status_code, "The request was refused.")
+        return ApiError(error.status_code, message, code="not_found", headers=error.headers)
+    row = next(row for cls, row in _TABLE if isinstance(error, cls))
+    return ApiError(
+        row.status,
+        str(error) if row.message is None else row.message,
+        type=row.type,
+        param=getattr(error, "param", None) if isinstance(error, engine_errors.InvalidRequest) else row.param,
+        code=row.code,
+        headers=dict(row.headers),
+    )
+
+
+def error_body(error: Exception) -> dict[str, Any]:
+    """The JSON body for ``error``, in a plain answer or as one event of a stream."""
+    told = to_api_error(error)
+    return {"error": {"message": told.message, "type": told.type, "param": told.param, "code": told.code}}
+
+
+def error_response(error: Exception) -> JSONResponse:
+    told = to_api_error(error)
+    return JSONResponse(error_body(told), status_code=told.status, headers=told.headers)
+
+
+def install_handlers(app: FastAPI) -> None:
+    """Routes every exception of ``app`` through the table."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return error_response(error)
+
+    for cls in (ApiError, engine_errors.EngineError, SchemeError, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(cls, handle)

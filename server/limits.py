@@ -1,0 +1,136 @@
+"""What a request must satisfy before the application sees it: key, size, encoding, speed.
+
+A plain ASGI layer outside the application, since limits must hold while a body is read. It also
+gives each answer its ``x-request-id`` and counts error answers.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import uuid
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from .errors import ApiError, error_response
+from .metrics import ServerMetrics
+from .settings import Settings
+
+OPEN_PATHS = frozenset({"/health", "/metrics"})
+MAX_LABEL_BYTES = 128
+OWNER = "foveate.owner"  # scope key: digest of the API key that was used, in hex
+
+
+class Limits:
+    """Wraps ``app``; every refusal closes the connection, since its body was not read."""
+
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics) -> None:
+        self._app = app
+        self._settings = settings
+        self._metrics = metrics
+        self._keys = [_digest(key.get_secret_value().encode()) for key in settings.api_key]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            raise RuntimeError(f"{scope['type']} is not served")
+        headers = [(name.lower(), value) for name, value in scope["headers"]]
+        send = self._labelled(send, _label(headers))
+        try:
+            self._check_headers(scope, headers)
+            self._check_key(scope, headers)
+            body = await self._read(headers, receive)
+        except ApiError as error:
+            response = error_response(error)
+            response.headers["connection"] = "close"
+            await response(scope, receive, send)
+            return
+        if body is not None:
+            await self._app(scope, _replay(body, receive), send)
+
+    def _labelled(self, send: Send, label: bytes) -> Send:
+        async def labelled(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", label)]}
+                if message["status"] >= 400:
+                    self._metrics.rejected.labels(str(message["status"])).inc()
+            await send(message)
+
+        return labelled
+
+    def _check_headers(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+        size = sum(len(name) + len(value) + 4 for name, value in headers)
+        size += len(scope.get("raw_path") or b"") + len(scope["query_string"])
+        if size > self._settings.max_header_bytes:
+            raise ApiError(431, f"The headers are larger than {self._settings.max_header_bytes} bytes.")
+        for name, value in headers:
+            if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+                raise ApiError(415, "Send the body as it is, without Content-Encoding.", code="unsupported_encoding")
+            if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
+                raise self._too_large()
+
+    def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+        """Every path but ``OPEN_PATHS`` needs a key, unknown paths too. All keys are compared, in constant time."""
+        if not self._keys or scope["path"] in OPEN_PATHS:
+            return
+        given = next((value for name, value in headers if name == b"authorization"), b"")
+        kind, _, token = given.partition(b" ")
+        digest = _digest(token.strip())
+        known = False
+        for key in self._keys:
+            known |= hmac.compare_digest(digest, key)
+        if not known or kind.lower() != b"bearer":
+            raise ApiError(
+                401,
+                "Send a valid API key as 'Authorization: Bearer KEY'.",
+                type="authentication_error",
+                code="invalid_api_key",
+                headers={"www-authenticate": "Bearer"},
+            )
+        scope[OWNER] = digest.hex()
+
+    async def _read(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
+        """The whole body, or ``None`` when the client left before its end."""
+        body = bytearray()
+        try:
+            async with asyncio.timeout(self._settings.read_seconds):
+                while True:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return None
+                    body += message.get("body", b"")
+                    if len(body) > self._settings.max_body_bytes:
+                        raise self._too_large()
+                    if not message.get("more_body", False):
+                        return bytes(body)
+        except TimeoutError:
+            raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from None
+
+    def _too_large(self) -> ApiError:
+        return ApiError(413, f"The body is larger than {self._settings.max_body_bytes} bytes.", code="body_too_large")
+
+
+def _digest(key: bytes) -> bytes:
+    return hashlib.sha256(key).digest()
+
+
+def _label(headers: list[tuple[bytes, bytes]]) -> bytes:
+    """The client's own id if it is fit to be shown, else a new one. It names nothing inside the server."""
+    given = next((value for name, value in headers if name == b"x-request-id"), b"")
+    fit = 0 < len(given) <= MAX_LABEL_BYTES and all(0x20 <= byte < 0x7F for byte in given)
+    return given if fit else str(uuid.uuid4()).encode()
+
+
+def _replay(body: bytes, receive: Receive) -> Receive:
+    """Gives the read body once, then whatever comes after it (a disconnect)."""
+    waiting = [body]
+
+    async def replay() -> Message:
+        if waiting:
+            return {"type": "http.request", "body": waiting.pop(), "more_body": False}
+        return await receive()
+
+    return replay

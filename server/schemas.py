@@ -1,0 +1,205 @@
+"""Bodies of completions, tokenize and detokenize, and the fields that all generation shares.
+
+``user``, ``metadata``, ``safety_identifier``, ``prompt_cache_key`` and the like are labels that say
+nothing about the answer; they are ignored, as unknown keys are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from .request import SamplingParams
+from .validation import Body
+
+MAX_CHOICES = 16
+MAX_STOPS, MAX_STOP_CHARS = 16, 256
+MAX_LOGPROBS = 20
+MAX_BIASES = 1024
+MAX_NAME_CHARS = 256
+INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
+
+_NO_GRAMMAR = "constrained output is not supported"
+_EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "truncate_prompt_tokens": ((), "prompts are never cut; shorten the prompt"),
+    "prompt_logprobs": ((), "log-probabilities of the prompt are not supported"),
+    "prompt_embeds": ((), "embeddings as a prompt are not supported"),
+    "return_token_ids": ((False,), "token ids are not returned; see /tokenize"),
+    "use_beam_search": ((False,), "beam search is not supported"),
+    "bad_words": (([],), "bad_words is not supported; use logit_bias"),
+    "allowed_token_ids": ((), "allowed_token_ids is not supported; use logit_bias"),
+    "structured_outputs": ((), _NO_GRAMMAR),
+    "guided_json": ((), _NO_GRAMMAR),
+    "guided_regex": ((), _NO_GRAMMAR),
+    "guided_choice": ((), _NO_GRAMMAR),
+    "guided_grammar": ((), _NO_GRAMMAR),
+    "logits_processors": (([],), "code in a request is never run"),
+}
+
+
+class StreamOptions(Body):
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+    @field_validator("include_obfuscation")
+    @classmethod
+    def _not_offered(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("obfuscation of streams is not supported")
+        return value
+
+
+class GenerationBody(Body):
+    """What completions and chat have in common. OpenAI's names first, then vLLM's, then our own."""
+
+    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _EXTENSIONS_REFUSED
+
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    temperature: float = Field(1.0, ge=0, le=2)
+    top_p: float = Field(1.0, gt=0, le=1)
+    n: int = Field(1, ge=1, le=MAX_CHOICES)
+    presence_penalty: float = Field(0.0, ge=-2, le=2)
+    frequency_penalty: float = Field(0.0, ge=-2, le=2)
+    logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES)
+    seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
+    stop: list[str] = []
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+
+    top_k: int = Field(0, ge=-1, le=INT32_MAX)
+    min_p: float = Field(0.0, ge=0, le=1)
+    repetition_penalty: float = Field(1.0, gt=0, le=10)
+    min_tokens: int = Field(0, ge=0, le=INT32_MAX)
+    stop_token_ids: list[int] = Field([], max_length=MAX_STOPS)
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    skip_special_tokens: bool = True
+    cache_salt: str = Field("", max_length=MAX_NAME_CHARS)
+
+    attention: dict[str, Any] | None = Field(None, max_length=64)
+    return_progress: bool = False
+
+    @field_validator("stop", mode="before")
+    @classmethod
+    def _stop_as_list(cls, value: Any) -> Any:
+        stops = [value] if isinstance(value, str) else value
+        if isinstance(stops, list):
+            if len(stops) > MAX_STOPS:
+                raise ValueError(f"at most {MAX_STOPS} stop strings")
+            if any(isinstance(stop, str) and not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
+                raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
+        return stops
+
+    @field_validator("logit_bias")
+    @classmethod
+    def _ids_and_range(cls, value: dict[str, float]) -> dict[str, float]:
+        for key, bias in value.items():
+            if not (key.isascii() and key.isdigit() and len(key) <= 10):
+                raise ValueError("the keys are token ids")
+            if not -100 <= bias <= 100:
+                raise ValueError("a bias is from -100 to 100")
+        return value
+
+    @field_validator("min_tokens")
+    @classmethod
+    def _not_above_max(cls, value: int, info: ValidationInfo) -> int:
+        limit = info.data.get("max_tokens")
+        if limit is not None and value > limit:
+            raise ValueError("min_tokens must not be above max_tokens")
+        return value
+
+    @field_validator("stop_token_ids")
+    @classmethod
+    def _ids_not_negative(cls, value: list[int]) -> list[int]:
+        if any(not 0 <= token_id <= INT32_MAX for token_id in value):
+            raise ValueError("token ids are from 0 to the size of the vocabulary")
+        return value
+
+    @field_validator("attention")
+    @classmethod
+    def _scheme_is_text(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        if value is not None and not isinstance(value.get("scheme", ""), str):
+            raise ValueError("scheme must be a string")
+        return value
+
+    @field_validator("return_progress")
+    @classmethod
+    def _needs_stream(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and not info.data.get("stream"):
+            raise ValueError("return_progress needs stream=true")
+        return value
+
+    @property
+    def alternatives(self) -> int | None:
+        """How many alternatives to report beside each chosen token; ``None`` for no log-probabilities."""
+        raise NotImplementedError
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens
+
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(
+            max_tokens=self.token_limit,
+            min_tokens=self.min_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            min_p=self.min_p,
+            presence_penalty=self.presence_penalty,
+            frequency_penalty=self.frequency_penalty,
+            repetition_penalty=self.repetition_penalty,
+            logit_bias={int(key): bias for key, bias in self.logit_bias.items()},
+            seed=self.seed,
+            stop=tuple(self.stop),
+            stop_token_ids=tuple(self.stop_token_ids),
+            ignore_eos=self.ignore_eos,
+            include_stop_str_in_output=self.include_stop_str_in_output,
+            skip_special_tokens=self.skip_special_tokens,
+            logprobs=self.alternatives,
+            n=self.n,
+        )
+
+
+class CompletionBody(GenerationBody):
+    """``POST /v1/completions``. ``prompt``: text, texts, token ids, or lists of token ids."""
+
+    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        **_EXTENSIONS_REFUSED,
+        "best_of": ((1,), "only 1 is supported; use n for several choices"),
+        "suffix": (("",), "inserting before a suffix is not supported"),
+    }
+
+    prompt: str | list[Any]
+    max_tokens: int | None = Field(16, ge=1, le=INT32_MAX)
+    logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
+    echo: bool = False
+    add_special_tokens: bool = True
+
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _text_or_list(cls, value: Any) -> Any:
+        if not isinstance(value, (str, list)):
+            raise ValueError("a prompt is a string, a list of strings, token ids, or a list of lists of token ids")
+        return value
+
+    @field_validator("echo")
+    @classmethod
+    def _echo_has_no_logprobs(cls, value: bool, info: ValidationInfo) -> bool:
+        if value and info.data.get("logprobs") is not None:
+            raise ValueError("echo together with logprobs is not supported: the prompt has no log-probabilities")
+        return value
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.logprobs
+
+
+class DetokenizeBody(Body):
+    """``POST /detokenize``."""
+
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    tokens: list[Any]

@@ -1,0 +1,171 @@
+"""Bodies of chat completions and of tokenize, which takes a chat too."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from .schemas import INT32_MAX, MAX_LOGPROBS, MAX_NAME_CHARS, GenerationBody
+from .validation import Body
+
+# Variables that templates of known models read. A request may set these and no others: a template
+# could use any other name for its own purposes (messages, tools, eos_token, ...).
+TEMPLATE_VARIABLES = frozenset(
+    {
+        "custom_instructions",
+        "date_string",
+        "enable_thinking",
+        "model_identity",
+        "reasoning_effort",
+        "thinking",
+        "thinking_budget",
+    }
+)
+MAX_VARIABLE_CHARS = 4096
+
+_NO_TOOLS = "tools are not supported"
+_TEXT_ONLY = "this server reads and writes text only"
+_MESSAGE_REFUSED = {
+    "tool_calls": _NO_TOOLS,
+    "tool_call_id": _NO_TOOLS,
+    "function_call": _NO_TOOLS,
+    "audio": _TEXT_ONLY,
+    "refusal": "refusals are not supported",
+}
+
+
+class Message(Body):
+    """One message. Content in parts becomes one text, a line break between parts."""
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str
+    name: str | None = Field(None, max_length=MAX_NAME_CHARS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _text_only(cls, data: Any) -> Any:
+        if isinstance(data, dict):
+            for name, reason in _MESSAGE_REFUSED.items():
+                if data.get(name) not in (None, []):
+                    raise ValueError(f"{name}: {reason}")
+            if data.get("role") in ("tool", "function"):
+                raise ValueError(f"role {data['role']}: {_NO_TOOLS}")
+        return data
+
+    @field_validator("content", mode="before")
+    @classmethod
+    def _join_parts(cls, value: Any) -> Any:
+        if not isinstance(value, list):
+            return value
+        texts = []
+        for part in value:
+            if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+                raise ValueError(f'a part of the content is {{"type": "text", "text": "..."}}; {_TEXT_ONLY}')
+            texts.append(part["text"])
+        return "\n".join(texts)
+
+    def for_template(self) -> dict[str, str]:
+        """As chat templates read it; they call a developer's message a system message."""
+        role = "system" if self.role == "developer" else self.role
+        named = {} if self.name is None else {"name": self.name}
+        return {"role": role, "content": self.content, **named}
+
+
+class ChatPromptBody(Body):
+    """The fields of which a chat's prompt is made."""
+
+    messages: list[Message] = Field(min_length=1)
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool = False
+    chat_template_kwargs: dict[str, str | int | float | bool | None] = {}
+    reasoning_effort: str | None = Field(None, max_length=32)
+
+    @field_validator("continue_final_message")
+    @classmethod
+    def _one_ending(cls, value: bool, info: ValidationInfo) -> bool:
+        if value:
+            messages = info.data.get("messages")
+            if info.data.get("add_generation_prompt"):
+                raise ValueError("continue_final_message and add_generation_prompt exclude each other")
+            if messages and messages[-1].role != "assistant":
+                raise ValueError("the last message must be the assistant's to be continued")
+        return value
+
+    @field_validator("chat_template_kwargs", mode="before")
+    @classmethod
+    def _known_scalars(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        unknown = sorted(set(value) - TEMPLATE_VARIABLES)
+        if unknown:
+            raise ValueError(f"{unknown[0][:64]!r} cannot be set; these can: {', '.join(sorted(TEMPLATE_VARIABLES))}")
+        for name, item in value.items():
+            if isinstance(item, (dict, list)) or (isinstance(item, float) and not math.isfinite(item)):
+                raise ValueError(f"{name} must be a string, number, boolean or null")
+            if isinstance(item, str) and len(item) > MAX_VARIABLE_CHARS:
+                raise ValueError(f"{name} has more than {MAX_VARIABLE_CHARS} characters")
+        return value
+
+    @property
+    def opens_answer(self) -> bool:
+        """Whether the prompt ends with the head of the assistant's answer."""
+        return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
+
+
+class ChatBody(GenerationBody, ChatPromptBody):
+    """``POST /v1/chat/completions``."""
+
+    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        **GenerationBody.refused,
+        "tools": (([],), _NO_TOOLS),
+        "functions": (([],), _NO_TOOLS),
+        "tool_choice": (("none",), _NO_TOOLS),
+        "function_call": (("none",), _NO_TOOLS),
+        "response_format": (({"type": "text"},), 'only {"type": "text"} is supported'),
+        "audio": ((), _TEXT_ONLY),
+        "modalities": ((["text"],), _TEXT_ONLY),
+        "prediction": ((), "predicted output is not supported"),
+        "web_search_options": ((), "this server does not search the web"),
+        "moderation": ((), "moderation is not supported"),
+        "store": ((False,), "answers are not stored"),
+        "service_tier": (("auto", "default"), "there is one tier, default"),
+        "verbosity": (("medium",), "verbosity cannot be chosen"),
+        "add_special_tokens": ((False,), "the chat template adds the special tokens"),
+        "chat_template": ((), "a request cannot bring a template"),
+    }
+
+    max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
+    logprobs: bool = False
+    top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+
+    @field_validator("top_logprobs")
+    @classmethod
+    def _needs_logprobs(cls, value: int, info: ValidationInfo) -> int:
+        if value and not info.data.get("logprobs"):
+            raise ValueError("top_logprobs needs logprobs=true")
+        return value
+
+    @property
+    def alternatives(self) -> int | None:
+        return self.top_logprobs if self.logprobs else None
+
+    @property
+    def token_limit(self) -> int | None:
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+
+class TokenizeTextBody(Body):
+    """``POST /tokenize`` with ``prompt``."""
+
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class TokenizeChatBody(ChatPromptBody):
+    """``POST /tokenize`` with ``messages``."""
+
+    model: str | None = Field(None, max_length=MAX_NAME_CHARS)

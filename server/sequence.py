@@ -1,0 +1,98 @@
+"""One choice of one request on its way through the engine."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as SequenceOf
+from dataclasses import dataclass, field
+
+from foveate.kv_cache.table import BlockTable
+
+from .detokenizer import Detokenizer
+from .request import GenerationRequest
+from .sampling import SamplerRow
+from .stopping import StopChecker
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """Tokens, pages and sampler state of one choice. Only the engine's thread touches it.
+
+    Attributes:
+        group: The request and its other choices.
+        index: Which choice of the request.
+        tokens: Prompt and generated ids.
+        sampler: How its next token is drawn.
+        detokenizer: From ids to text.
+        stopping: Watches for stop strings.
+        table: Its pages; ``None`` while it waits.
+        num_computed: Tokens whose K and V are in pages.
+    """
+
+    group: RequestGroup
+    index: int
+    tokens: list[int]
+    sampler: SamplerRow
+    detokenizer: Detokenizer
+    stopping: StopChecker
+    table: BlockTable | None = None
+    num_computed: int = 0
+
+    @property
+    def num_remaining(self) -> int:
+        """Tokens to compute before the next one can be drawn."""
+        return len(self.tokens) - self.num_computed
+
+    @property
+    def num_generated(self) -> int:
+        return len(self.tokens) - len(self.group.request.prompt_token_ids)
+
+    @property
+    def arrival(self) -> tuple[float, int]:
+        """Age of its request, then the choice: the order in which sequences are served."""
+        return self.group.request.arrival, self.index
+
+
+@dataclass(slots=True, eq=False)
+class RequestGroup:
+    """A request and its unfinished choices.
+
+    Attributes:
+        request: As submitted.
+        namespace: What its K and V depend on beside the tokens (policy, salt).
+        max_tokens: Tokens to generate at most, the context's limit counted in.
+        sequences: Choices not yet finished. Before the prompt is computed there is one, which is
+            then forked.
+        cached_tokens: Prompt tokens found in the prefix cache.
+        generated_tokens: Of all choices.
+        pages: Most pages that its choices held at once.
+        keys_read: Key reads done.
+        keys_dense: Key reads that dense attention would have done.
+    """
+
+    request: GenerationRequest
+    namespace: bytes
+    max_tokens: int
+    sequences: list[Sequence] = field(default_factory=list)
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    pages: int = 0
+    keys_read: float = 0.0
+    keys_dense: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens ``start`` to ``start + count - 1`` of a sequence, to be computed in one step."""
+
+    sequence: Sequence
+    start: int
+    count: int
+
+    @property
+    def ends_sequence(self) -> bool:
+        """Whether the next token can be drawn after this chunk."""
+        return self.start + self.count == len(self.sequence.tokens)
+
+    @property
+    def tokens(self) -> SequenceOf[int]:
+        return self.sequence.tokens[self.start : self.start + self.count]

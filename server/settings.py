@@ -1,0 +1,107 @@
+"""Every setting of the server: one table, read by the command line, the environment and the code.
+
+Each field is also the flag ``--field-name`` of ``foveate serve`` and the variable
+``FOVEATE_FIELD_NAME``; a flag wins over a variable.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, SecretStr, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+# Fields that shape the engine rather than the HTTP server: `foveate generate` takes these too.
+ENGINE_FIELDS = (
+    "dtype",
+    "device",
+    "page_size",
+    "kv_cache_gib",
+    "max_context",
+    "max_batch_tokens",
+    "attention",
+    "trust_remote_code",
+)
+
+
+class Settings(BaseSettings):
+    """Settings of one server.
+
+    Raises:
+        pydantic.ValidationError: a value is out of range.
+    """
+
+    model_config = SettingsConfigDict(env_prefix="FOVEATE_", extra="forbid", frozen=True, env_ignore_empty=True)
+
+    model: str = Field(min_length=1, description="packaged name, local directory or hub id of the model")
+    served_model_name: str | None = Field(None, min_length=1, description="name that clients use; the model's if unset")
+    host: str = Field("127.0.0.1", description="address to listen on; others on the network see 0.0.0.0")
+    port: int = Field(8000, ge=0, le=65535, description="port to listen on; 0 picks a free one")
+    api_key: Annotated[list[SecretStr], NoDecode] = Field(
+        [],
+        description="key that clients must send (several: repeat the flag, or separate by commas in the "
+        "variable, which other users of the machine cannot read)",
+    )
+
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="element type of the model")
+    device: str = Field("auto", description="torch device, such as cpu or cuda:0")
+    page_size: int | None = Field(None, description="tokens per KV page: 16, 32, 64 or 128; by device if unset")
+    kv_cache_gib: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="memory of the KV cache in GiB; a share of what is free if unset"
+    )
+    max_context: int | None = Field(None, ge=1, description="tokens of prompt and answer; the model's own if unset")
+    max_batch_tokens: int = Field(512, ge=1, description="tokens computed per step; long prompts go in such chunks")
+    max_running: int = Field(256, ge=1, description="requests computed at once")
+    max_queued_requests: int = Field(256, ge=1, description="requests that may wait; more are answered 429")
+    attention: Annotated[dict[str, Any] | None, NoDecode] = Field(
+        None,
+        description="default attention: a scheme's name, or JSON such as "
+        '\'{"scheme": "streaming", "window_tokens": 1024}\'; dense if unset',
+    )
+    prefix_reuse: bool = Field(True, description="reuse KV pages of prompts that begin alike")
+    trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
+
+    max_body_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of a request's body; more is answered 413")
+    max_header_bytes: int = Field(32 * 2**10, ge=1024, description="bytes of a request's headers; more is answered 431")
+    max_sequences: int = Field(64, ge=1, description="prompts times n of one request")
+    max_messages: int = Field(2048, ge=1, description="messages of one chat request")
+    request_seconds: float = Field(600, gt=0, allow_inf_nan=False, description="time for one answer, waiting included")
+    read_seconds: float = Field(30, gt=0, allow_inf_nan=False, description="time for a client to send its request")
+    write_seconds: float = Field(30, gt=0, allow_inf_nan=False, description="time that a client may stop reading")
+    stall_seconds: float = Field(
+        120, gt=0, allow_inf_nan=False, description="time without a step of the engine before /health says so"
+    )
+    drain_seconds: float = Field(30, ge=0, allow_inf_nan=False, description="time for running answers after SIGTERM")
+    log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="what is logged")
+
+    @field_validator("api_key", mode="before")
+    @classmethod
+    def _split_keys(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            value = value.split(",")
+        if not isinstance(value, (list, tuple)):
+            return value
+        keys = [key.strip() if isinstance(key, str) else key for key in value]
+        if "" in keys:
+            raise ValueError("an API key must not be empty")
+        return keys
+
+    @field_validator("page_size")
+    @classmethod
+    def _page_size_is_power_of_two(cls, value: int | None) -> int | None:
+        if value is not None and value not in (16, 32, 64, 128):
+            raise ValueError("must be 16, 32, 64 or 128")
+        return value
+
+    @field_validator("attention", mode="before")
+    @classmethod
+    def _name_or_json(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        if not value.lstrip().startswith("{"):
+            return {"scheme": value.strip()}
+        try:
+            return json.loads(value)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"not a scheme's name and not valid JSON: {error}") from None

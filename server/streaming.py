@@ -1,0 +1,179 @@
+"""From the engine's thread to the event loop: the events of one HTTP answer."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import uuid
+from collections import deque
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from functools import partial
+
+from starlette.types import Receive
+
+from foveate.sparse_attn.protocol import Scheme
+
+from .engine_protocol import EngineLike
+from .errors import ApiError
+from .metrics import RequestTimer, ServerMetrics
+from .request import Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
+
+QUEUED_EVENTS = 256
+
+
+class ClientDisconnected(Exception):
+    """Nobody is there to answer."""
+
+
+class SlowReader(ApiError):
+    """The client does not read as fast as tokens come."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The stream was not read fast enough.", type="server_error", code="slow_reader")
+
+
+class RequestTimeout(ApiError):
+    """The whole answer took too long."""
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            504,
+            f"The answer was not complete after {seconds:g} seconds (--request-seconds).",
+            type="server_error",
+            code="request_timeout",
+            headers={"x-should-retry": "false"},
+        )
+
+
+class RequestAborted(ApiError):
+    """The engine ended the request early, for instance because the server stops."""
+
+    def __init__(self) -> None:
+        super().__init__(503, "The request was aborted.", type="server_error", code="aborted")
+
+
+class ResponseStream:
+    """Events of every engine request behind one HTTP answer, bounded in number and time.
+
+    Made, used and closed on the event loop; only ``_from_engine`` runs in the engine's thread.
+
+    Args:
+        seconds: Time for the whole answer.
+    """
+
+    def __init__(self, engine: EngineLike, metrics: ServerMetrics, seconds: float) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._seconds = seconds
+        self._deadline = time.monotonic() + seconds
+        self._loop = asyncio.get_running_loop()
+        self._events: deque[tuple[int, Event]] = deque()
+        self._limit = QUEUED_EVENTS
+        self._open: dict[int, str] = {}  # prompt -> id of its request, while it runs
+        self._timers: dict[int, RequestTimer] = {}
+        self._error: Exception | None = None
+        self._wake = asyncio.Event()
+
+    def submit(self, prompts: list[list[int]], sampling: SamplingParams, scheme: Scheme, salt: str) -> None:
+        """Gives one request per prompt to the engine; all of them, or none.
+
+        Raises:
+            EngineError: the engine refused one.
+        """
+        self._limit = QUEUED_EVENTS * len(prompts) * sampling.n
+        for index, token_ids in enumerate(prompts):
+            request = GenerationRequest(
+                request_id=str(uuid.uuid4()),
+                prompt_token_ids=token_ids,
+                sampling=sampling,
+                scheme=scheme,
+                on_event=partial(self._from_engine, index),
+                salt=salt,
+            )
+            self._open[index] = request.request_id
+            self._timers[index] = self._metrics.timer()
+            try:
+                self._engine.submit(request)
+            except BaseException:
+                del self._open[index]
+                self.close()
+                raise
+
+    async def events(self, pause: float) -> AsyncIterator[tuple[int, Event] | None]:
+        """``(prompt, event)`` until every request ended; ``None`` whenever nothing came for ``pause`` seconds.
+
+        Raises:
+            ClientDisconnected: the client went away.
+            Exception: the error of a request, after the others were aborted.
+        """
+        while self._events or self._open or self._error:
+            if self._error:
+                raise self._error
+            if not self._events:
+                self._wake.clear()
+                try:
+                    async with asyncio.timeout(min(pause, self._deadline - time.monotonic())):
+                        await self._wake.wait()
+                except TimeoutError:
+                    if time.monotonic() >= self._deadline:
+                        self.fail(RequestTimeout(self._seconds))
+                    else:
+                        yield None
+                continue
+            index, event = self._events.popleft()
+            if isinstance(event, Failed):
+                self.fail(event.error)
+            elif isinstance(event, Delta) and event.finish_reason == "abort":
+                self.fail(RequestAborted())
+            else:
+                yield index, event
+
+    @asynccontextmanager
+    async def watching(self, receive: Receive) -> AsyncIterator[None]:
+        """Aborts every request as soon as the client goes away, and in any case at the end."""
+        watcher = asyncio.create_task(self._watch(receive))
+        try:
+            yield
+        finally:
+            watcher.cancel()
+            self.close()
+            await asyncio.wait([watcher])
+
+    def fail(self, error: Exception) -> None:
+        """Ends the stream with ``error``; what was queued is dropped. The first error counts."""
+        if self._error is None:
+            self._error = error
+        self._events.clear()
+        self.close()
+        self._wake.set()
+
+    def close(self) -> None:
+        """Aborts what still runs."""
+        for index, request_id in self._open.items():
+            self._timers[index].cut_off()
+            self._engine.abort(request_id)
+        self._open.clear()
+
+    async def _watch(self, receive: Receive) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        self.fail(ClientDisconnected())
+
+    def _from_engine(self, index: int, event: Event) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._push, index, event)
+        except RuntimeError:  # the loop is closed: the server stops, nobody waits
+            pass
+
+    def _push(self, index: int, event: Event) -> None:
+        if index not in self._open:
+            return
+        self._timers[index].saw(event)
+        if isinstance(event, (Finished, Failed)):
+            del self._open[index]
+        elif len(self._events) >= self._limit:
+            self.fail(SlowReader())
+            return
+        self._events.append((index, event))
+        self._wake.set()

@@ -1,0 +1,94 @@
+"""From bytes to a checked request body: the one way in for every endpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, ClassVar, TypeVar
+
+import pydantic_core
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from starlette.requests import Request
+
+from .errors import ApiError
+
+
+class Body(BaseModel):
+    """Base of request bodies.
+
+    Keys that are not known are ignored, since clients send many. Known ones are honoured or
+    refused: ``refused`` maps a field to the values that change nothing and the reason why any
+    other value is refused. ``null`` is the same as leaving a field out.
+    """
+
+    model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
+
+    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _drop_nulls(cls, data: Any) -> Any:
+        return {key: value for key, value in data.items() if value is not None} if isinstance(data, dict) else data
+
+
+BodyT = TypeVar("BodyT", bound=Body)
+
+
+def parse_json(data: bytes) -> dict[str, Any]:
+    """A JSON object. NaN, Infinity, bad UTF-8, lone surrogates and deep nesting are refused.
+
+    Raises:
+        ApiError: 400.
+    """
+    try:
+        value = pydantic_core.from_json(data, allow_inf_nan=False)
+    except ValueError as error:
+        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
+    if not isinstance(value, dict):
+        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+    return value
+
+
+def validate(model: type[BodyT], data: dict[str, Any]) -> BodyT:
+    """``data`` as a ``model``.
+
+    Raises:
+        ApiError: 400, ``param`` names the field.
+    """
+    for name, (harmless, reason) in model.refused.items():
+        value = data.get(name)
+        if value is not None and value not in harmless:
+            raise ApiError(400, f"{name}: {reason}", param=name, code="unsupported_parameter")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        param = _path(first["loc"])
+        if first["type"] == "value_error":
+            message = str(first["ctx"]["error"])
+        else:
+            message = first["msg"]
+        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
+        raise ApiError(400, f"{param}: {message}" if param else message, param=param or None, code=code) from None
+
+
+async def read_body(request: Request, model: type[BodyT]) -> BodyT:
+    """The checked JSON body of ``request``.
+
+    Only ``application/json`` is taken: a web page of another origin cannot send that to a local
+    server without asking first.
+
+    Raises:
+        ApiError: 400, or 415 for another content type.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "Send the body with 'Content-Type: application/json'.", code="unsupported_media_type")
+    return validate(model, parse_json(await request.body()))
+
+
+def _path(location: tuple[str | int, ...]) -> str:
+    """``("messages", 0, "content")`` as ``messages[0].content``."""
+    path = ""
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+    return path
