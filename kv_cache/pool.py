@@ -60,6 +60,10 @@ class PagePool:
                 for i, pages in enumerate(self._layers)
             ]
 
+    @property
+    def num_layers(self) -> int:
+        return self.geometry.num_layers
+
     def layer(self, index: int) -> LayerPages:
         """The pages of one layer; made once, so a call allocates nothing."""
         return self._layers[index]

@@ -215,7 +215,7 @@ class Engine:
             group,
             index,
             list(prompt),
-            SamplerRow(params, prompt, [], self._loaded.eos_token_ids, index),
+            SamplerRow(params, prompt, [], sorted(self._loaded.eos_token_ids), index),
             Detokenizer(self.tokenizer, prompt, params),
             StopChecker(params),
         )

@@ -13,9 +13,8 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from starlette.exceptions import HTTPException
-
 from foveate.sparse_attn.errors import CalibrationMissing, SchemeError, UnknownScheme
+from starlette.exceptions import HTTPException
 
 from . import exceptions as engine_errors
 

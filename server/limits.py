@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import hmac
 import uuid
+from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -19,11 +20,12 @@ from .settings import Settings
 
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 MAX_LABEL_BYTES = 128
+LINGER_SECONDS = 2.0
 OWNER = "foveate.owner"  # scope key: digest of the API key that was used, in hex
 
 
 class Limits:
-    """Wraps ``app``; every refusal closes the connection, since its body was not read."""
+    """Wraps ``app``; every refusal closes the connection, since the body was not read to its end."""
 
     def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics) -> None:
         self._app = app
@@ -38,28 +40,36 @@ class Limits:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
         headers = [(name.lower(), value) for name, value in scope["headers"]]
-        send = self._labelled(send, _label(headers))
+        send, started = self._labelled(send, _label(headers))
         try:
             self._check_headers(scope, headers)
             self._check_key(scope, headers)
             body = await self._read(headers, receive)
         except ApiError as error:
-            response = error_response(error)
-            response.headers["connection"] = "close"
-            await response(scope, receive, send)
+            await _refuse(error, receive, send)
             return
-        if body is not None:
+        if body is None:
+            return
+        try:
             await self._app(scope, _replay(body, receive), send)
+        except Exception as error:
+            if not started.is_set():
+                await error_response(error)(scope, receive, send)
+            raise  # for the log
 
-    def _labelled(self, send: Send, label: bytes) -> Send:
+    def _labelled(self, send: Send, label: bytes) -> tuple[Send, asyncio.Event]:
+        """``send`` with the label and the count, and whether it was used."""
+        started = asyncio.Event()
+
         async def labelled(message: Message) -> None:
             if message["type"] == "http.response.start":
+                started.set()
                 message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", label)]}
                 if message["status"] >= 400:
                     self._metrics.rejected.labels(str(message["status"])).inc()
             await send(message)
 
-        return labelled
+        return labelled, started
 
     def _check_headers(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) + 4 for name, value in headers)
@@ -111,6 +121,19 @@ class Limits:
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is larger than {self._settings.max_body_bytes} bytes.", code="body_too_large")
+
+
+async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
+    """Answers at once and closes, but lets a client that is still sending come to an end and read the answer."""
+    response = error_response(error)
+    response.headers["connection"] = "close"
+    await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
+    await send({"type": "http.response.body", "body": response.body, "more_body": True})
+    with suppress(TimeoutError):
+        async with asyncio.timeout(LINGER_SECONDS):
+            while (await receive()).get("more_body", False):
+                pass
+    await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
 def _digest(key: bytes) -> bytes:

@@ -100,6 +100,10 @@ class LLM:
         finally:
             for request_id in running.values():
                 self.engine.abort(request_id)
+            while running:
+                number, event = events.get()
+                if isinstance(event, Failed | Finished):
+                    del running[number]
         return [
             Completion(
                 "".join(delta.text for delta in deltas),

@@ -9,10 +9,9 @@ from typing import Any
 
 import torch
 import transformers
-
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
-from foveate.patches.attach import Attached, attach_engine
-from foveate.patches.families import VERIFIED, ModelFacts, facts
+from foveate.patches.attach import Attached
+from foveate.patches.families import VERIFIED, facts
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.verify import verify
 
@@ -33,9 +32,8 @@ class LoadedModel:
         name: What clients call it.
         model: The causal LM, attached.
         tokenizer: Its ``transformers`` tokenizer.
-        facts: Sizes and attention facts.
+        attached: The attachment, with the model's facts.
         rotary: For schemes that move positions; ``None`` if its rotary embedding is of an unknown kind.
-        attached: Undoes the attachment.
         context_length: Tokens of prompt and answer.
         vocab_size: Width of the logits.
         eos_token_ids: Ids that end a text.
@@ -44,9 +42,8 @@ class LoadedModel:
     name: str
     model: Any
     tokenizer: Any
-    facts: ModelFacts
-    rotary: ModelRotary | None
     attached: Attached
+    rotary: ModelRotary | None
     context_length: int
     vocab_size: int
     eos_token_ids: frozenset[int]
@@ -71,7 +68,7 @@ def load(options: EngineOptions) -> LoadedModel:
     """
     path = resolve(options.model)
     device = _device(options.device)
-    common = {"trust_remote_code": options.trust_remote_code}
+    common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(path, **common)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path,
@@ -97,9 +94,8 @@ def load(options: EngineOptions) -> LoadedModel:
         name=name,
         model=model,
         tokenizer=tokenizer,
-        facts=found,
+        attached=Attached(model),
         rotary=ModelRotary.of(model),
-        attached=attach_engine(model),
         context_length=context,
         vocab_size=found.vocab_size,
         eos_token_ids=_eos(model, tokenizer),
@@ -112,7 +108,7 @@ def geometry_for(loaded: LoadedModel, options: EngineOptions) -> CacheGeometry:
     Raises:
         InvalidRequest: not one page fits.
     """
-    found, device = loaded.facts, loaded.device
+    found, device = loaded.attached.facts, loaded.device
     page_size = options.page_size or default_page_size(device)
     geometry = CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, 1, loaded.dtype, device)
     if options.kv_cache_gib is None:

@@ -10,7 +10,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from .engine_protocol import EngineLike
-from .request import Delta, Event, Failed
+from .request import Delta, Event, Failed, Finished
 
 _GAUGES = {
     "requests_running": ("running", "Requests in the batch."),
@@ -113,7 +113,8 @@ class RequestTimer:
             self._last[event.index] = now
             if event.finish_reason is not None:
                 self._metrics.finished.labels(event.finish_reason).inc()
-                self._metrics.request.observe(now - self._start)
+        elif isinstance(event, Finished):
+            self._metrics.request.observe(now - self._start)
         elif isinstance(event, Failed):
             self._metrics.finished.labels("error").inc()
 

@@ -6,7 +6,6 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
-
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.view import Rows
 from foveate.patches.interface import PackedStep

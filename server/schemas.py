@@ -65,7 +65,7 @@ class GenerationBody(Body):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
-    stop: list[str] = []
+    stop: list[str] = Field([])
     stream: bool = False
     stream_options: StreamOptions | None = None
 

@@ -80,7 +80,7 @@ class ChatPromptBody(Body):
     messages: list[Message] = Field(min_length=1)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
-    chat_template_kwargs: dict[str, str | int | float | bool | None] = {}
+    chat_template_kwargs: dict[str, str | int | float | bool | None] = Field({})
     reasoning_effort: str | None = Field(None, max_length=32)
 
     @field_validator("continue_final_message")

@@ -7,12 +7,11 @@ import time
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from functools import partial
 
-from starlette.types import Receive
-
 from foveate.sparse_attn.protocol import Scheme
+from starlette.types import Receive
 
 from .engine_protocol import EngineLike
 from .errors import ApiError
@@ -124,8 +123,6 @@ class ResponseStream:
             index, event = self._events.popleft()
             if isinstance(event, Failed):
                 self.fail(event.error)
-            elif isinstance(event, Delta) and event.finish_reason == "abort":
-                self.fail(RequestAborted())
             else:
                 yield index, event
 
@@ -161,14 +158,14 @@ class ResponseStream:
         self.fail(ClientDisconnected())
 
     def _from_engine(self, index: int, event: Event) -> None:
-        try:
+        with suppress(RuntimeError):  # the loop is closed: the server stops, nobody waits
             self._loop.call_soon_threadsafe(self._push, index, event)
-        except RuntimeError:  # the loop is closed: the server stops, nobody waits
-            pass
 
     def _push(self, index: int, event: Event) -> None:
         if index not in self._open:
             return
+        if isinstance(event, Delta) and event.finish_reason == "abort":
+            event = Failed(RequestAborted())
         self._timers[index].saw(event)
         if isinstance(event, (Finished, Failed)):
             del self._open[index]

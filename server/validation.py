@@ -63,16 +63,13 @@ def validate(model: type[BodyT], data: dict[str, Any]) -> BodyT:
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         param = _path(first["loc"])
-        if first["type"] == "value_error":
-            message = str(first["ctx"]["error"])
-        else:
-            message = first["msg"]
+        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
         code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
         raise ApiError(400, f"{param}: {message}" if param else message, param=param or None, code=code) from None
 
 
-async def read_body(request: Request, model: type[BodyT]) -> BodyT:
-    """The checked JSON body of ``request``.
+async def parse_request(request: Request) -> dict[str, Any]:
+    """The JSON body of ``request``, not yet checked.
 
     Only ``application/json`` is taken: a web page of another origin cannot send that to a local
     server without asking first.
@@ -83,7 +80,16 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":
         raise ApiError(415, "Send the body with 'Content-Type: application/json'.", code="unsupported_media_type")
-    return validate(model, parse_json(await request.body()))
+    return parse_json(await request.body())
+
+
+async def read_body(request: Request, model: type[BodyT]) -> BodyT:
+    """The checked JSON body of ``request``.
+
+    Raises:
+        ApiError: 400, or 415 for another content type.
+    """
+    return validate(model, await parse_request(request))
 
 
 def _path(location: tuple[str | int, ...]) -> str:

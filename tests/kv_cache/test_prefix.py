@@ -4,7 +4,6 @@ import hashlib
 import itertools
 
 import pytest
-
 from foveate.kv_cache.errors import CacheError
 from foveate.kv_cache.prefix import PrefixEntry, PrefixIndex
 

@@ -1,0 +1,37 @@
+# Every target sets itself up: deploy/setup.sh makes .venv when it is missing or out of date.
+SHELL := /bin/bash
+BIN := .venv/bin
+DEMO_MODEL := smollm2-135m
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint check bench clean
+
+help: ## say what there is
+	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
+
+setup: ## make .venv (idempotent)
+	@deploy/setup.sh
+
+demo: setup ## a real model answers a question about a long document, dense and sparse
+	@$(BIN)/foveate pull $(DEMO_MODEL)
+	@$(BIN)/python tests/bench/demo.py
+
+test: lint ## lint, then the whole test suite
+	@$(BIN)/foveate pull $(DEMO_MODEL) || printf '\n%s\n\n' \
+		'*** The demo model could not be fetched: every test that needs $(DEMO_MODEL) is SKIPPED. ***' >&2
+	@$(BIN)/python -m pytest -q --durations=10
+
+lint: setup ## ruff and mypy
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+check: lint test ## lint and test
+
+bench: setup ## measure speed on this machine
+	@$(BIN)/foveate pull $(DEMO_MODEL)
+	@$(BIN)/python tests/bench/run.py
+
+clean: ## remove .venv and everything that was built
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,126 @@
+#!/usr/bin/env bash
+# Makes .venv with everything that the demo, the tests and the benchmarks need. Run it as often as you like:
+# when nothing changed it returns at once. It never pulls CUDA onto a machine without an NVIDIA GPU.
+#
+#   PYTHON=/path/to/python deploy/setup.sh     another interpreter (3.11 or newer)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+readonly VENV=.venv
+readonly STAMP=$VENV/.foveate-setup
+readonly TORCH_CPU=2.13.0 # the oldest release that pyproject.toml allows: what we claim is what we test
+readonly TORCH_CUDA=2.15.0 # the CUDA build pins its own triton; this is the release that pins the one we test (3.9)
+
+say() { printf 'setup: %s\n' "$*" >&2; }
+die() {
+    printf 'setup: error: %s\n' "$@" >&2
+    exit 1
+}
+
+find_python() {
+    local candidate
+    for candidate in ${PYTHON:+"$PYTHON"} python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            command -v "$candidate"
+            return
+        fi
+        [[ -z ${PYTHON:-} ]] || die "PYTHON=$PYTHON does not run, or is older than 3.11."
+    done
+    die "Python 3.11 or newer was not found. Install it (for example: apt-get install python3 python3-venv)," \
+        "or name one: PYTHON=/path/to/python make ..."
+}
+
+check_tools() {
+    local python=$1 compiler
+    "$python" -c 'import venv, ensurepip' 2>/dev/null ||
+        die "$python has no venv or no pip. Install them: apt-get install python3-venv python3-pip"
+    for compiler in ${CXX:+"$CXX"} c++ g++ clang++; do
+        if command -v "$compiler" >/dev/null; then return; fi
+    done
+    die "No C++ compiler was found. Install one: apt-get install g++"
+}
+
+# What the environment is made from; changing any of it makes the next run install again.
+fingerprint() {
+    "$1" - pyproject.toml deploy/setup.sh <<'PY'
+import hashlib, os, pathlib, sys
+parts = [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]
+parts.append(f"{os.getcwd()} {sys.version_info[:2]}".encode())
+print(hashlib.sha256(b"\0".join(parts)).hexdigest())
+PY
+}
+
+# Was the environment made in this folder, and has every installed distribution its list of files and every file of it?
+# Not so where a set-up was cut off.
+intact() {
+    grep -qsF "$PWD/$VENV/" "$VENV/bin/pip" && "$VENV/bin/python" -c 'import pip' 2>/dev/null &&
+        "$VENV/bin/python" - <<'PY'
+import importlib.metadata, sys
+for distribution in importlib.metadata.distributions():
+    files = distribution.files
+    if files is None or not all(file.locate().exists() for file in files if file.suffix != ".pyc"):
+        sys.exit(f"setup: {distribution.name or distribution} is half installed")
+PY
+}
+
+torch_version() { # prints the version in the environment, fails where there is none that will do
+    "$VENV/bin/python" - <<'PY' 2>/dev/null
+import torch
+assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
+print(torch.__version__)
+PY
+}
+
+# Would plain pip take a torch without CUDA? Asks for the metadata of the wheel it would choose.
+pip_torch_is_cpu() {
+    "$VENV/bin/python" -m pip install --dry-run --no-deps --quiet --report - "torch==$TORCH_CPU" 2>/dev/null |
+        "$VENV/bin/python" -c '
+import json, sys
+chosen = json.load(sys.stdin)["install"][0]["metadata"]
+cuda = [need for need in chosen.get("requires_dist", []) if need.startswith(("nvidia-", "cuda-"))]
+sys.exit(not ("+cpu" in chosen["version"] or sys.platform == "darwin" or not cuda))' 2>/dev/null
+}
+
+install_torch() {
+    if torch_version >/dev/null; then return; fi
+    if nvidia-smi -L >/dev/null 2>&1; then
+        say "NVIDIA GPU found: installing torch $TORCH_CUDA with CUDA"
+        "$VENV/bin/python" -m pip install "torch==$TORCH_CUDA"
+    elif pip_torch_is_cpu; then
+        say "installing torch $TORCH_CPU for CPU"
+        "$VENV/bin/python" -m pip install "torch==$TORCH_CPU"
+    else
+        say "installing torch $TORCH_CPU for CPU (with uv, which knows where the builds without CUDA are)"
+        "$VENV/bin/python" -m pip install --quiet uv
+        "$VENV/bin/uv" pip install --python "$VENV/bin/python" --torch-backend=cpu "torch==$TORCH_CPU" ||
+            die "The CPU build of torch could not be fetched. Either put its wheel into a folder and run" \
+                "    PIP_FIND_LINKS=/that/folder make ..." \
+                "or accept the build with CUDA (several gigabytes), then run this again:" \
+                "    $VENV/bin/pip install torch==$TORCH_CUDA"
+    fi
+    torch_version >/dev/null || die "torch was installed into $VENV but does not import: $VENV/bin/python -c 'import torch'"
+}
+
+main() {
+    local python stamp
+    if [[ -f $STAMP ]] && [[ "$(cat "$STAMP")" == "$(fingerprint "$VENV/bin/python" 2>/dev/null)" ]]; then return; fi
+
+    python=$(find_python)
+    check_tools "$python"
+    if [[ -e $VENV ]] && ! intact; then
+        say "$VENV is broken; making it again"
+        rm -rf "$VENV"
+    fi
+    [[ -e $VENV ]] || { say "making $VENV with $("$python" --version)"; "$python" -m venv "$VENV"; }
+
+    export PIP_DISABLE_PIP_VERSION_CHECK=1
+    install_torch
+    printf 'torch==%s\n' "$(torch_version)" >"$VENV/constraints.txt"
+    say "installing foveate and what it needs"
+    "$VENV/bin/python" -m pip install --constraint "$VENV/constraints.txt" --editable '.[dev]'
+    stamp=$(fingerprint "$VENV/bin/python")
+    printf '%s\n' "$stamp" >"$STAMP"
+    say "done"
+}
+
+main

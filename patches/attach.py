@@ -1,0 +1,209 @@
+"""``attach``: runs a ``transformers`` model on paged, sparse attention, and undoes it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import TracebackType
+from typing import Any
+
+from foveate.kv_cache.geometry import CacheGeometry, default_page_size
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.pool import PagePool
+from foveate.sparse_attn import registry
+from foveate.sparse_attn.protocol import Scheme
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from .errors import AttachError, UnsupportedModel
+from .families import ModelFacts, facts
+from .hook import StepHook
+from .interface import NAME, register
+from .rotary import ModelRotary
+
+# Bound of a pool that nobody gave a size. On a CPU its pages cost memory only once written.
+DEFAULT_POOL_BYTES = 4 * 2**30
+
+
+class Attached:
+    """A model that runs on paged attention until ``detach``; also a context manager.
+
+    Args:
+        model: Changed in place.
+        scheme: Policy of passes that bring no step of their own; ``None``: every pass must.
+        manager: Their pages; ``None`` makes a pool at the first of them.
+        page_size: Tokens per page of that pool.
+        num_pages: Pages of that pool.
+
+    Attributes:
+        model: The model.
+        facts: What its config says.
+        scheme: As given.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        scheme: Scheme | None = None,
+        manager: KVCacheManager | None = None,
+        page_size: int | None = None,
+        num_pages: int | None = None,
+    ) -> None:
+        if model.config.get_text_config()._attn_implementation == NAME:
+            raise AttachError("this model is attached already; call .detach() on the earlier attachment first")
+        self.model = model
+        self.facts = facts(model.config)
+        self.scheme = scheme
+        self._manager = manager
+        self._page_size = page_size
+        self._num_pages = num_pages
+        self._hook: StepHook | None = None
+        rotary = ModelRotary(model) if scheme is not None and scheme.moves_positions else None
+        self._implementations = [(config, config._attn_implementation_internal) for config in _configs(model)]
+        try:
+            _switch(model)
+            if scheme is not None:
+                self._hook = StepHook(model, scheme, rotary, self._manager_for)
+        except BaseException:
+            self.detach()
+            raise
+
+    @property
+    def manager(self) -> KVCacheManager | None:
+        """The cache; ``None`` before the first pass when none was given."""
+        return self._manager
+
+    @property
+    def keys_read_fraction(self) -> float:
+        """Keys read so far over keys that dense attention would have read; 1 before the first pass."""
+        read, dense = (0.0, 0.0) if self._hook is None else self._hook.keys_read.tolist()
+        return read / dense if dense else 1.0
+
+    def detach(self) -> None:
+        """Gives the model its own attention back and frees all pages. May be called again."""
+        hook, self._hook = self._hook, None
+        try:
+            if hook is not None:
+                hook.remove()
+        finally:
+            before, self._implementations = self._implementations, []
+            for config, implementation in before:
+                config._attn_implementation_internal = implementation
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.detach()
+
+    def _manager_for(self, batch: int) -> KVCacheManager:
+        if self._manager is None:
+            one = self._geometry(1)
+            num_pages = self._num_pages or min(
+                batch * one.pages_for(self.facts.context_length),
+                max(batch, DEFAULT_POOL_BYTES // one.bytes_per_page),
+            )
+            geometry = self._geometry(num_pages)
+            stats = self.scheme.page_stats(geometry) if self.scheme else ()
+            self._manager = KVCacheManager(PagePool(geometry, stats), prefix_reuse=False)
+        return self._manager
+
+    def _geometry(self, num_pages: int) -> CacheGeometry:
+        return CacheGeometry(
+            num_layers=self.facts.num_layers,
+            num_kv_heads=self.facts.num_kv_heads,
+            head_dim=self.facts.head_dim,
+            page_size=self._page_size or default_page_size(self.model.device),
+            num_pages=num_pages,
+            dtype=self.model.dtype,
+            device=self.model.device,
+        )
+
+
+def attach(
+    model: PreTrainedModel,
+    policy: str | Scheme | Mapping[str, Any] = "dense",
+    cache: KVCacheManager | None = None,
+    *,
+    page_size: int | None = None,
+    num_pages: int | None = None,
+) -> Attached:
+    """Makes a model run on paged attention: forward, ``generate()``, or steps of the caller's own.
+
+    Args:
+        model: A causal LM of ``transformers``.
+        policy: A scheme, its name, or ``{"scheme": name, option: value, ...}``.
+        cache: Pages to use. Left out, the first pass makes a pool for its batch at the model's
+            context length, of at most 4 GiB.
+        page_size: Tokens per page of that pool.
+        num_pages: Pages of that pool.
+
+    Returns:
+        The attachment: call ``.detach()``, or use it in a ``with`` statement.
+
+    Raises:
+        AttachError: the model is attached already.
+        UnsupportedModel: its attention is not one that pages can serve.
+        SchemeError: no such scheme or option, or a profile is missing.
+    """
+    if cache is not None and (page_size is not None or num_pages is not None):
+        raise ValueError("a cache has its own page_size and num_pages")
+    if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
+        raise UnsupportedModel("the model lies on several devices, the pages on one")
+    scheme = _scheme(policy)
+    if cache is not None:
+        _check_fit(cache.pool.geometry, facts(model.config))
+        cache.pool.declare(scheme.page_stats(cache.pool.geometry))
+    return Attached(model, scheme, cache, page_size, num_pages)
+
+
+def attach_engine(model: PreTrainedModel) -> Attached:
+    """Makes a model run on paged attention for a caller that passes ``foveate_step`` each time.
+
+    Raises:
+        AttachError: the model is attached already.
+        UnsupportedModel: its attention is not one that pages can serve.
+    """
+    return Attached(model)
+
+
+def _scheme(policy: str | Scheme | Mapping[str, Any]) -> Scheme:
+    if isinstance(policy, Scheme):
+        return policy
+    if isinstance(policy, str):
+        return registry.build(policy)
+    options = dict(policy)
+    if "scheme" not in options:
+        raise ValueError(f"a policy names its scheme: {{'scheme': ...}}, one of {', '.join(registry.names())}")
+    return registry.build(options.pop("scheme"), **options)
+
+
+def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
+    """Every config in the model and in its configs, once each."""
+    waiting = [module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    seen: set[int] = set()
+    while waiting:
+        config = waiting.pop()
+        if id(config) not in seen:
+            seen.add(id(config))
+            waiting += [part for name in config.sub_configs if (part := getattr(config, name, None)) is not None]
+            yield config
+
+
+def _switch(model: PreTrainedModel) -> None:
+    """Chooses our attention for the text part. ``transformers`` only warns where that fails."""
+    register()
+    text = model.config.get_text_config()
+    own = [name for name in model.config.sub_configs if getattr(model.config, name, None) is text]
+    model.set_attn_implementation(dict.fromkeys(own, NAME) if own else NAME)
+    if text._attn_implementation != NAME:
+        raise UnsupportedModel(
+            f"{type(model).__name__} does not let its attention be chosen: its code does not use "
+            "transformers' AttentionInterface"
+        )
+
+
+def _check_fit(geometry: CacheGeometry, known: ModelFacts) -> None:
+    for name in ("num_layers", "num_kv_heads", "head_dim"):
+        if getattr(geometry, name) != getattr(known, name):
+            raise ValueError(f"the cache has {name}={getattr(geometry, name)}, the model {getattr(known, name)}")

@@ -1,0 +1,190 @@
+"""Does a model give the same logits on our attention as on its own?"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from foveate.kv_cache.geometry import CacheGeometry, default_page_size
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.table import BlockTable
+from transformers import PreTrainedModel
+
+from .attach import attach_engine
+from .errors import UnsupportedModel
+from .families import ModelFacts, facts
+from .interface import PackedStep
+from .step import build_step
+
+# Root mean square of the difference over that of the logits. Stock attention of the same model in
+# another order of summation (eager against sdpa) stays an order of magnitude below each.
+TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+
+PROMPT_TOKENS, DECODE_TOKENS, NEIGHBOUR_TOKENS = 70, 3, 41
+
+# Longest sliding window that is worth a longer prompt.
+LONGEST_WINDOW = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class VerifyReport:
+    """
+    Attributes:
+        model_type: The family.
+        dtype: Element type of the comparison, the model's own.
+        tolerance: Bound on each difference.
+        differences: Way of running -> root mean square of (ours - stock) over that of stock.
+        error: What was raised, or empty.
+        untested_window: A sliding window longer than the prompts here, or ``None``.
+    """
+
+    model_type: str
+    dtype: torch.dtype
+    tolerance: float
+    differences: dict[str, float]
+    error: str = ""
+    untested_window: int | None = None
+
+    @property
+    def largest(self) -> float:
+        """The largest difference; NaN counts as infinite."""
+        return max((value if value == value else float("inf") for value in self.differences.values()), default=0.0)
+
+    @property
+    def passed(self) -> bool:
+        return not self.error and self.largest <= self.tolerance
+
+    def __str__(self) -> str:
+        lines = [f"{name}: relative difference {value:.1e}" for name, value in self.differences.items()]
+        if self.error:
+            lines.append(f"error: {self.error}")
+        if self.untested_window is not None:
+            lines.append(f"sliding window of {self.untested_window} tokens: longer than the test, not exercised")
+        verdict = "passed" if self.passed else "FAILED"
+        lines.append(f"{self.model_type} in {str(self.dtype).removeprefix('torch.')}: {verdict} at {self.tolerance:.0e}")
+        return "\n".join(lines)
+
+    def raise_on_failure(self) -> None:
+        """
+        Raises:
+            UnsupportedModel: the comparison failed.
+        """
+        if not self.passed:
+            raise UnsupportedModel(
+                f"{self.model_type} does not give the same logits on paged attention as on its own:\n{self}"
+            )
+
+
+@torch.inference_mode()
+def verify(model: PreTrainedModel) -> VerifyReport:
+    """Compares logits on random tokens: one-shot, chunked prefill, decode, and two sequences in one row.
+
+    Args:
+        model: Not attached. Its attention implementation is as before afterwards.
+
+    Raises:
+        UnsupportedModel: its config rules it out already.
+        AttachError: the model is attached.
+    """
+    known = facts(model.config)
+    longest = max((window for window in known.windows if window), default=0)
+    prompt = PROMPT_TOKENS + (longest if longest <= LONGEST_WINDOW else 0)
+    generator = torch.Generator().manual_seed(0)
+    first, second = (
+        torch.randint(known.vocab_size, (length,), generator=generator).to(model.device)
+        for length in (prompt + DECODE_TOKENS, NEIGHBOUR_TOKENS)
+    )
+    differences: dict[str, float] = {}
+    error = ""
+    training = model.training
+    model.eval()
+    try:
+        stock = _stock(model, first, second)
+        with attach_engine(model):
+            try:
+                _compare(_Packed(model, known), first, second, *stock, differences)
+            except Exception as failure:  # whatever goes wrong under our attention is the answer sought
+                error = f"{type(failure).__name__}: {failure}"
+    finally:
+        model.train(training)
+    return VerifyReport(
+        model_type=known.model_type,
+        dtype=model.dtype,
+        tolerance=TOLERANCES.get(model.dtype, TOLERANCES[torch.bfloat16]),
+        differences=differences,
+        error=error,
+        untested_window=longest if longest > LONGEST_WINDOW else None,
+    )
+
+
+def _stock(model: PreTrainedModel, *sequences: torch.Tensor) -> list[torch.Tensor]:
+    text = model.config.get_text_config()
+    configs = [model.config] if text is model.config else [model.config, text]
+    before = [config._attn_implementation_internal for config in configs]
+    try:
+        for config in configs:
+            config._attn_implementation_internal = "eager"
+        return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
+    finally:
+        for config, implementation in zip(configs, before, strict=True):
+            config._attn_implementation_internal = implementation
+
+
+class _Packed:
+    """Runs steps as the engine does."""
+
+    def __init__(self, model: PreTrainedModel, known: ModelFacts) -> None:
+        size = default_page_size(model.device)
+        pages = 4 + 2 * ((PROMPT_TOKENS + LONGEST_WINDOW) // size + 1)
+        geometry = CacheGeometry(
+            known.num_layers, known.num_kv_heads, known.head_dim, size, pages, model.dtype, model.device
+        )
+        self.model = model
+        self.manager = KVCacheManager(PagePool(geometry), prefix_reuse=False)
+
+    def open(self) -> BlockTable:
+        return self.manager.open([], b"")
+
+    def run(self, *chunks: tuple[BlockTable, torch.Tensor]) -> torch.Tensor:
+        """Float32 logits ``[T, vocab]`` of the next tokens of each table."""
+        step = build_step(self.manager, [(table, len(ids)) for table, ids in chunks], None)
+        output = self.model(
+            input_ids=torch.cat([ids for _, ids in chunks])[None],
+            position_ids=step.positions[None],
+            use_cache=False,
+            logits_to_keep=torch.arange(len(step.positions), device=step.positions.device),
+            foveate_step=PackedStep(step),
+        )
+        for table, ids in chunks:
+            self.manager.commit(table, range(table.num_tokens + len(ids)))
+        return torch.as_tensor(output.logits)[0].float()
+
+
+def _compare(
+    packed: _Packed,
+    first: torch.Tensor,
+    second: torch.Tensor,
+    stock_first: torch.Tensor,
+    stock_second: torch.Tensor,
+    differences: dict[str, float],
+) -> None:
+    prompt, answer = first.split([len(first) - DECODE_TOKENS, DECODE_TOKENS])
+    table = packed.open()
+    differences["one-shot prefill"] = _difference(packed.run((table, prompt)), stock_first[: len(prompt)])
+    packed.manager.free(table)
+
+    table = packed.open()
+    cut = len(prompt) * 33 // 70
+    chunks = [packed.run((table, part)) for part in (prompt[:cut], prompt[cut:])]
+    differences["chunked prefill"] = _difference(torch.cat(chunks), stock_first[: len(prompt)])
+    steps = [packed.run((table, token)) for token in answer.split(1)]
+    differences["decode"] = _difference(torch.cat(steps), stock_first[len(prompt) :])
+    packed.manager.free(table)
+
+    both = packed.run((packed.open(), prompt), (packed.open(), second))
+    differences["two packed sequences"] = _difference(both, torch.cat([stock_first[: len(prompt)], stock_second]))
+
+
+def _difference(ours: torch.Tensor, stock: torch.Tensor) -> float:
+    return ((ours - stock).square().mean() / stock.square().mean()).sqrt().item()

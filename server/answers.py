@@ -1,0 +1,118 @@
+"""The parts that completions and chat answers share: usage, progress, log-probabilities."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from foveate import __version__
+
+from .request import Delta, FinishReason, Progress, TokenLogprob, Usage
+from .token_text import TokenText
+
+FINGERPRINT = f"foveate-{__version__}"
+_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+
+
+@dataclass(slots=True)
+class Choice:
+    """A choice as it grows, for an answer in one piece."""
+
+    index: int
+    texts: list[str] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    finish_reason: FinishReason | None = None
+
+    def add(self, delta: Delta) -> None:
+        self.texts.append(delta.text)
+        self.logprobs.extend(delta.logprobs or ())
+        self.finish_reason = delta.finish_reason or self.finish_reason
+
+    @property
+    def text(self) -> str:
+        return "".join(self.texts)
+
+
+class Answer(Protocol):
+    """How one endpoint writes what the engine says."""
+
+    def chunks(self, choice: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """Stream events for ``delta``; none if it shows nothing yet."""
+        ...
+
+    def bare_chunk(self) -> dict[str, Any]:
+        """A stream event without choices, for usage and progress."""
+        ...
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        """The answer in one piece, without usage."""
+        ...
+
+
+def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:
+    """The sum over the prompts of one answer.
+
+    The fractions of keys read are weighted by the keys that dense attention would have read: a
+    prompt of n tokens of which c were cached reads in proportion to n^2 - c^2.
+    """
+    usages = list(usages)
+    prompt = sum(usage.prompt_tokens for usage in usages)
+    completion = sum(usage.completion_tokens for usage in usages)
+    weights = [(usage.prompt_tokens + usage.completion_tokens) ** 2 - usage.cached_tokens**2 for usage in usages]
+    read = sum(weight * usage.keys_read_fraction for weight, usage in zip(weights, usages, strict=True))
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": sum(usage.cached_tokens for usage in usages)},
+        "attention": {
+            "scheme": usages[0].scheme,
+            "keys_read_fraction": round(read / max(sum(weights), 1), 6),
+            "pages": sum(usage.pages for usage in usages),
+        },
+    }
+
+
+def progress_body(latest: Iterable[Progress], total: int) -> dict[str, int]:
+    """How far prefill has come over all prompts, of ``total`` tokens."""
+    latest = list(latest)
+    return {
+        "total": total,
+        "cached": sum(progress.cached for progress in latest),
+        "processed": sum(progress.processed for progress in latest),
+        "time_ms": round(1000 * max(progress.elapsed_seconds for progress in latest)),
+    }
+
+
+def completion_logprobs(entries: Iterable[TokenLogprob], tokens: TokenText, offset: int) -> dict[str, Any]:
+    """The four lists of completions; ``offset`` is where the first token begins in the choice's text."""
+    body: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    for entry in entries:
+        text, _ = tokens.of(entry.token_id)
+        body["tokens"].append(text)
+        body["token_logprobs"].append(_finite(entry.logprob))
+        body["top_logprobs"].append({tokens.of(token)[0]: _finite(logprob) for token, logprob in entry.top})
+        body["text_offset"].append(offset)
+        offset += len(text)
+    return body
+
+
+def chat_logprobs(entries: Iterable[TokenLogprob], tokens: TokenText) -> dict[str, Any]:
+    """The list of chat, each token with its bytes."""
+
+    def one(token_id: int, logprob: float) -> dict[str, Any]:
+        text, spelled = tokens.of(token_id)
+        return {"token": text, "logprob": _finite(logprob), "bytes": spelled}
+
+    return {
+        "content": [
+            {**one(entry.token_id, entry.logprob), "top_logprobs": [one(*pair) for pair in entry.top]}
+            for entry in entries
+        ],
+        "refusal": None,
+    }
+
+
+def _finite(logprob: float) -> float:
+    return max(logprob, _LOWEST_LOGPROB)

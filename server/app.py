@@ -1,0 +1,49 @@
+"""The application: routes, errors, limits."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+from fastapi import FastAPI
+
+from foveate import __version__
+
+from . import routes_chat, routes_completions, routes_meta
+from .engine_protocol import EngineLike
+from .errors import install_handlers
+from .limits import Limits
+from .settings import Settings
+from .state import ServerState, attach_state
+
+
+def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
+    """The HTTP server's app around ``engine``.
+
+    ``None`` stands for an engine still being loaded: every request but ``/metrics`` gets a 503
+    until ``ServerState.serve`` is called.
+    """
+    state = ServerState(settings)
+    if engine is not None:
+        state.serve(engine)
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        yield
+        state.text.close()
+
+    # No pages for browsers: they would load scripts from elsewhere.
+    app = FastAPI(
+        title="foveate",
+        version=__version__,
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    attach_state(app, state)
+    install_handlers(app)
+    for routes in (routes_completions, routes_chat, routes_meta):
+        app.include_router(routes.router)
+    app.add_middleware(Limits, settings=settings, metrics=state.metrics)
+    return app

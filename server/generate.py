@@ -1,0 +1,93 @@
+"""``foveate generate``: one answer, written to the terminal as it comes."""
+
+from __future__ import annotations
+
+import sys
+from argparse import Namespace
+from time import monotonic
+
+from tqdm import tqdm
+
+from .chat_template import ChatTemplate
+from .errors import ApiError
+from .exceptions import EngineError
+from .request import Delta, Event, Progress, SamplingParams, Usage
+from .schemas_chat import ChatPromptBody, Message
+from .settings import ENGINE_FIELDS, Settings
+
+
+def run(given: Namespace, settings: Settings) -> int:
+    """Answers ``given.prompt``: text on standard output, progress and figures on standard error."""
+    from .llm import LLM
+
+    prompt = given.prompt
+    if given.file is not None:
+        try:
+            prompt = f"{given.file.read_text(encoding='utf-8')}\n\n{prompt}"
+        except (OSError, UnicodeDecodeError) as error:
+            print(f"foveate: cannot read {given.file}: {error}", file=sys.stderr)
+            return 1
+    sampling = SamplingParams(
+        max_tokens=given.max_tokens, temperature=given.temperature, top_p=given.top_p, seed=given.seed
+    )
+    options = {name: getattr(settings, name) for name in ENGINE_FIELDS}
+    llm = LLM(settings.model, **options)
+    try:
+        tokenizer = llm.engine.tokenizer
+        prompts = [prompt]
+        if tokenizer.chat_template and not given.raw:
+            chat = ChatPromptBody(messages=[Message(role="user", content=prompt)])
+            prompts = [ChatTemplate(tokenizer).render(chat)]
+        with Terminal() as terminal:
+            [completion] = llm.generate(prompts, sampling, None, on_event=terminal.show)
+        terminal.sum_up(completion.usage)
+    except (ApiError, EngineError) as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
+    finally:
+        llm.close()
+    return 0
+
+
+class Terminal:
+    """Shows the events of one request: a bar for the prompt, then the text."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm[None] | None = None
+        self._start = monotonic()
+        self._first: float | None = None
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._close_bar()
+
+    def show(self, event: Event) -> None:
+        """Takes one event; called from the engine's thread."""
+        if isinstance(event, Progress):
+            if self._bar is None:
+                self._bar = tqdm(total=event.total, desc="reading the prompt", unit=" tokens", leave=False)
+            self._bar.update(event.cached + event.processed - self._bar.n)
+        elif isinstance(event, Delta):
+            self._close_bar()
+            if self._first is None:
+                self._first = monotonic()
+            print(event.text, end="\n" if event.finish_reason else "", flush=True)
+
+    def sum_up(self, usage: Usage) -> None:
+        """One line of figures."""
+        end = monotonic()
+        first = end if self._first is None else self._first
+        rate = (usage.completion_tokens - 1) / (end - first) if end > first else 0.0
+        print(
+            f"{usage.prompt_tokens} tokens read in {first - self._start:.2f} s, "
+            f"{usage.completion_tokens} written at {rate:.1f} tokens/s; "
+            f"{usage.scheme}: {usage.keys_read_fraction:.1%} of the keys read, {usage.pages} pages",
+            file=sys.stderr,
+        )
+
+    def _close_bar(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

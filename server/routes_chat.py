@@ -1,0 +1,95 @@
+"""``POST /v1/chat/completions``."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Iterator
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from .answers import FINGERPRINT, Choice, chat_logprobs
+from .errors import ApiError
+from .generation import respond
+from .openapi import body_schema
+from .prompts import chat_prompt
+from .request import Delta, TokenLogprob
+from .schemas_chat import ChatBody
+from .state import Served, state_of
+from .validation import read_body
+
+router = APIRouter()
+
+
+@router.post("/v1/chat/completions", openapi_extra=body_schema(ChatBody))
+async def chat_completions(request: Request) -> Response:
+    state = state_of(request)
+    state.served()
+    body = await read_body(request, ChatBody)
+    served = state.served_as(body.model)
+    if body.n > state.settings.max_sequences:
+        raise ApiError(400, f"n: at most {state.settings.max_sequences}", param="n", code="invalid_value")
+    prompt = await chat_prompt(body, served, state.text, state.settings.max_messages)
+    answer = ChatAnswer(served, body.logprobs)
+    return await respond(request, served.engine, body, [prompt], answer)
+
+
+class ChatAnswer:
+    """Writes OpenAI's ``chat.completion`` and ``chat.completion.chunk`` objects."""
+
+    def __init__(self, served: Served, with_logprobs: bool) -> None:
+        self._tokens = served.tokens
+        self._with_logprobs = with_logprobs
+        self._begun: set[int] = set()
+        self._head = {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion.chunk",
+            "created": int(time.time()),
+            "model": served.engine.model_name,
+            "system_fingerprint": FINGERPRINT,
+        }
+
+    def chunks(self, choice: int, delta: Delta) -> Iterator[dict[str, Any]]:
+        """The role first, then content, and the reason of the end in a chunk of its own."""
+        if choice not in self._begun:
+            self._begun.add(choice)
+            yield self._chunk(choice, {"role": "assistant", "content": ""})
+        if delta.text or delta.logprobs:
+            yield self._chunk(choice, {"content": delta.text}, logprobs=self._logprobs(delta.logprobs or ()))
+        if delta.finish_reason:
+            yield self._chunk(choice, {}, finish_reason=delta.finish_reason)
+
+    def bare_chunk(self) -> dict[str, Any]:
+        return {**self._head, "choices": []}
+
+    def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        return {
+            **self._head,
+            "object": "chat.completion",
+            "choices": [
+                {
+                    "index": choice.index,
+                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                    "logprobs": self._logprobs(choice.logprobs),
+                    "finish_reason": choice.finish_reason,
+                }
+                for choice in choices
+            ],
+        }
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: dict[str, str],
+        logprobs: dict[str, Any] | None = None,
+        finish_reason: str | None = None,
+    ) -> dict[str, Any]:
+        return {
+            **self._head,
+            "choices": [{"index": choice, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}],
+        }
+
+    def _logprobs(self, entries: tuple[TokenLogprob, ...] | list[TokenLogprob]) -> dict[str, Any] | None:
+        return chat_logprobs(entries, self._tokens) if self._with_logprobs else None

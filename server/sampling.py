@@ -1,0 +1,131 @@
+"""The next token of every sequence in the batch, in one vectorised pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .exceptions import BadLogits
+from .logits import edit_logits, probabilities, upload
+from .request import TokenLogprob
+from .sampler_row import SamplerRow
+from .sampling_limits import check_sampling
+
+__all__ = ["Sampled", "SamplerRow", "check_sampling", "draw", "sample"]
+
+
+class Sampled(NamedTuple):
+    """The outcome for one row.
+
+    Attributes:
+        token_id: The token; -1 where there is an error.
+        logprob: Where the row asked for it, from the model's own logits, before any penalty or temperature.
+        error: Why there is no token. Other rows are not touched by it.
+    """
+
+    token_id: int
+    logprob: TokenLogprob | None = None
+    error: BadLogits | None = None
+
+
+def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
+    """Chooses one token per row.
+
+    Greedy rows take the best token, the lowest id where several are best. A batch of plain greedy rows costs
+    one maximum. The device is waited for once, at the end.
+
+    Args:
+        logits: ``[S, V]``, any floating dtype; not changed.
+        rows: S rows. Only the random streams and token counts they own are changed.
+    """
+    edited = edit_logits(logits, rows)
+    best, tokens = edited.max(dim=-1)
+    # NaN and +inf carry through a maximum, and only a row of nothing but -inf has -inf as its maximum.
+    left = best.isfinite()
+    sound = left if edited is logits else logits.amax(-1).isfinite()
+    drawing = [index for index, row in enumerate(rows) if not row.greedy]
+    if drawing:
+        where = upload(torch.tensor(drawing), logits.device)
+        probs = probabilities(edited.index_select(0, where), [rows[index].params for index in drawing])
+        drawn = draw(probs, [rows[index].generator(logits.device) for index in drawing])
+        tokens.index_copy_(0, where, drawn)
+    reporting = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
+    report = _log_probabilities(logits, tokens, reporting) if reporting else []
+    ids, is_sound, is_left, *reported = _fetch(tokens.int(), sound.int(), left.int(), *report)
+    logprobs = _as_logprobs(ids, reporting, *reported) if reporting else {}
+    result = []
+    for index, (token, ok, any_left) in enumerate(zip(ids.tolist(), is_sound.tolist(), is_left.tolist(), strict=True)):
+        if not ok:
+            error = BadLogits("the model gave logits that are not finite")
+            result.append(Sampled(-1, error=error))
+        elif not any_left:
+            error = BadLogits("penalties, logit_bias and min_tokens leave no token to choose from")
+            result.append(Sampled(-1, error=error))
+        else:
+            result.append(Sampled(token, logprobs.get(index)))
+    return result
+
+
+def draw(probs: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
+    """One token per row: ``argmax(probs / Exp(1))`` takes a token with its probability.
+
+    A row with a generator takes V numbers from it and none from elsewhere, so its tokens do not depend on the
+    rest of the batch.
+
+    Args:
+        probs: ``[R, V]`` float32.
+        generators: R of them; rows with ``None`` share the default generator.
+
+    Returns:
+        ``[R]`` int64.
+    """
+    noise = torch.empty_like(probs)
+    if None in generators:
+        noise.exponential_()
+    for row, generator in zip(noise, generators, strict=True):
+        if generator is not None:
+            row.exponential_(generator=generator)
+    # 0 / 0 would be NaN, and NaN would win: a token with no probability could be drawn.
+    noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+    return (probs / noise).max(-1).indices
+
+
+def _log_probabilities(logits: Tensor, tokens: Tensor, reporting: dict[int, int]) -> list[Tensor]:
+    """For rows that ask: log-probability of the token ``[R]``, the best ids ``[R, K]``, and theirs ``[R, K]``."""
+    where = upload(torch.tensor(list(reporting)), logits.device)
+    chosen = logits.index_select(0, where).float() + 0.0  # -0.0 becomes 0.0, which has the same bits when equal
+    total = chosen.logsumexp(-1, keepdim=True)
+    vocab_size = chosen.shape[1]
+    # Logits in bfloat16 are often equal: ordered by (logit, id), alternatives do not depend on the batch. The bits
+    # of a float, with all but the sign flipped below zero, order as it does.
+    bits = chosen.view(torch.int32).long()
+    keys = (bits ^ ((bits >> 63) & 0x7FFF_FFFF)) * vocab_size - torch.arange(vocab_size, device=chosen.device)
+    top_ids = keys.topk(min(max(reporting.values()), vocab_size)).indices
+    logprobs = chosen.gather(1, tokens.index_select(0, where)[:, None]) - total
+    return [logprobs[:, 0], top_ids.int(), chosen.gather(1, top_ids) - total]
+
+
+def _as_logprobs(
+    tokens: Tensor, reporting: dict[int, int], logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor
+) -> dict[int, TokenLogprob]:
+    """What ``_log_probabilities`` found, by row. Tokens that the model rules out (-inf) are no alternatives."""
+    return {
+        index: TokenLogprob(
+            int(tokens[index]),
+            logprob,
+            tuple((id_, value) for id_, value in zip(ids[:count], values[:count], strict=True) if value > -torch.inf),
+        )
+        for (index, count), logprob, ids, values in zip(
+            reporting.items(), logprobs.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True
+        )
+    }
+
+
+def _fetch(*tensors: Tensor) -> list[Tensor]:
+    """32-bit tensors on the host, in one transfer."""
+    flat = torch.cat([tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]).cpu()
+    parts = flat.split([tensor.numel() for tensor in tensors])
+    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -1,0 +1,154 @@
+"""``foveate serve``: loads the model behind a listening socket, and stops without losing answers.
+
+The socket answers from the first moment: /health says 503 while the model is being loaded. SIGTERM
+or Ctrl-C: no new requests (503), running answers go on for ``drain_seconds``, the rest end with an
+error event, then the process exits with 0. A second signal stops at once. An engine that dies by
+itself ends the process with 1, so that whoever supervises it starts it anew.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import sys
+import threading
+from types import FrameType
+
+import uvicorn
+
+from .app import create_app
+from .engine_protocol import EngineLike
+from .http_protocol import bounded_protocol
+from .settings import Settings
+from .state import ServerState, state_of_app
+
+_GRACE_SECONDS = 5  # for connections to take their last bytes after the engine has stopped
+
+_log = logging.getLogger(__name__)
+
+
+def run(settings: Settings) -> int:
+    """Serves until told to stop and returns the exit status."""
+    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    try:
+        listener = listen(settings.host, settings.port)
+    except OSError as error:
+        print(f"foveate: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
+        return 1
+    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
+    _log.info("limits: %s", ", ".join(f"{name}={value}" for name, value in limits_of(settings).items()))
+
+    app = create_app(None, settings)
+    server = FoveateServer(server_config(app, settings), state_of_app(app), listener)
+    threading.Thread(target=server.load, name="foveate-load", daemon=True).start()
+    server.run(sockets=[listener])
+    if server.loading:
+        # The loader is inside native code; tearing the interpreter down under it would crash.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(server.status)
+    return server.status
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A bound socket; port 0 picks a free one.
+
+    Raises:
+        OSError: the address is taken or not ours.
+    """
+    family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
+    return socket.create_server(address[:2], family=family)
+
+
+def address_of(listener: socket.socket) -> str:
+    """The URL of ``listener``."""
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+
+
+def limits_of(settings: Settings) -> dict[str, float]:
+    """The limits on requests, by their names in ``Settings``."""
+    names = [name for name in Settings.model_fields if name.startswith("max_") or name.endswith("_seconds")]
+    return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
+
+
+def server_config(app: object, settings: Settings) -> uvicorn.Config:
+    """uvicorn's settings: httptools, since h11 answers twice when both body lengths are given."""
+    return uvicorn.Config(
+        app,  # type: ignore[arg-type]
+        http=bounded_protocol(settings.max_header_bytes, settings.max_body_bytes, settings.read_seconds),
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning" if settings.log_level == "info" else settings.log_level,
+        access_log=settings.log_level == "debug",
+        proxy_headers=False,
+        server_header=False,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )
+
+
+class FoveateServer(uvicorn.Server):
+    """uvicorn with an engine behind it.
+
+    Attributes:
+        status: Exit status of the process.
+        loading: Whether the model is still being loaded.
+    """
+
+    def __init__(self, config: uvicorn.Config, state: ServerState, listener: socket.socket) -> None:
+        super().__init__(config)
+        self.status = 0
+        self.loading = True
+        self._state = state
+        self._listener = listener
+        self._listening = threading.Event()
+        self._engine: EngineLike | None = None
+
+    def load(self) -> None:
+        """Loads the model and takes requests; runs in a thread of its own."""
+        from .engine import Engine
+
+        try:
+            engine: EngineLike = Engine.load(self._state.settings)
+            self._state.serve(engine)
+        except Exception as error:
+            _log.debug("loading failed", exc_info=True)
+            print(f"foveate: cannot serve {self._state.settings.model}: {error}", file=sys.stderr, flush=True)
+            self.status = 1
+            self.should_exit = True
+            return
+        finally:
+            self.loading = False
+        self._engine = engine
+        self._listening.wait()
+        print(f"foveate is ready on {address_of(self._listener)}", flush=True)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._listening.set()
+
+    async def on_tick(self, counter: int) -> bool:
+        engine = self._engine
+        if engine is not None and engine.state == "dead" and not self._state.draining and not self.should_exit:
+            _log.critical("the engine has stopped; the server ends")
+            self.status = 1
+            self.should_exit = True
+        return await super().on_tick(counter)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._state.draining:
+            self.should_exit = self.force_exit = True
+            return
+        self._state.draining = True
+        threading.Thread(target=self._drain, name="foveate-drain", daemon=True).start()
+
+    def _drain(self) -> None:
+        """Lets running answers end while the socket still says 503 to new ones."""
+        try:
+            if self._engine is not None:
+                self._engine.shutdown(self._state.settings.drain_seconds)
+        finally:
+            self.should_exit = True

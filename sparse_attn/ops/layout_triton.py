@@ -1,0 +1,69 @@
+"""How tensors are handed to the kernels: strides, and one launch as a value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from foveate.kv_cache.view import PagedView
+
+from ..protocol import AttentionSpec
+from .tiling import Tiling, power_of_two
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Launch:
+    """One kernel launch, kept apart from running it so that it can also be compiled ahead of time."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    tiling: Tiling
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Compile options; fused multiply-add is asked for by name, as Triton's default is to change."""
+        return {
+            "num_warps": self.tiling.num_warps,
+            "num_stages": self.tiling.num_stages,
+            "enable_fp_fusion": True,
+        }
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:
+    """The tensor itself where its last axis has stride 1, which the kernels take for granted."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def key_arguments(view: PagedView, spec: AttentionSpec) -> dict[str, Any]:
+    """Arguments that prefill and decode share.
+
+    Raises:
+        ValueError: K and V are laid out differently, or channels are not next to each other.
+    """
+    keys, values = view.pages.keys, view.pages.values
+    if keys.stride() != values.stride() or keys.stride(3) != 1 or view.rows.block_tables.stride(1) != 1:
+        raise ValueError("K and V pages need equal strides, and 1 between channels and between table entries")
+    return {
+        "keys": keys,
+        "values": values,
+        "block_tables": view.rows.block_tables,
+        "context_lens": view.rows.context_lens,
+        "sinks": spec.sinks,
+        "scale": float(spec.scale),
+        "nearest": spec.band.nearest,
+        "farthest": spec.band.farthest,
+        "page_stride": keys.stride(0),
+        "head_stride": keys.stride(1),
+        "row_stride": keys.stride(2),
+        "table_stride": view.rows.block_tables.stride(0),
+        "SOFTCAP": float(spec.softcap),
+        "PAGE_SIZE": view.page_size,
+        "HEAD_DIM": view.head_dim,
+        "BLOCK_DIM": max(16, power_of_two(view.head_dim)),
+    }

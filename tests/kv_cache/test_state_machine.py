@@ -1,0 +1,221 @@
+"""Random lives of sequences over a tiny pool, held against a shadow that knows every token.
+
+K of a token is written as (token, fingerprint of everything up to it), so a page that is reused
+under another prefix or namespace, or read after it was given to somebody else, is seen.
+"""
+
+from __future__ import annotations
+
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+from foveate.kv_cache.errors import CacheError, OutOfPages
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.prefix import PrefixIndex, sha256
+from foveate.kv_cache.stats import KEY_MAX, KEY_SUM
+from foveate.kv_cache.table import BlockTable
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
+PAGE = 16
+NUM_PAGES = 9
+STATS = (KEY_SUM, KEY_MAX)
+
+# Prompts are made of two kinds of page, so that many of them begin alike.
+PROMPTS = st.builds(
+    lambda pages, rest: [token for page in pages for token in [page] * PAGE] + rest,
+    st.lists(st.sampled_from([1, 2]), max_size=3),
+    st.lists(st.sampled_from([1, 2]), min_size=1, max_size=PAGE),
+)
+
+
+@dataclass(eq=False)
+class Sequence:
+    table: BlockTable
+    tokens: list[int]  # those that are written, as far as the shadow knows
+
+    @property
+    def namespace(self) -> bytes:
+        return self.table.namespace
+
+
+def key_row(namespace: bytes, tokens: list[int], position: int) -> list[float]:
+    """What K of a token should be; whole numbers small enough for an exact float32 sum of a page."""
+    prefix = array("q", tokens[: position + 1]).tobytes()
+    return [float(tokens[position]), float(zlib.crc32(namespace + b"/" + prefix) & 0xFFFF)]
+
+
+class CacheMachine(RuleBasedStateMachine):
+    """Sequences are opened, grown, forked, freed and pushed out; invariants are checked after each step."""
+
+    sequences = Bundle("sequences")
+    digest: Callable[[bytes], bytes] = staticmethod(sha256)
+
+    def __init__(self) -> None:
+        super().__init__()
+        geometry = CacheGeometry(num_layers=1, num_kv_heads=1, head_dim=2, page_size=PAGE, num_pages=NUM_PAGES)
+        self.manager = KVCacheManager(PagePool(geometry, STATS))
+        self.manager.prefix = PrefixIndex(PAGE, digest=self.digest)
+        self.live: list[Sequence] = []
+        self.histories: set[tuple[bytes, tuple[int, ...]]] = set()
+
+    def write(self, sequence: Sequence, new: list[int]) -> None:
+        """One step: reserve, write K and its statistics where the slots say, commit."""
+        manager, table, start = self.manager, sequence.table, len(sequence.tokens)
+        tokens = sequence.tokens + new
+        before = (list(table.pages), table.num_tokens, manager.available)
+        needed = manager.pages_needed(table, len(tokens))
+        if needed > manager.available:
+            with pytest.raises(OutOfPages) as error:
+                manager.reserve(table, len(tokens))
+            assert (error.value.wanted, error.value.available) == (needed, before[2])
+            assert (table.pages, table.num_tokens, manager.available) == before
+            return
+        manager.reserve(table, len(tokens))
+        assert manager.available == before[2] - needed
+        writable = table.pages[start // PAGE : (len(tokens) - 1) // PAGE + 1]
+        assert [manager.allocator.references(page) for page in writable] == [1] * len(writable)
+        for position, slot in enumerate(manager.slots(table, start, len(tokens)), start):
+            self.write_slot(slot, torch.tensor(key_row(sequence.namespace, tokens, position)))
+        manager.commit(table, tokens)
+        sequence.tokens = tokens
+        self.histories.add((sequence.namespace, tuple(tokens)))
+
+    def write_slot(self, slot: int, row: torch.Tensor) -> None:
+        layer = self.manager.pool.layer(0)
+        page, offset = divmod(slot, PAGE)
+        layer.keys[page, 0, offset] = row
+        if offset == 0:
+            for stat, rows in layer.stats.items():
+                rows[page] = stat.fold.empty
+        layer.stats[KEY_SUM][page, 0] += row
+        layer.stats[KEY_MAX][page, 0] = torch.maximum(layer.stats[KEY_MAX][page, 0], row)
+
+    @rule(target=sequences, prompt=PROMPTS, namespace=st.sampled_from([b"a", b"b"]), chunk=st.integers(1, 64))
+    def open(self, prompt: list[int], namespace: bytes, chunk: int) -> Sequence:
+        table = self.manager.open(prompt, namespace)
+        assert table.num_cached < len(prompt)
+        assert table.num_cached % PAGE == 0
+        sequence = Sequence(table, prompt[: table.num_cached])
+        self.live.append(sequence)
+        self.write(sequence, prompt[table.num_cached :][:chunk])
+        return sequence
+
+    @rule(sequence=sequences, new=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=2 * PAGE))
+    def grow(self, sequence: Sequence, new: list[int]) -> None:
+        self.write(sequence, new)
+
+    @rule(sequence=sequences, ahead=st.integers(0, 3 * PAGE))
+    def reserve_ahead(self, sequence: Sequence, ahead: int) -> None:
+        """Takes pages that are not written yet."""
+        wanted = len(sequence.tokens) + ahead
+        if self.manager.pages_needed(sequence.table, wanted) <= self.manager.available:
+            self.manager.reserve(sequence.table, wanted)
+            assert len(sequence.table.pages) * PAGE >= wanted
+
+    @rule(target=sequences, parent=sequences)
+    def fork(self, parent: Sequence) -> Sequence:
+        before = self.manager.available
+        child = Sequence(self.manager.fork(parent.table), list(parent.tokens))
+        assert self.manager.available == before
+        self.live.append(child)
+        return child
+
+    @rule(sequence=consumes(sequences))
+    def free(self, sequence: Sequence) -> None:
+        self.manager.free(sequence.table)
+        self.manager.free(sequence.table)
+        self.live.remove(sequence)
+
+    @precondition(lambda self: self.manager.available > 0)
+    @rule(data=st.data())
+    def press(self, data: st.DataObject) -> None:
+        """Takes pages from everybody who does not hold them, spoils them and gives them back."""
+        allocator = self.manager.allocator
+        pages = allocator.allocate(data.draw(st.integers(1, allocator.available)))
+        for page in pages:
+            self.manager.pool.keys[:, page] = float("nan")
+            for rows in self.manager.pool.stats.values():
+                rows[:, page] = float("nan")
+            allocator.release(page)
+
+    @rule()
+    def reset_prefix(self) -> None:
+        self.manager.reset_prefix()
+        assert self.manager.allocator.num_cached == 0
+
+    @rule(page=st.integers(0, NUM_PAGES - 1))
+    def releasing_a_page_nobody_holds_is_refused(self, page: int) -> None:
+        if self.manager.allocator.references(page) == 0:
+            with pytest.raises(CacheError):
+                self.manager.allocator.release(page)
+
+    @invariant()
+    def every_page_is_in_one_state(self) -> None:
+        allocator = self.manager.allocator
+        assert allocator.num_free + allocator.num_cached + allocator.num_referenced == NUM_PAGES
+
+    @invariant()
+    def references_are_the_tables_that_hold_the_page(self) -> None:
+        held = Counter(page for sequence in self.live for page in sequence.table.pages)
+        assert {page: self.manager.allocator.references(page) for page in range(NUM_PAGES)} == {
+            page: held[page] for page in range(NUM_PAGES)
+        }
+        assert self.manager.num_pages_in_use == len(held)
+
+    @invariant()
+    def no_table_holds_a_page_twice(self) -> None:
+        for sequence in self.live:
+            assert len(set(sequence.table.pages)) == len(sequence.table.pages)
+
+    @invariant()
+    def every_sequence_reads_its_own_tokens(self) -> None:
+        layer = self.manager.pool.layer(0)
+        flat = layer.keys[:, 0].reshape(-1, 2)
+        for sequence in self.live:
+            table, tokens = sequence.table, sequence.tokens
+            assert table.num_tokens == len(tokens)
+            expected = [key_row(sequence.namespace, tokens, position) for position in range(len(tokens))]
+            assert flat[self.manager.slots(table, 0, len(tokens))].tolist() == expected
+            for start in range(0, len(tokens), PAGE):
+                rows = torch.tensor(expected[start : start + PAGE])
+                for stat, kept in layer.stats.items():
+                    assert torch.equal(kept[table.pages[start // PAGE], 0], stat.fold.reduce(rows, 0))
+
+    @invariant()
+    def every_entry_of_the_index_can_be_found(self) -> None:
+        """No entry is left behind a removed parent, and no cached page is lost to the index."""
+        index, allocator = self.manager.prefix, self.manager.allocator
+        found = {entry.page for namespace, tokens in self.histories for entry in index.match(list(tokens), namespace)}
+        assert len(found) == len(index) <= NUM_PAGES
+        assert sum(allocator.references(page) == 0 for page in found) == allocator.num_cached
+
+    def teardown(self) -> None:
+        for sequence in self.live:
+            self.manager.free(sequence.table)
+        assert self.manager.num_pages_in_use == 0
+        assert self.manager.available == NUM_PAGES
+        self.manager.reset_prefix()
+        assert self.manager.allocator.num_free == NUM_PAGES
+        assert len(self.manager.prefix) == 0
+
+
+class CollidingCacheMachine(CacheMachine):
+    """The same under a hash of three values, where nearly every page collides with another."""
+
+    digest = staticmethod(lambda data: bytes([zlib.crc32(data) % 3]))
+
+
+STEPS = settings(max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+TestCache = CacheMachine.TestCase
+TestCache.settings = STEPS
+TestCollidingCache = CollidingCacheMachine.TestCase
+TestCollidingCache.settings = STEPS

@@ -1,0 +1,139 @@
+"""The attention function: registration, padding, and what it refuses."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.pool import PagePool
+from foveate.patches.errors import PatchError, UnsupportedCall, UnsupportedModel
+from foveate.patches.interface import NAME, PackedStep, no_mask, paged_attention, register
+from foveate.patches.step import build_step
+from foveate.sparse_attn.protocol import Phase
+from transformers import AttentionInterface, AttentionMaskInterface
+
+
+class Layer(torch.nn.Module):
+    def __init__(self, **attributes):
+        super().__init__()
+        self.layer_idx = 0
+        for name, value in attributes.items():
+            setattr(self, name, value)
+
+
+@pytest.fixture
+def manager():
+    return KVCacheManager(PagePool(CacheGeometry(1, 2, 8, 16, 8)), prefix_reuse=False)
+
+
+@pytest.fixture
+def packed(manager):
+    return PackedStep(build_step(manager, [(manager.open([], b""), 5)], None))
+
+
+def tensors(batch=1, length=5, keys=None, dim=8, value_dim=8):
+    keys = length if keys is None else keys
+    return torch.randn(batch, 4, length, dim), torch.randn(batch, 2, keys, dim), torch.randn(batch, 2, keys, value_dim)
+
+
+def test_register_may_be_repeated():
+    register()
+    register()
+    assert AttentionInterface._global_mapping[NAME] is paged_attention
+    assert AttentionMaskInterface._global_mapping[NAME] is no_mask
+
+
+def test_import_changes_nothing():
+    code = (
+        "import foveate.patches.attach, foveate.patches.verify;"
+        "from transformers import AttentionInterface as A, AttentionMaskInterface as M;"
+        "assert 'foveate' not in A._global_mapping and 'foveate' not in M._global_mapping"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_output_is_causal_attention(packed):
+    query, key, value = tensors()
+    out, weights = paged_attention(Layer(), query, key, value, None, foveate_step=packed)
+    want = torch.nn.functional.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True)
+    assert weights is None
+    assert torch.allclose(out, want.transpose(1, 2), atol=1e-5)
+
+
+def test_padding_is_neither_read_nor_written(manager):
+    """Rows of 3 and 5 tokens in a left-padded batch give what each gives alone, and zeros elsewhere."""
+    query, key, value = tensors(batch=2)
+    tables = [manager.open([], b""), manager.open([], b"")]
+    index = torch.tensor([2, 3, 4, 5, 6, 7, 8, 9])
+    step = build_step(manager, [(tables[0], 3), (tables[1], 5)], None)
+    for tensor in (query, key, value):
+        tensor[0, :, :2] = float("nan")
+    out, _ = paged_attention(Layer(), query, key, value, None, foveate_step=PackedStep(step, index))
+    assert torch.equal(out[0, :2], torch.zeros(2, 4, 8))
+    for row, first in ((0, 2), (1, 0)):
+        alone = torch.nn.functional.scaled_dot_product_attention(
+            query[row : row + 1, :, first:],
+            key[row : row + 1, :, first:],
+            value[row : row + 1, :, first:],
+            is_causal=True,
+            enable_gqa=True,
+        )
+        assert torch.allclose(out[row, first:], alone[0].transpose(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layer", "inputs", "kwargs", "error", "message"),
+    [
+        pytest.param({}, {}, {"foveate_step": None}, UnsupportedCall, r"foveate\.attach\(model\)", id="no step"),
+        pytest.param({}, {}, {"foveate_step": object()}, UnsupportedCall, "got object", id="not a step"),
+        pytest.param({"layer_idx": None}, {}, {}, UnsupportedModel, "no layer_idx", id="no layer index"),
+        pytest.param({"is_causal": False}, {}, {}, UnsupportedModel, "bidirectional", id="bidirectional layer"),
+        pytest.param({}, {}, {"is_causal": False}, UnsupportedModel, "bidirectional", id="bidirectional call"),
+        pytest.param({}, {"keys": 9}, {}, UnsupportedModel, "9 keys for 5 queries", id="cross-attention"),
+        pytest.param({}, {"value_dim": 4}, {}, UnsupportedModel, "values 4", id="value head dim"),
+        pytest.param({}, {}, {"position_bias": torch.zeros(1)}, UnsupportedModel, "position bias", id="position bias"),
+        pytest.param({}, {}, {"dropout": 0.1}, UnsupportedCall, r"model\.eval\(\)", id="dropout"),
+        pytest.param({}, {}, {"attention_mask": torch.ones(1, 1, 5, 5)}, UnsupportedCall, "no attention mask", id="mask"),
+        pytest.param({}, {"length": 6}, {}, UnsupportedCall, "for 5 tokens, the model was given 6", id="wrong length"),
+    ],
+)
+def test_what_pages_cannot_do_is_refused(layer, inputs, kwargs, error, message, packed):
+    arguments = {"attention_mask": None, "foveate_step": packed, **kwargs}
+    with pytest.raises(error, match=message) as caught:
+        paged_attention(Layer(**layer), *tensors(**inputs), **arguments)
+    assert isinstance(caught.value, PatchError)
+
+
+def test_gradients_are_refused_in_training_only(packed):
+    query, key, value = tensors()
+    query.requires_grad_()
+    with pytest.raises(UnsupportedCall, match="no gradient"):
+        paged_attention(Layer(), query, key, value, None, foveate_step=packed)
+    out, _ = paged_attention(Layer().eval(), query, key, value, None, foveate_step=packed)
+    assert not out.requires_grad
+
+
+def test_a_mask_without_elements_is_none(packed):
+    out, _ = paged_attention(Layer(), *tensors(), torch.empty(1, 1, 0, 0), foveate_step=packed)
+    assert out.shape == (1, 5, 4, 8)
+
+
+def test_masks_of_the_models_own_are_refused():
+    assert no_mask(1, 5, 5, use_vmap=False, mask_function=None) is None
+    with pytest.raises(UnsupportedCall, match="function of its own"):
+        no_mask(1, 5, 5, use_vmap=True)
+
+
+def test_steps_of_one_token_behind_a_context_are_decode(manager):
+    first, second = manager.open([], b""), manager.open([], b"")
+    assert build_step(manager, [(first, 1)], None).groups[0].phase is Phase.PREFILL
+    manager.commit(first, range(1))
+    assert build_step(manager, [(first, 1), (second, 1)], None).groups[0].phase is Phase.PREFILL
+    manager.commit(second, range(1))
+    step = build_step(manager, [(first, 1), (second, 1)], None)
+    assert step.groups[0].phase is Phase.DECODE
+    assert step.positions.tolist() == [1, 1]

@@ -1,0 +1,104 @@
+"""The check at load lets sound families in and keeps broken ones out."""
+
+from __future__ import annotations
+
+import math
+
+import foveate.patches.interface as interface
+import pytest
+import torch
+from foveate.patches.attach import attach
+from foveate.patches.errors import AttachError, UnsupportedModel
+from foveate.patches.families import VERIFIED
+from foveate.patches.verify import VerifyReport, verify
+
+WAYS = ["one-shot prefill", "chunked prefill", "decode", "two packed sequences"]
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Registers an attention function with one argument changed."""
+
+    def install(**changes):
+        real = interface.paged_attention
+        monkeypatch.setattr(interface, "paged_attention", lambda *args, **kw: real(*args, **{**kw, **changes}))
+
+    yield install
+    monkeypatch.undo()
+    interface.register()
+
+
+@pytest.mark.parametrize("family", ["granite", "cohere", "gemma2"])
+def test_sound_families_pass(family, tiny):
+    model = tiny(family)
+    report = verify(model)
+    report.raise_on_failure()
+    assert report.passed
+    assert list(report.differences) == WAYS
+    assert 0 < report.largest < 1e-5
+    assert (family in VERIFIED) == (family == "gemma2")
+    assert "passed" in str(report)
+    assert model.config._attn_implementation == "eager"
+
+
+def test_bfloat16_passes_at_its_own_tolerance(config):
+    from transformers import GraniteForCausalLM
+
+    torch.manual_seed(0)
+    report = verify(GraniteForCausalLM(config("granite")).bfloat16())
+    assert report.passed
+    assert report.dtype is torch.bfloat16
+    assert 1e-4 < report.largest < report.tolerance
+
+
+@pytest.mark.parametrize(
+    ("family", "changes"),
+    [
+        pytest.param("granite", {"scaling": 0.25}, id="wrong scale"),
+        pytest.param("mistral", {"sliding_window": None}, id="window lost"),
+        pytest.param("gpt_oss", {"s_aux": None}, id="sinks lost"),
+        pytest.param("gemma2", {"softcap": None}, id="soft cap lost"),
+    ],
+)
+def test_broken_attention_is_refused(family, changes, tiny, broken):
+    broken(**changes)
+    report = verify(tiny(family))
+    assert not report.passed
+    assert report.largest > report.tolerance
+    with pytest.raises(UnsupportedModel, match="does not give the same logits"):
+        report.raise_on_failure()
+
+
+def test_what_is_raised_under_our_attention_is_the_report(tiny, broken):
+    broken(foveate_step=None)
+    report = verify(tiny("granite"))
+    assert "needs a step" in report.error
+    with pytest.raises(UnsupportedModel, match="needs a step"):
+        report.raise_on_failure()
+    assert tiny("granite").config._attn_implementation == "eager"
+
+
+def test_long_windows_are_said_to_be_untested(config):
+    from transformers import MistralForCausalLM
+
+    report = verify(MistralForCausalLM(config("mistral", sliding_window=4096)))
+    assert report.passed
+    assert report.untested_window == 4096
+    assert "4096 tokens: longer than the test" in str(report)
+
+
+def test_nan_fails():
+    assert not VerifyReport("any", torch.float32, 1e-3, {"decode": math.nan}).passed
+
+
+def test_training_mode_comes_back(config):
+    from transformers import GraniteForCausalLM
+
+    model = GraniteForCausalLM(config("granite", attention_dropout=0.5)).train()
+    assert verify(model).passed
+    assert model.training
+
+
+def test_an_attached_model_is_refused(tiny):
+    with attach(tiny("granite")), pytest.raises(AttachError):
+        verify(tiny("granite"))

@@ -1,0 +1,136 @@
+"""The scheduler alone: real block tables, no model."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.pool import PagePool
+from foveate.server.scheduler import Scheduler
+from foveate.server.sequence import Sequence
+
+
+def make_sequence(prompt, arrival, namespace=b""):
+    request = SimpleNamespace(prompt_token_ids=list(prompt), arrival=arrival)
+    group = SimpleNamespace(request=request, namespace=namespace, cached_tokens=0)
+    return Sequence(group, 0, list(prompt), None, None, None)
+
+
+def make_scheduler(pages=64, room=32, running=8, prefix=False):
+    cache = KVCacheManager(PagePool(CacheGeometry(1, 1, 2, 16, pages)), prefix_reuse=prefix)
+    return Scheduler(cache, max_batch_tokens=room, max_running=running)
+
+
+def step(scheduler):
+    """Runs one step as the engine would: every chunk is written, ended sequences draw a token."""
+    chunks = scheduler.schedule()
+    for chunk in chunks:
+        sequence = chunk.sequence
+        assert chunk.start == sequence.num_computed
+        scheduler.cache.slots(sequence.table, chunk.start, chunk.start + chunk.count)  # raises if there is no page
+        ends = chunk.ends_sequence
+        sequence.num_computed = chunk.start + chunk.count
+        scheduler.cache.commit(sequence.table, sequence.tokens, sequence.num_computed)
+        if ends:
+            sequence.tokens.append(7)
+    return chunks
+
+
+def test_long_prompts_go_in_chunks_of_the_step():
+    scheduler = make_scheduler(room=32)
+    scheduler.add(make_sequence(range(75), 0))
+    assert [step(scheduler)[0].count for _ in range(4)] == [32, 32, 11, 1]
+
+
+def test_decoding_comes_before_prompts():
+    scheduler = make_scheduler(room=32)
+    scheduler.add(make_sequence(range(10), 1))
+    step(scheduler)
+    scheduler.add(make_sequence(range(75), 0))  # older, but still a prompt
+    assert [chunk.count for chunk in step(scheduler)] == [1, 31]
+    assert [chunk.count for chunk in step(scheduler)] == [1, 31]
+
+
+def test_oldest_waits_first_and_nobody_overtakes_it():
+    scheduler = make_scheduler(pages=8, room=128)
+    first = make_sequence(range(60), 0)
+    scheduler.add(first)
+    step(scheduler)
+    big, small = make_sequence(range(100), 1), make_sequence(range(5), 2)
+    scheduler.add(small)
+    scheduler.add(big)
+    step(scheduler)
+    assert scheduler.waiting == [big, small]
+    scheduler.remove(first)
+    step(scheduler)
+    assert big in scheduler.running
+
+
+def test_max_running_bounds_the_batch():
+    scheduler = make_scheduler(running=2)
+    for arrival in range(4):
+        scheduler.add(make_sequence(range(3), arrival))
+    assert len(step(scheduler)) == 2
+    assert len(scheduler.waiting) == 2
+
+
+def test_the_youngest_is_preempted_and_computed_again():
+    scheduler = make_scheduler(pages=4, room=64)
+    old, young = make_sequence(range(30), 0), make_sequence(range(100, 130), 1)
+    scheduler.add(old)
+    scheduler.add(young)
+    while young.table is not None or not scheduler.preemptions:
+        step(scheduler)
+    assert old.table is not None
+    assert scheduler.waiting == [young]
+    assert young.num_computed == 0
+    kept = list(young.tokens)
+    scheduler.remove(old)
+    chunk = step(scheduler)[0]
+    assert chunk.sequence is young
+    assert chunk.count == len(kept)
+
+
+def test_a_shared_prefix_is_not_computed_twice():
+    scheduler = make_scheduler(prefix=True, room=256)
+    scheduler.add(make_sequence(range(100), 0))
+    step(scheduler)
+    again = make_sequence(range(100), 1)
+    scheduler.add(again)
+    assert [chunk.count for chunk in step(scheduler)] == [1, 100 - 96]
+    assert again.group.cached_tokens == 96
+    other = make_sequence(range(100), 2, namespace=b"another policy")
+    scheduler.add(other)
+    assert step(scheduler)[-1].count == 100
+
+
+@pytest.mark.parametrize("prefix", [False, True], ids=["no-reuse", "reuse"])
+@given(
+    lengths=st.lists(st.integers(1, 90), min_size=1, max_size=8),
+    answers=st.integers(1, 30),
+    pages=st.integers(8, 20),
+    room=st.integers(1, 64),
+)
+@settings(max_examples=60, deadline=None)
+def test_every_request_ends_and_no_page_is_left(prefix, lengths, answers, pages, room):
+    scheduler = make_scheduler(pages=pages, room=room, running=4, prefix=prefix)
+    sequences = [make_sequence(range(length), arrival) for arrival, length in enumerate(lengths)]
+    for sequence in sequences:
+        scheduler.add(sequence)
+    for _ in range(20_000):
+        if not scheduler.has_work:
+            break
+        chunks = step(scheduler)
+        assert chunks, "work is waiting, but nothing is computed"
+        assert sum(chunk.count for chunk in chunks) <= room
+        for chunk in chunks:
+            if chunk.sequence.num_generated >= answers:
+                scheduler.remove(chunk.sequence)
+    assert not scheduler.has_work
+    assert all(sequence.num_generated == answers for sequence in sequences)
+    assert scheduler.cache.num_pages_in_use == 0
