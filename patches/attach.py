@@ -180,7 +180,8 @@ def _scheme(policy: str | Scheme | Mapping[str, Any]) -> Scheme:
 
 def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:
     """Every config in the model and in its configs, once each."""
-    waiting = [module.config for module in model.modules() if isinstance(getattr(module, "config", None), PreTrainedConfig)]
+    found = (getattr(module, "config", None) for module in model.modules())
+    waiting = [config for config in found if isinstance(config, PreTrainedConfig)]
     seen: set[int] = set()
     while waiting:
         config = waiting.pop()

@@ -17,7 +17,7 @@ from .errors import AttachError, UnsupportedCall
 from .step import build_step
 
 
-class PagedGenerateCache(Cache):  # type: ignore[misc]
+class PagedGenerateCache(Cache):
     """One block table per row of a batch.
 
     K and V are written by the attention function, so ``update`` hands them back as they came.
@@ -137,7 +137,7 @@ class PagedGenerateCache(Cache):  # type: ignore[misc]
         return False
 
     def __len__(self) -> int:
-        return self.manager.pool.geometry.num_layers
+        return int(self.manager.pool.num_layers)
 
     def __repr__(self) -> str:
         pages = sum(len(table.pages) for table in self.tables)

@@ -33,7 +33,7 @@ class AttachError(PatchError, RuntimeError):
     """The model is attached already, or something is used after detaching."""
 
 
-class CacheExhausted(PatchError, OutOfPages):
+class CacheExhausted(PatchError, OutOfPages):  # type: ignore[misc, unused-ignore]
     """The KV pool of an attached model is full."""
 
     def __init__(self, cause: OutOfPages, num_pages: int, page_size: int) -> None:

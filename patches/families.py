@@ -112,7 +112,8 @@ def _refuse(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
         "its layers share keys and values": (getattr(text, "num_kv_shared_layers", None) or 0) > 0
         or any(mode is not None for mode in getattr(text, "kv_sharing_modes", None) or ()),
         "its keys and values are compressed (multi-head latent attention)": getattr(text, "kv_lora_rank", None),
-        "its values have another head dim than its keys": value_dim is not None and value_dim != (head_dim or value_dim),
+        "its values have another head dim than its keys": value_dim is not None
+        and value_dim != (head_dim or value_dim),
         "its logits get a position bias (ALiBi)": getattr(text, "alibi", None),
         f"it has layers of type {', '.join(sorted(kinds))}": kinds,
     }

@@ -20,7 +20,13 @@ from .errors import CacheExhausted, UnsupportedCall
 from .interface import PackedStep
 
 # Inputs that change what attention reads in ways that a step does not carry.
-_FOREIGN_INPUTS = ("pixel_values", "pixel_values_videos", "input_features", "mm_encoder_outputs", "encoder_hidden_states")
+_FOREIGN_INPUTS = (
+    "pixel_values",
+    "pixel_values_videos",
+    "input_features",
+    "mm_encoder_outputs",
+    "encoder_hidden_states",
+)
 
 
 @dataclass(slots=True)
@@ -31,6 +37,7 @@ class _Pass:
     columns: int
     kept: bool
     step: StepState
+    replaced: DynamicCache | None
 
 
 class StepHook:
@@ -59,6 +66,7 @@ class StepHook:
         self._use_cache = bool(getattr(model.config.get_text_config(), "use_cache", True))
         self._names = tuple(inspect.signature(model.forward).parameters)
         self._caches: weakref.WeakSet[PagedGenerateCache] = weakref.WeakSet()
+        self._replaced: weakref.WeakSet[DynamicCache] = weakref.WeakSet()
         self._pass: _Pass | None = None
         self.keys_read = torch.zeros(2, dtype=torch.float64)
         self._handles = (
@@ -94,7 +102,8 @@ class StepHook:
                 cache.reset()
             pages = cache.manager.allocator.num_pages
             raise CacheExhausted(error, pages, cache.manager.page_size) from error
-        self._pass = _Pass(cache, columns, kept, step)
+        past = given.get("past_key_values")
+        self._pass = _Pass(cache, columns, kept, step, past if isinstance(past, DynamicCache) else None)
         position_ids = torch.zeros(batch, columns, dtype=torch.int64, device=inputs.device)
         position_ids[real.to(inputs.device)] = step.positions.to(inputs.device)
         _check_positions(given.get("position_ids"), position_ids, real)
@@ -114,6 +123,8 @@ class StepHook:
             done.cache.abandon()
         else:
             done.cache.finish(done.columns)
+            if done.replaced is not None:
+                self._replaced.add(done.replaced)
             self.keys_read = self.keys_read.to(done.step.keys_read.device) + done.step.keys_read.sum(0)
         if not done.kept:
             done.cache.reset()
@@ -131,6 +142,11 @@ class StepHook:
             raise UnsupportedCall(
                 f"past_key_values is a {type(past).__name__} of its own; leave it (and cache_implementation) out, "
                 "an attached model keeps keys in pages"
+            )
+        if past in self._replaced:
+            raise UnsupportedCall(
+                "the tokens of this DynamicCache went to pages in an earlier pass; go on with that pass's "
+                "output.past_key_values"
             )
         use_cache = given.get("use_cache")
         kept = past is not None or (self._use_cache if use_cache is None else bool(use_cache))

@@ -86,8 +86,9 @@ def paged_attention(
         UnsupportedModel: the layer is not causal self-attention with equal head dims.
     """
     packed = _checked(module, query, key, value, attention_mask, dropout, foveate_step, kwargs)
+    index_of_layer: Any = module.layer_idx
     layer = LayerCall(
-        module.layer_idx,  # type: ignore[arg-type]
+        index_of_layer,
         AttentionSpec(
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
             softcap=softcap or 0.0,

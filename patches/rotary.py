@@ -88,7 +88,8 @@ class ModelRotary:
         cos = (was.cos() * now.cos() + was.sin() * now.sin())[:, None]
         sin = (now.sin() * was.cos() - now.cos() * was.sin())[:, None]
         half = inv_freq.shape[0]
-        first, second, rest = query.float().split([half, half, query.shape[-1] - 2 * half], dim=-1)
+        full = query.float()
+        first, second, rest = full[..., :half], full[..., half : 2 * half], full[..., 2 * half :]
         moved = torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
         return moved.to(query.dtype)
 
@@ -105,7 +106,9 @@ class ModelRotary:
             try:
                 return torch.as_tensor(apply(query, query, *self._rotary(*arguments))[0])[0].transpose(0, 1)
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
-                raise UnsupportedRotary(f"{type(self._rotary).__name__} is called in an unknown way: {error}") from error
+                raise UnsupportedRotary(
+                    f"{type(self._rotary).__name__} is called in an unknown way: {error}"
+                ) from error
 
         ours = self.cap(rotated(positions), positions, limit, layer)
         theirs = rotated(positions.clamp(max=limit))
@@ -114,9 +117,10 @@ class ModelRotary:
 
 
 def _find(model: PreTrainedModel) -> torch.nn.Module:
+    decoder: torch.nn.Module = model.get_decoder()  # type: ignore[no-untyped-call]
     found = [
         module
-        for module in model.get_decoder().modules()
+        for module in decoder.modules()
         if any(name == "inv_freq" or name.endswith("_inv_freq") for name, _ in module.named_buffers(recurse=False))
     ]
     if len(found) != 1:

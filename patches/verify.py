@@ -17,9 +17,11 @@ from .families import ModelFacts, facts
 from .interface import PackedStep
 from .step import build_step
 
-# Root mean square of the difference over that of the logits. Stock attention of the same model in
-# another order of summation (eager against sdpa) stays an order of magnitude below each.
-TOLERANCES = {torch.float32: 2e-4, torch.float16: 1e-2, torch.bfloat16: 5e-2}
+# Bounds on the root mean square of the difference over that of the logits. Over tiny random models of
+# twelve families, stock eager and stock sdpa attention differ by 1e-6 in float32, 3e-3 in float16 and
+# 2e-2 in bfloat16, and experts that a router swaps on a near tie add up to 8e-2. So float32 shows any
+# fault, half precision the gross ones: a lost window, soft cap or neighbour is 0.3 and more.
+TOLERANCES = {torch.float32: 2e-4, torch.float16: 0.1, torch.bfloat16: 0.1}
 
 PROMPT_TOKENS, DECODE_TOKENS, NEIGHBOUR_TOKENS = 70, 3, 41
 
@@ -62,7 +64,9 @@ class VerifyReport:
         if self.untested_window is not None:
             lines.append(f"sliding window of {self.untested_window} tokens: longer than the test, not exercised")
         verdict = "passed" if self.passed else "FAILED"
-        lines.append(f"{self.model_type} in {str(self.dtype).removeprefix('torch.')}: {verdict} at {self.tolerance:.0e}")
+        lines.append(
+            f"{self.model_type} in {str(self.dtype).removeprefix('torch.')}: {verdict} at {self.tolerance:.0e}"
+        )
         return "\n".join(lines)
 
     def raise_on_failure(self) -> None:
@@ -98,7 +102,7 @@ def verify(model: PreTrainedModel) -> VerifyReport:
     differences: dict[str, float] = {}
     error = ""
     training = model.training
-    model.eval()
+    model.train(False)
     try:
         stock = _stock(model, first, second)
         with attach_engine(model):
@@ -118,14 +122,17 @@ def verify(model: PreTrainedModel) -> VerifyReport:
     )
 
 
-def _stock(model: PreTrainedModel, *sequences: torch.Tensor) -> list[torch.Tensor]:
+def _stock(model: PreTrainedModel, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     text = model.config.get_text_config()
     configs = [model.config] if text is model.config else [model.config, text]
     before = [config._attn_implementation_internal for config in configs]
     try:
         for config in configs:
             config._attn_implementation_internal = "eager"
-        return [model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in sequences]
+        first_logits, second_logits = (
+            model(input_ids=ids[None], use_cache=False).logits[0].float() for ids in (first, second)
+        )
+        return first_logits, second_logits
     finally:
         for config, implementation in zip(configs, before, strict=True):
             config._attn_implementation_internal = implementation
@@ -169,7 +176,7 @@ def _compare(
     stock_second: torch.Tensor,
     differences: dict[str, float],
 ) -> None:
-    prompt, answer = first.split([len(first) - DECODE_TOKENS, DECODE_TOKENS])
+    prompt, answer = first[:-DECODE_TOKENS], first[-DECODE_TOKENS:]
     table = packed.open()
     differences["one-shot prefill"] = _difference(packed.run((table, prompt)), stock_first[: len(prompt)])
     packed.manager.free(table)
@@ -178,7 +185,7 @@ def _compare(
     cut = len(prompt) * 33 // 70
     chunks = [packed.run((table, part)) for part in (prompt[:cut], prompt[cut:])]
     differences["chunked prefill"] = _difference(torch.cat(chunks), stock_first[: len(prompt)])
-    steps = [packed.run((table, token)) for token in answer.split(1)]
+    steps = [packed.run((table, token)) for token in answer[:, None]]
     differences["decode"] = _difference(torch.cat(steps), stock_first[len(prompt) :])
     packed.manager.free(table)
 

@@ -10,6 +10,8 @@ from collections import deque
 from functools import lru_cache
 from typing import Any
 
+import torch
+
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
@@ -81,6 +83,11 @@ class Engine:
     @property
     def vocab_size(self) -> int:
         return self._loaded.vocab_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of weights and KV."""
+        return self._loaded.dtype
 
     @property
     def tokenizer(self) -> Any:

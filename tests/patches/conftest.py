@@ -51,7 +51,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma3",
         {"sliding_window": WINDOW, "head_dim": 32, "query_pre_attn_scalar": 24, "layer_types": _MIXED},
     ),
-    "phi3": ("Phi3", {"sliding_window": WINDOW, "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5}}),
+    "phi3": (
+        "Phi3",
+        {
+            "sliding_window": WINDOW,
+            "rope_parameters": {"rope_theta": 1e4, "rope_type": "default", "partial_rotary_factor": 0.5},
+        },
+    ),
     "gpt_oss": (
         "GptOss",
         {

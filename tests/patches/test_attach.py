@@ -78,7 +78,7 @@ def test_plain_forward_gives_the_logits_of_stock_attention(llama, tokens):
         assert attached.manager.num_pages_in_use == 2
         del out
         assert attached.manager.num_pages_in_use == 0
-        assert llama(ids, use_cache=False).past_key_values is None
+        assert llama(ids, use_cache=False, labels=ids).past_key_values is None
         assert attached.manager.num_pages_in_use == 0
 
 
@@ -133,17 +133,22 @@ def test_dense_tail_of_the_prompt_reads_every_key(tiny, tokens):
             assert attached.keys_read_fraction < 0.9
     assert torch.allclose(got[20][:, -20:], want[:, -20:], atol=1e-4)
     assert not torch.allclose(got[0][:, -20:], want[:, -20:], atol=1e-2)
-    assert torch.equal(got[20][:, :-20], got[0][:, :-20])
+    assert torch.allclose(got[20][:, :-20], got[0][:, :-20], atol=1e-5)
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3_text"])
 def test_the_model_is_itself_again_even_after_an_exception(family, tiny, tokens):
     model = tiny(family)
     before = model.config._attn_implementation
-    with pytest.raises(KeyError, match="from the caller"), attach(model) as attached:
-        kept = model(tokens(1, 20)).past_key_values
-        assert kept is not None
-        raise KeyError("from the caller")
+    attached = attach(model)
+    kept = model(tokens(1, 20)).past_key_values
+
+    def fail_inside():
+        with attached:
+            raise KeyError("from the caller")
+
+    with pytest.raises(KeyError, match="from the caller"):
+        fail_inside()
     assert model.config._attn_implementation == model.model.config._attn_implementation == before
     assert not model._forward_pre_hooks
     assert not model._forward_hooks
@@ -207,9 +212,8 @@ def test_default_pool_fits_the_first_batch_at_full_context(llama, tokens):
 
 
 def test_default_pool_is_bounded(config, tokens, monkeypatch):
-    from transformers import LlamaForCausalLM
-
     import foveate.patches.attach as attach_module
+    from transformers import LlamaForCausalLM
 
     model = LlamaForCausalLM(config("llama", max_position_embeddings=10**9)).eval()
     monkeypatch.setattr(attach_module, "DEFAULT_POOL_BYTES", 2**20)
@@ -245,7 +249,11 @@ def test_caches_of_others_are_refused(llama, tokens, tiny):
     with attach(llama):
         with pytest.raises(UnsupportedCall, match="DynamicCache of its own"):
             llama(tokens(1, 4), past_key_values=filled)
-        own = llama(tokens(1, 4)).past_key_values
+        empty = DynamicCache(config=llama.config)
+        own = llama(tokens(1, 4), past_key_values=empty).past_key_values
+        assert isinstance(own, PagedGenerateCache)
+        with pytest.raises(UnsupportedCall, match=r"output\.past_key_values"):
+            llama(tokens(1, 4), past_key_values=empty)
         with attach(tiny("olmo2")), pytest.raises(UnsupportedCall, match="another attached model"):
             tiny("olmo2")(tokens(1, 4), past_key_values=own)
         with pytest.raises(UnsupportedCall, match="StaticCache of its own"):

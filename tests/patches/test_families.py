@@ -149,7 +149,13 @@ def test_facts_of_each_family(config):
     assert facts(config("gpt_oss")).learned_sinks
     assert not facts(config("gemma3_text")).learned_sinks
     sizes = facts(config("qwen3"))
-    assert (sizes.num_layers, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.vocab_size) == (3, 4, 2, 32, 101)
+    assert (sizes.num_layers, sizes.num_heads, sizes.num_kv_heads, sizes.head_dim, sizes.vocab_size) == (
+        3,
+        4,
+        2,
+        32,
+        101,
+    )
     assert facts(config("olmo2")).head_dim == 16
 
 
@@ -157,7 +163,9 @@ def test_facts_of_each_family(config):
     ("rope", "length"),
     [
         pytest.param({"rope_type": "default"}, 256, id="default"),
-        pytest.param({"rope_type": "linear", "factor": 2.0}, 256, id="linear: max_position_embeddings is the extended length"),
+        pytest.param(
+            {"rope_type": "linear", "factor": 2.0}, 256, id="linear: max_position_embeddings is the extended length"
+        ),
         pytest.param({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}, 512, id="yarn"),
         pytest.param({"rope_type": "yarn", "factor": 4.0}, 1024, id="yarn with the original length in max_position"),
         pytest.param({"rope_type": "dynamic", "factor": 4.0}, 256, id="dynamic"),

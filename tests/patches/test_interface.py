@@ -97,7 +97,9 @@ def test_padding_is_neither_read_nor_written(manager):
         pytest.param({}, {"value_dim": 4}, {}, UnsupportedModel, "values 4", id="value head dim"),
         pytest.param({}, {}, {"position_bias": torch.zeros(1)}, UnsupportedModel, "position bias", id="position bias"),
         pytest.param({}, {}, {"dropout": 0.1}, UnsupportedCall, r"model\.eval\(\)", id="dropout"),
-        pytest.param({}, {}, {"attention_mask": torch.ones(1, 1, 5, 5)}, UnsupportedCall, "no attention mask", id="mask"),
+        pytest.param(
+            {}, {}, {"attention_mask": torch.ones(1, 1, 5, 5)}, UnsupportedCall, "no attention mask", id="mask"
+        ),
         pytest.param({}, {"length": 6}, {}, UnsupportedCall, "for 5 tokens, the model was given 6", id="wrong length"),
     ],
 )

@@ -1,0 +1,131 @@
+"""``foveate doctor``: what this machine can do, and whether a model's attention is computed rightly."""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import time
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import torch
+from foveate.patches.errors import PatchError
+from foveate.patches.families import facts
+from foveate.patches.verify import verify
+
+from .exceptions import EngineError
+from .loader import LoadedModel, load
+from .options import EngineOptions
+from .packaged import PackagedModelError
+
+# Instruction sets that decide how fast a CPU multiplies matrices.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+GEMM_SIZE, GEMM_RUNS = 1024, 5
+
+
+def run(model: str | None) -> int:
+    """Prints the report.
+
+    Args:
+        model: Packaged name, local directory or hub id to check too.
+
+    Returns:
+        Exit code: 1 if the model cannot be served, else 0.
+    """
+    _print(_machine())
+    if model is None:
+        return 0
+    print()
+    try:
+        loaded = load(EngineOptions(model=model))
+    except (PatchError, PackagedModelError, EngineError, OSError, ValueError) as error:
+        print(f"{model} cannot be served: {error}")
+        return 1
+    try:
+        _print(_facts(loaded))
+    finally:
+        loaded.attached.detach()
+    report = verify(loaded.model)
+    print(report)
+    return 0 if report.passed else 1
+
+
+def gemm_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """Measured GFLOP/s of a square matrix product: the median of a few, after one to warm up."""
+    left, right = (torch.randn(GEMM_SIZE, GEMM_SIZE, device=device).to(dtype) for _ in range(2))
+    seconds = []
+    for _ in range(GEMM_RUNS + 1):
+        start = time.perf_counter()
+        (left @ right)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - start)
+    return 2 * GEMM_SIZE**3 / statistics.median(seconds[1:]) / 1e9
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    yield "python", platform.python_version()
+    yield "torch", torch.__version__
+    for package in ("transformers", "triton", "flashinfer-python"):
+        yield package, _version(package)
+    yield "cores", f"{_cores()} ({torch.get_num_threads()} torch threads)"
+    yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    yield "cpu", f"{torch.backends.cpu.get_cpu_capability()} ({', '.join(_cpu_flags()) or 'flags unknown'})"
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda"))
+        free, total = torch.cuda.mem_get_info()
+        yield "gpu", f"{torch.cuda.get_device_name()}, {free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    else:
+        yield "gpu", "none that this torch can use"
+    for device in devices:
+        rates = {name: gemm_rate(getattr(torch, name), device) for name in ("float32", "bfloat16")}
+        measured = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items())
+        yield f"matrix product on {device.type}", f"{measured}: {max(rates, key=rates.__getitem__)} is faster"
+
+
+def _facts(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
+    known = facts(loaded.model.config)
+    yield "model", f"{known.model_type}, {str(loaded.model.dtype).removeprefix('torch.')} on {loaded.model.device}"
+    yield (
+        "attention",
+        (f"{known.num_layers} layers, {known.num_heads} heads over {known.num_kv_heads} KV heads of {known.head_dim}"),
+    )
+    windows = [window for window in known.windows if window]
+    if windows:
+        yield "sliding window", f"{max(windows)} tokens in {len(windows)} layers"
+    if not all(known.rotates):
+        yield "without rotation", f"{known.rotates.count(False)} layers"
+    if known.softcap:
+        yield "soft cap", f"{known.softcap:g}"
+    if known.learned_sinks:
+        yield "sinks", "learned, one per head"
+    yield "context", f"{known.context_length} tokens"
+    yield "schemes that move positions", "available" if loaded.rotary else "not available: unknown rotary embedding"
+
+
+def _print(lines: Iterator[tuple[str, str]]) -> None:
+    for name, value in lines:
+        print(f"{name + ':':<28} {value}", flush=True)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _cpu_flags() -> list[str]:
+    try:
+        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
+    except OSError:
+        return []
+    return [flag for flag in CPU_FLAGS if flag in words]
