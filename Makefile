@@ -2,6 +2,7 @@
 SHELL := /bin/bash
 BIN := .venv/bin
 DEMO_MODEL := smollm2-135m
+FOLDERS := server patches sparse_attn kv_cache
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test lint check bench clean
@@ -24,13 +25,15 @@ test: lint ## lint, then the whole test suite
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
+	@mkdir -p build/types/foveate
+	@ln -sfn $(addprefix ../../../src/foveate/,__init__.py py.typed) $(addprefix ../../../,$(FOLDERS)) build/types/foveate/
 	@$(BIN)/mypy
 
 check: lint test ## lint and test
 
 bench: setup ## measure speed on this machine
 	@$(BIN)/foveate pull $(DEMO_MODEL)
-	@$(BIN)/python tests/bench/run.py
+	@$(BIN)/python tests/bench/compare_transformers.py
 
 clean: ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from types import TracebackType
 from typing import Any
 
+from transformers import PreTrainedConfig, PreTrainedModel
+
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.protocol import Scheme
-from transformers import PreTrainedConfig, PreTrainedModel
 
 from .errors import AttachError, UnsupportedModel
 from .families import ModelFacts, facts

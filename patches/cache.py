@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
+from transformers.cache_utils import Cache
+
 from foveate.kv_cache.errors import CacheConfigError
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.table import BlockTable
 from foveate.sparse_attn.protocol import QueryRotator, Scheme, StepState
-from transformers.cache_utils import Cache
 
 from .errors import AttachError, UnsupportedCall
 from .step import build_step

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import PreTrainedModel
+from transformers.cache_utils import DynamicCache
+
 from foveate.kv_cache.errors import OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.sparse_attn.protocol import QueryRotator, Scheme, StepState
-from transformers import PreTrainedModel
-from transformers.cache_utils import DynamicCache
 
 from .cache import PagedGenerateCache
 from .errors import CacheExhausted, UnsupportedCall

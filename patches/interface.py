@@ -6,11 +6,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
 from foveate.sparse_attn import ops
 from foveate.sparse_attn.attend import attend
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
 from foveate.sparse_attn.selection import Band
-from transformers import AttentionInterface, AttentionMaskInterface
 
 from .errors import UnsupportedCall, UnsupportedModel
 

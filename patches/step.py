@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.table import BlockTable
 from foveate.kv_cache.view import Rows

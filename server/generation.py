@@ -31,11 +31,12 @@ async def respond(
     """
     state = state_of(request)
     scheme = await state.text.run(engine.build_scheme, body.attention)
-    stream = ResponseStream(engine, state.metrics, state.settings.request_seconds)
+    limits = state.settings
+    stream = ResponseStream(engine, state.metrics, limits.request_seconds, limits.write_seconds)
     # Owners of different keys never share prefix pages, or the time to the first token would tell on them.
     stream.submit(prompts, body.sampling(), scheme, f"{request.scope.get(OWNER, '')}/{body.cache_salt}")
     if body.stream:
-        return EventStream(stream, _stream(stream, body, prompts, answer), state.settings.write_seconds)
+        return EventStream(stream, _stream(stream, body, prompts, answer), limits.write_seconds)
     try:
         async with stream.watching(request.receive):
             return JSONResponse(await _collect(stream, body, len(prompts), answer))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import hmac
+import logging
 import uuid
 from contextlib import suppress
 
@@ -21,7 +22,10 @@ from .settings import Settings
 OPEN_PATHS = frozenset({"/health", "/metrics"})
 MAX_LABEL_BYTES = 128
 LINGER_SECONDS = 2.0
+_TIMEOUT = 408
 OWNER = "foveate.owner"  # scope key: digest of the API key that was used, in hex
+
+_log = logging.getLogger(__name__)
 
 
 class Limits:
@@ -53,9 +57,10 @@ class Limits:
         try:
             await self._app(scope, _replay(body, receive), send)
         except Exception as error:
-            if not started.is_set():
-                await error_response(error)(scope, receive, send)
-            raise  # for the log
+            if started.is_set():
+                raise  # nothing can be said any more: the connection ends
+            _log.exception("a request failed")
+            await error_response(error)(scope, receive, send)
 
     def _labelled(self, send: Send, label: bytes) -> tuple[Send, asyncio.Event]:
         """``send`` with the label and the count, and whether it was used."""
@@ -117,7 +122,7 @@ class Limits:
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
-            raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from None
+            raise ApiError(_TIMEOUT, "The body did not arrive in time.", code="body_timeout") from None
 
     def _too_large(self) -> ApiError:
         return ApiError(413, f"The body is larger than {self._settings.max_body_bytes} bytes.", code="body_too_large")
@@ -130,7 +135,7 @@ async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
     await send({"type": "http.response.start", "status": response.status_code, "headers": response.raw_headers})
     await send({"type": "http.response.body", "body": response.body, "more_body": True})
     with suppress(TimeoutError):
-        async with asyncio.timeout(LINGER_SECONDS):
+        async with asyncio.timeout(0 if error.status == _TIMEOUT else LINGER_SECONDS):
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})

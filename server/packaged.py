@@ -141,12 +141,13 @@ def resolve(name_or_path: str) -> str:
 
 def pulled(name: str, directory: Path | None = None) -> Path | None:
     """Directory of packaged model ``name`` if it is there and whole, else ``None``. Fetches nothing."""
+    model = _lookup(name)
     target = (directory or models_directory()) / name
     try:
         record = json.loads((target / _RECORD).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return target if record == _record(_lookup(name)) else None
+    return target if record == _record(model) else None
 
 
 def pull(name: str, directory: Path | None = None) -> Path:

@@ -37,6 +37,7 @@ def _model(engine: EngineLike) -> dict[str, Any]:
         "created": engine.created,
         "owned_by": "foveate",
         "max_model_len": engine.context_length,
+        "dtype": str(engine.dtype).removeprefix("torch."),
         "attention": {"default": engine.default_scheme.name, "schemes": engine.schemes()},
     }
 

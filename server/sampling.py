@@ -127,5 +127,5 @@ def _as_logprobs(
 def _fetch(*tensors: Tensor) -> list[Tensor]:
     """32-bit tensors on the host, in one transfer."""
     flat = torch.cat([tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]).cpu()
-    parts = flat.split([tensor.numel() for tensor in tensors])
+    parts = flat.split_with_sizes([tensor.numel() for tensor in tensors])
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from numbers import Integral, Real
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from .exceptions import InvalidRequest
@@ -49,28 +48,31 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     if params.seed is not None:
         _integer(params, "seed", -_INT64, _INT64 - 1)
     _check_stops(params.stop)
+    _check_biases(params.logit_bias)
+    if not isinstance(params.stop_token_ids, tuple | list):
+        raise InvalidRequest("stop_token_ids must be a list of token ids", "stop_token_ids")
     _check_ids("stop_token_ids", params.stop_token_ids, MAX_STOPS, vocab_size)
     _check_ids("logit_bias", params.logit_bias, MAX_BIASES, vocab_size)
-    for bias in params.logit_bias.values():
-        if not (_is_number(bias, Real) and -100 <= bias <= 100):
-            raise InvalidRequest(f"a value of logit_bias must be from -100 to 100, got {_shown(bias)}", "logit_bias")
 
 
-def _is_number(value: Any, kind: type[Real]) -> bool:
-    """Whether ``value`` is a finite number of this kind. ``True`` is none."""
-    return isinstance(value, kind) and not isinstance(value, bool) and (kind is Integral or math.isfinite(value))
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _real(params: SamplingParams, name: str, low: float, high: float, above: bool = False) -> None:
     value = getattr(params, name)
-    if not (_is_number(value, Real) and low <= value <= high and not (above and value == low)):
+    if not (_is_number(value) and low <= value <= high and not (above and value == low)):
         bounds = f"above {low} and at most {high}" if above else f"from {low} to {high}"
         raise InvalidRequest(f"{name} must be a number {bounds}, got {_shown(value)}", name)
 
 
 def _integer(params: SamplingParams, name: str, low: int, high: int | None = None) -> None:
     value = getattr(params, name)
-    if not (_is_number(value, Integral) and low <= value and (high is None or value <= high)):
+    if not (_is_integer(value) and low <= value and (high is None or value <= high)):
         bounds = f"at least {low}" if high is None else f"from {low} to {high}"
         raise InvalidRequest(f"{name} must be a whole number {bounds}, got {_shown(value)}", name)
 
@@ -84,18 +86,26 @@ def _check_stops(stops: Any) -> None:
         raise InvalidRequest(f"a stop string must have 1 to {MAX_STOP_CHARS} characters", "stop")
 
 
-def _check_ids(name: str, ids: Any, limit: int, vocab_size: int) -> None:
-    if isinstance(ids, str) or not hasattr(ids, "__len__") or (name == "logit_bias" and not hasattr(ids, "values")):
-        kind = "map token ids to numbers" if name == "logit_bias" else "be a list of token ids"
-        raise InvalidRequest(f"{name} must {kind}", name)
+def _check_biases(biases: Any) -> None:
+    if not isinstance(biases, Mapping):
+        raise InvalidRequest("logit_bias must map token ids to numbers", "logit_bias")
+    for bias in biases.values():
+        if not (_is_number(bias) and -100 <= bias <= 100):
+            raise InvalidRequest(f"a value of logit_bias must be from -100 to 100, got {_shown(bias)}", "logit_bias")
+
+
+def _check_ids(name: str, ids: Collection[Any], limit: int, vocab_size: int) -> None:
     if len(ids) > limit:
         raise InvalidRequest(f"{name} takes at most {limit} ids, got {len(ids)}", name)
     for token_id in ids:
-        if not (_is_number(token_id, Integral) and 0 <= token_id < vocab_size):
+        if not (_is_integer(token_id) and 0 <= token_id < vocab_size):
             raise InvalidRequest(f"{name} takes token ids from 0 to {vocab_size - 1}, got {_shown(token_id)}", name)
 
 
 def _shown(value: Any) -> str:
     """A value as an error message quotes it: short, and never an object's address."""
-    text = repr(value) if isinstance(value, str | bool | int | float) else type(value).__name__
-    return text if len(text) <= 40 else f"{text[:40]}..."
+    if isinstance(value, str):
+        return repr(value[:40])
+    if isinstance(value, float) or (isinstance(value, int) and value.bit_length() <= 64):
+        return repr(value)
+    return f"a value of type {type(value).__name__}"

@@ -12,12 +12,9 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationInfo, field_validator
 
 from .request import SamplingParams
+from .sampling_limits import MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 from .validation import Body
 
-MAX_CHOICES = 16
-MAX_STOPS, MAX_STOP_CHARS = 16, 256
-MAX_LOGPROBS = 20
-MAX_BIASES = 1024
 MAX_NAME_CHARS = 256
 INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 
@@ -52,7 +49,11 @@ class StreamOptions(Body):
 
 
 class GenerationBody(Body):
-    """What completions and chat have in common. OpenAI's names first, then vLLM's, then our own."""
+    """What completions and chat have in common. OpenAI's names first, then vLLM's, then our own.
+
+    Types and plain bounds are checked here; ``sampling_limits`` checks everything again, for every
+    way into the engine, and what needs the model or two fields at once.
+    """
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _EXTENSIONS_REFUSED
 
@@ -65,7 +66,7 @@ class GenerationBody(Body):
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
     logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
-    stop: list[str] = Field([])
+    stop: list[str] = Field([], max_length=MAX_STOPS)
     stream: bool = False
     stream_options: StreamOptions | None = None
 
@@ -85,37 +86,13 @@ class GenerationBody(Body):
     @field_validator("stop", mode="before")
     @classmethod
     def _stop_as_list(cls, value: Any) -> Any:
-        stops = [value] if isinstance(value, str) else value
-        if isinstance(stops, list):
-            if len(stops) > MAX_STOPS:
-                raise ValueError(f"at most {MAX_STOPS} stop strings")
-            if any(isinstance(stop, str) and not 0 < len(stop) <= MAX_STOP_CHARS for stop in stops):
-                raise ValueError(f"a stop string has 1 to {MAX_STOP_CHARS} characters")
-        return stops
+        return [value] if isinstance(value, str) else value
 
     @field_validator("logit_bias")
     @classmethod
-    def _ids_and_range(cls, value: dict[str, float]) -> dict[str, float]:
-        for key, bias in value.items():
-            if not (key.isascii() and key.isdigit() and len(key) <= 10):
-                raise ValueError("the keys are token ids")
-            if not -100 <= bias <= 100:
-                raise ValueError("a bias is from -100 to 100")
-        return value
-
-    @field_validator("min_tokens")
-    @classmethod
-    def _not_above_max(cls, value: int, info: ValidationInfo) -> int:
-        limit = info.data.get("max_tokens")
-        if limit is not None and value > limit:
-            raise ValueError("min_tokens must not be above max_tokens")
-        return value
-
-    @field_validator("stop_token_ids")
-    @classmethod
-    def _ids_not_negative(cls, value: list[int]) -> list[int]:
-        if any(not 0 <= token_id <= INT32_MAX for token_id in value):
-            raise ValueError("token ids are from 0 to the size of the vocabulary")
+    def _keys_are_ids(cls, value: dict[str, float]) -> dict[str, float]:
+        if not all(key.isascii() and key.isdigit() and len(key) <= 10 for key in value):
+            raise ValueError("the keys are token ids")
         return value
 
     @field_validator("attention")

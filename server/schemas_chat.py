@@ -8,7 +8,8 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from .schemas import INT32_MAX, MAX_LOGPROBS, MAX_NAME_CHARS, GenerationBody
+from .sampling_limits import MAX_LOGPROBS
+from .schemas import INT32_MAX, MAX_NAME_CHARS, GenerationBody
 from .validation import Body
 
 # Variables that templates of known models read. A request may set these and no others: a template

@@ -68,7 +68,9 @@ class Settings(BaseSettings):
     max_messages: int = Field(2048, ge=1, description="messages of one chat request")
     request_seconds: float = Field(600, gt=0, allow_inf_nan=False, description="time for one answer, waiting included")
     read_seconds: float = Field(30, gt=0, allow_inf_nan=False, description="time for a client to send its request")
-    write_seconds: float = Field(30, gt=0, allow_inf_nan=False, description="time that a client may stop reading")
+    write_seconds: float = Field(
+        30, gt=0, allow_inf_nan=False, description="time that a client may stop reading, or read too slowly"
+    )
     stall_seconds: float = Field(
         120, gt=0, allow_inf_nan=False, description="time without a step of the engine before /health says so"
     )

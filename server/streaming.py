@@ -10,11 +10,13 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
 from functools import partial
 
-from foveate.sparse_attn.protocol import Scheme
 from starlette.types import Receive
+
+from foveate.sparse_attn.protocol import Scheme
 
 from .engine_protocol import EngineLike
 from .errors import ApiError
+from .exceptions import RequestAborted
 from .metrics import RequestTimer, ServerMetrics
 from .request import Delta, Event, Failed, Finished, GenerationRequest, SamplingParams
 
@@ -45,26 +47,25 @@ class RequestTimeout(ApiError):
         )
 
 
-class RequestAborted(ApiError):
-    """The engine ended the request early, for instance because the server stops."""
-
-    def __init__(self) -> None:
-        super().__init__(503, "The request was aborted.", type="server_error", code="aborted")
-
-
 class ResponseStream:
-    """Events of every engine request behind one HTTP answer, bounded in number and time.
+    """Events of every engine request behind one HTTP answer.
 
     Made, used and closed on the event loop; only ``_from_engine`` runs in the engine's thread.
 
+    The queue may be full for ``full_seconds``: a burst, or a busy event loop, must not cost a healthy
+    client its answer. One that stays behind for longer does not read as fast as tokens come.
+
     Args:
         seconds: Time for the whole answer.
+        full_seconds: Time for which ``QUEUED_EVENTS`` per choice may wait.
     """
 
-    def __init__(self, engine: EngineLike, metrics: ServerMetrics, seconds: float) -> None:
+    def __init__(self, engine: EngineLike, metrics: ServerMetrics, seconds: float, full_seconds: float) -> None:
         self._engine = engine
         self._metrics = metrics
         self._seconds = seconds
+        self._full_seconds = full_seconds
+        self._full_since: float | None = None
         self._deadline = time.monotonic() + seconds
         self._loop = asyncio.get_running_loop()
         self._events: deque[tuple[int, Event]] = deque()
@@ -165,12 +166,21 @@ class ResponseStream:
         if index not in self._open:
             return
         if isinstance(event, Delta) and event.finish_reason == "abort":
-            event = Failed(RequestAborted())
+            event = Failed(RequestAborted("the request was aborted"))
         self._timers[index].saw(event)
         if isinstance(event, (Finished, Failed)):
             del self._open[index]
-        elif len(self._events) >= self._limit:
+        elif self._is_behind():
             self.fail(SlowReader())
             return
         self._events.append((index, event))
         self._wake.set()
+
+    def _is_behind(self) -> bool:
+        if len(self._events) < self._limit:
+            self._full_since = None
+            return False
+        now = time.monotonic()
+        if self._full_since is None:
+            self._full_since = now
+        return now - self._full_since > self._full_seconds

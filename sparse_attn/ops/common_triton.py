@@ -33,11 +33,11 @@ def attend(
     values,
     table,  # block table of this sequence
     indices,  # selection row, or None: every position from start to stop
-    page_stride,
-    row_stride,
     scale,
     nearest,
     farthest,
+    PAGE_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,  # tokens per index
     PAGE_SIZE: tl.constexpr,
@@ -63,7 +63,7 @@ def attend(
             # The last unit may reach beyond the context, into slots that were never written.
             known = (unit >= 0) & (key_position < context)
         page = tl.load(table + key_position // PAGE_SIZE, mask=known, other=0)
-        row = page.to(tl.int64) * page_stride + (key_position % PAGE_SIZE) * row_stride
+        row = page.to(tl.int64) * PAGE_STRIDE + (key_position % PAGE_SIZE) * ROW_STRIDE
         where = row[:, None] + dim[None, :]
         # Zeros for what is not known: unwritten memory may hold NaN, and 0 * NaN is NaN.
         readable = known[:, None] & in_dim[None, :]

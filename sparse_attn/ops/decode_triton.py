@@ -14,7 +14,7 @@ from ..protocol import AttentionSpec
 from ..selection import Selection
 from .common_triton import LOG2E, attend, finish
 from .layout_triton import Launch, key_arguments, last_dim_dense
-from .tiling import Tiling, decode_tiling, power_of_two, target_of
+from .tiling import Tiling, decode_tiling, power_of_two, unit_of
 
 # A few programs for each of the 108..304 multiprocessors of the targets hide each other's latency;
 # a split below 256 keys costs more to merge than it gains.
@@ -37,17 +37,17 @@ def decode_kernel(
     scale,
     nearest,
     farthest,
-    query_stride,
-    query_head_stride,
-    page_stride,
-    head_stride,
-    row_stride,
     table_stride,
     indices_stride,
     indices_head_stride,
     counts_stride,
     FOLD: tl.constexpr,
     GROUP: tl.constexpr,
+    QUERY_STRIDE: tl.constexpr,
+    QUERY_HEAD_STRIDE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -83,7 +83,7 @@ def decode_kernel(
     row_head = head * FOLD + rows
     row_valid = rows < FOLD
     valid = row_valid[:, None] & (dim < HEAD_DIM)[None, :]
-    query_at = sequence.to(tl.int64) * query_stride + (row_head * query_head_stride)[:, None] + dim[None, :]
+    query_at = sequence.to(tl.int64) * QUERY_STRIDE + (row_head * QUERY_HEAD_STRIDE)[:, None] + dim[None, :]
     tile = tl.load(query + query_at, mask=valid, other=0.0)
     kv_head = ((head * FOLD) // GROUP).to(tl.int64)
     acc, peak, total = attend(
@@ -93,11 +93,11 @@ def decode_kernel(
         tl.full([BLOCK_ROWS], float("-inf"), tl.float32),
         tl.zeros([BLOCK_ROWS], tl.float32),
         start, stop, context,
-        keys + kv_head * head_stride,
-        values + kv_head * head_stride,
+        keys + kv_head * HEAD_STRIDE,
+        values + kv_head * HEAD_STRIDE,
         block_tables + sequence.to(tl.int64) * table_stride,
-        chosen, page_stride, row_stride, scale, nearest, farthest,
-        SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True,
+        chosen, scale, nearest, farthest,
+        PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True,
     )  # fmt: skip
     sink = None
     if sinks is not None:
@@ -180,7 +180,7 @@ def plan(
     elif spec.band.farthest is not None:
         readable = min(readable, spec.band.farthest)
     splits = num_splits(readable, sequences * programs)
-    tiling = tiling or decode_tiling(target_of(query.device), fold, dim, query.dtype)
+    tiling = tiling or decode_tiling(unit_of(query.device), fold, dim, query.dtype)
     arguments = key_arguments(view, spec) | {
         "query": query,
         "out": out,
@@ -191,10 +191,10 @@ def plan(
         "indices_head_stride": None,
         "counts_stride": None,
         "splits": splits,
-        "query_stride": query.stride(0),
-        "query_head_stride": query.stride(1),
         "FOLD": fold,
         "GROUP": heads // view.num_kv_heads,
+        "QUERY_STRIDE": query.stride(0),
+        "QUERY_HEAD_STRIDE": query.stride(1),
         "UNIT": 1,
         "BLOCK_ROWS": max(tiling.rows, power_of_two(fold)),
         "BLOCK_KEYS": tiling.keys,

@@ -16,14 +16,14 @@ from ..protocol import AttentionSpec
 from ..selection import Selection
 from .common_triton import attend, finish
 from .layout_triton import Launch, key_arguments, last_dim_dense
-from .tiling import Tiling, power_of_two, prefill_tiling, target_of
+from .tiling import Tiling, power_of_two, prefill_tiling, unit_of
 
 
 @triton.jit(do_not_specialize=["blocks", "nearest", "farthest"])
 def prefill_kernel(
     query,
-    out,
-    lse,
+    out,  # [T, H, D]
+    lse,  # [T, H]
     keys,
     values,
     block_tables,
@@ -40,20 +40,17 @@ def prefill_kernel(
     scale,
     nearest,
     farthest,
-    query_stride,
-    query_head_stride,
-    out_stride,
-    out_head_stride,
-    lse_stride,
-    page_stride,
-    head_stride,
-    row_stride,
     table_stride,
     indices_stride,
     indices_head_stride,
     counts_stride,
     FOLD: tl.constexpr,  # query heads of one program, folded into its rows
     GROUP: tl.constexpr,  # query heads per KV head
+    QUERY_STRIDE: tl.constexpr,
+    QUERY_HEAD_STRIDE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     SOFTCAP: tl.constexpr,
     UNIT: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
@@ -93,12 +90,12 @@ def prefill_kernel(
     valid = row_valid[:, None] & (dim < HEAD_DIM)[None, :]
     token = (owner_start + local).to(tl.int64)
     position = owner_position + local
-    query_at = (token * query_stride + row_head * query_head_stride)[:, None] + dim[None, :]
+    query_at = (token * QUERY_STRIDE + row_head * QUERY_HEAD_STRIDE)[:, None] + dim[None, :]
     tile = tl.load(query + query_at, mask=valid, other=0.0)
 
     kv_head = ((head * FOLD) // GROUP).to(tl.int64)
-    keys += kv_head * head_stride
-    values += kv_head * head_stride
+    keys += kv_head * HEAD_STRIDE
+    values += kv_head * HEAD_STRIDE
     table = block_tables + sequence.to(tl.int64) * table_stride
     acc = tl.zeros([BLOCK_ROWS, BLOCK_DIM], tl.float32)
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
@@ -114,8 +111,7 @@ def prefill_kernel(
             plain = tl.maximum(first_position - nearest + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
             acc, peak, total = attend(
                 tile, position, acc, peak, total, 0, plain, context, keys, values, table, None,
-                page_stride, row_stride, scale, nearest, farthest,
-                SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, False,
+                scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, False,
             )  # fmt: skip
             start = plain
         else:
@@ -126,17 +122,16 @@ def prefill_kernel(
         chosen = indices + owner.to(tl.int64) * indices_stride + head * indices_head_stride
     acc, peak, total = attend(
         tile, position, acc, peak, total, start, stop, context, keys, values, table, chosen,
-        page_stride, row_stride, scale, nearest, farthest,
-        SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True,
+        scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True,
     )  # fmt: skip
 
     sink = None
     if sinks is not None:
         sink = tl.load(sinks + row_head, mask=row_valid, other=0.0)
     result, row_lse = finish(acc, peak, total, sink)
-    out_at = (token * out_stride + row_head * out_head_stride)[:, None] + dim[None, :]
-    tl.store(out + out_at, result.to(out.dtype.element_ty), mask=valid)
-    tl.store(lse + token * lse_stride + row_head, row_lse, mask=row_valid)
+    out_row = token * (tl.num_programs(1) * FOLD) + row_head
+    tl.store(out + out_row[:, None] * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=valid)
+    tl.store(lse + out_row, row_lse, mask=row_valid)
 
 
 def plan(
@@ -150,7 +145,6 @@ def plan(
 ) -> Launch:
     """Grid, arguments and compile options of one prefill."""
     rows, heads = view.rows, query.shape[1]
-    group = heads // view.num_kv_heads
     programs = view.num_kv_heads if selection is None else selection.indices.shape[1]
     fold = heads // programs
     longest = max(rows.host_query_lens)
@@ -173,7 +167,7 @@ def plan(
             "indices_head_stride": selection.indices.stride(1),
             "counts_stride": selection.counts.stride(0),
         }
-    tiling = tiling or prefill_tiling(target_of(query.device), longest * fold, view.head_dim, query.dtype)
+    tiling = tiling or prefill_tiling(unit_of(query.device), longest * fold, view.head_dim, query.dtype)
     block_rows = max(tiling.rows, power_of_two(fold))
     blocks = -(-longest // (block_rows // fold))
     arguments = chosen | key_arguments(view, spec) | {
@@ -181,13 +175,10 @@ def plan(
         "out": out,
         "lse": lse,
         "blocks": blocks,
-        "query_stride": query.stride(0),
-        "query_head_stride": query.stride(1),
-        "out_stride": out.stride(0),
-        "out_head_stride": out.stride(1),
-        "lse_stride": lse.stride(0),
         "FOLD": fold,
-        "GROUP": group,
+        "GROUP": heads // view.num_kv_heads,
+        "QUERY_STRIDE": query.stride(0),
+        "QUERY_HEAD_STRIDE": query.stride(1),
         "UNIT": 1 if selection is None else selection.granularity,
         "BLOCK_ROWS": block_rows,
         "BLOCK_KEYS": tiling.keys,

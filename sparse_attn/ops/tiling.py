@@ -1,33 +1,26 @@
-"""Block sizes of the Triton kernels by target: the only place that knows one GPU from another.
+"""Block sizes of the Triton attention kernels: the only place that knows one GPU from another.
 
-Plain numbers, no Triton: what bounds them is shared memory (K and V of ``num_stages`` blocks, and
-the query tile where the tensor core reads it from there) and registers (a float32 accumulator of
-rows x head dim, and one block of logits).
+Plain numbers, no Triton. Two things bound them. Registers: a program keeps its float32 accumulator (rows x head
+dim) and one block of logits (rows x keys), and on units without wgmma the query tile as well. Shared memory: K and
+V of the blocks in flight, and for wgmma and tcgen05 the query tile. What each choice costs is measured by
+``tests/sparse_attn/test_triton_aot.py``, which refuses spills.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import Enum
 from functools import lru_cache
 
 import torch
 
-KIB = 1024
 
+class Unit(Enum):
+    """How a GPU multiplies matrices, which decides where operands live."""
 
-@dataclass(frozen=True, slots=True)
-class Target:
-    """A kind of GPU.
-
-    Attributes:
-        name: ``sm_80`` or ``gfx942``, say.
-        shared_bytes: Shared memory (LDS) that one program may use.
-        async_copies: Whether loads go to shared memory in the background, so that stages pay.
-    """
-
-    name: str
-    shared_bytes: int
-    async_copies: bool = True
+    MMA = "mma"  # NVIDIA sm_80..89 and sm_120: all operands in registers, 99 KiB shared but for sm_80's 163
+    WGMMA = "wgmma"  # NVIDIA sm_90 (wgmma) and sm_100 (tcgen05): operands in shared memory, 227 KiB
+    MFMA = "mfma"  # AMD CDNA: 64 KiB of LDS, loads pass through registers
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,60 +40,61 @@ class Tiling:
     num_stages: int
 
 
+# By unit and head dim. Three stages: one for the load from the block table, one for K and V, one for the products.
+# On AMD no load runs in the background, so there a pipeline would only cost registers.
+_PREFILL = {
+    Unit.MMA: {64: Tiling(128, 64, 8, 3), 128: Tiling(128, 32, 8, 3), 256: Tiling(64, 32, 8, 3)},
+    Unit.WGMMA: {64: Tiling(128, 64, 8, 3), 128: Tiling(128, 64, 8, 3), 256: Tiling(128, 32, 8, 3)},
+    Unit.MFMA: {64: Tiling(128, 32, 8, 1), 128: Tiling(128, 32, 8, 1), 256: Tiling(64, 16, 4, 1)},
+}
+# Decode is bound by memory; 32 KiB of K and V per block and several programs per processor keep it busy.
+_DECODE = {
+    Unit.MMA: {64: Tiling(16, 64, 4, 3), 128: Tiling(16, 64, 4, 3), 256: Tiling(16, 32, 4, 3)},
+    Unit.WGMMA: {64: Tiling(16, 64, 4, 3), 128: Tiling(16, 64, 4, 3), 256: Tiling(16, 32, 4, 3)},
+    Unit.MFMA: {64: Tiling(16, 64, 4, 1), 128: Tiling(16, 32, 4, 1), 256: Tiling(16, 32, 4, 1)},
+}
+# Full float32 products have no tensor core: small blocks keep them in registers.
+_FLOAT32 = Tiling(16, 32, 4, 1)
+
+
 def power_of_two(count: int) -> int:
     """The smallest power of two that is not below ``count`` (1 for 0)."""
     return 1 << max(count - 1, 0).bit_length()
 
 
-def nvidia(major: int, minor: int) -> Target:
-    """Shared memory per program by compute capability (CUDA C++ Programming Guide, Technical Specifications)."""
-    capability = 10 * major + minor
-    kib = {80: 163, 87: 163, 90: 227, 100: 227, 103: 227, 110: 227}.get(capability, 99)
-    return Target(f"sm_{capability}", kib * KIB)
-
-
-def amd(architecture: str) -> Target:
-    """64 KiB of LDS everywhere but CDNA 4; CDNA 3 has no asynchronous copy to it."""
-    newest = architecture.startswith("gfx950")
-    return Target(architecture, (160 if newest else 64) * KIB, async_copies=newest)
-
-
 @lru_cache
-def target_of(device: torch.device) -> Target:
-    """The target of a device; for a CPU, where kernels are only interpreted, the smallest NVIDIA one."""
+def unit_of(device: torch.device) -> Unit:
+    """The unit of a device; for a CPU, where kernels are only interpreted, any will do."""
     if device.type != "cuda":
-        return nvidia(8, 6)
+        return Unit.MMA
     if torch.version.hip:
-        return amd(torch.cuda.get_device_properties(device).gcnArchName.split(":")[0])
-    return nvidia(*torch.cuda.get_device_capability(device))
+        return Unit.MFMA
+    return Unit.WGMMA if torch.cuda.get_device_capability(device)[0] in (9, 10) else Unit.MMA
 
 
-def prefill_tiling(target: Target, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Sizes for prefill where up to ``rows`` query rows share their keys."""
-    dim = power_of_two(head_dim)
-    if dtype.itemsize > 2:
-        # Full float32 products have no tensor core: small blocks keep them in registers.
-        return Tiling(rows=16, keys=32, num_warps=4, num_stages=1)
-    # 128 rows feed a whole wgmma/tcgen05 instruction pair and read each key half as often as 64.
-    block = min(128, max(16, power_of_two(rows)))
-    keys = 64 if dim <= 128 else 32
-    warps = 8 if block * dim >= 128 * 128 else 4
-    return Tiling(block, keys, warps, _stages(target, keys, dim, block, dtype.itemsize))
+def prefill_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
+    """Sizes for prefill where up to ``rows`` query rows share their keys.
+
+    Raises:
+        ValueError: the head dim is above 256.
+    """
+    full = _pick(_PREFILL[unit], head_dim, dtype)
+    fitting = min(full.rows, max(16, power_of_two(rows)))
+    return replace(full, rows=fitting, num_warps=max(4, full.num_warps * fitting // full.rows))
 
 
-def decode_tiling(target: Target, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """Sizes for decode, which is bound by memory: few rows, and as many bytes in flight as fit."""
-    dim = power_of_two(head_dim)
-    block = max(16, power_of_two(rows))
-    if dtype.itemsize > 2:
-        return Tiling(block, keys=32, num_warps=4, num_stages=1)
-    keys = 64 if dim <= 128 else 32
-    return Tiling(block, keys, 4, _stages(target, keys, dim, block, dtype.itemsize))
+def decode_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
+    """Sizes for decode with ``rows`` query heads per program.
+
+    Raises:
+        ValueError: the head dim is above 256.
+    """
+    least = _pick(_DECODE[unit], head_dim, dtype)
+    return replace(least, rows=max(least.rows, power_of_two(rows)))
 
 
-def _stages(target: Target, keys: int, dim: int, rows: int, itemsize: int) -> int:
-    """The deepest pipeline, up to 4, that leaves shared memory for the query tile and for layout changes."""
-    if not target.async_copies:
-        return 1
-    spare = target.shared_bytes - rows * dim * itemsize
-    return max(1, min(4, spare // (2 * keys * dim * itemsize)))
+def _pick(table: dict[int, Tiling], head_dim: int, dtype: torch.dtype) -> Tiling:
+    dim = max(64, power_of_two(head_dim))
+    if dim not in table:
+        raise ValueError(f"the Triton kernels take head dims up to 256, got {head_dim}")
+    return _FLOAT32 if dtype.itemsize > 2 else table[dim]

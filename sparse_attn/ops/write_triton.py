@@ -24,15 +24,15 @@ def _fold_run(
     rows,  # key or value at its first token and this head
     kept,  # the statistic of this page and head
     length,
-    fresh,
-    row_stride,
+    offset,
+    ROW_STRIDE: tl.constexpr,
     stored_type: tl.constexpr,
     FOLD: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Folds ``length`` rows that follow each other into ``kept``; ``fresh`` forgets what it held."""
+    """Folds ``length`` rows into ``kept``; a run that starts at offset 0 forgets what it held."""
     if FOLD == "sum":
         empty = 0.0
     elif FOLD == "min":
@@ -41,11 +41,11 @@ def _fold_run(
         empty = float("-inf")
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
-    held = tl.load(kept + dim, mask=in_dim & (fresh == 0), other=empty)
+    held = tl.load(kept + dim, mask=in_dim & (offset > 0), other=empty)
     for first in range(0, length, BLOCK_TOKENS):
         place = first + tl.arange(0, BLOCK_TOKENS)
         valid = (place < length)[:, None] & in_dim[None, :]
-        tile = tl.load(rows + (place.to(tl.int64) * row_stride)[:, None] + dim[None, :], mask=valid, other=0.0)
+        tile = tl.load(rows + (place.to(tl.int64) * ROW_STRIDE)[:, None] + dim[None, :], mask=valid, other=0.0)
         # Through the pool's type: the statistic is that of the rows as stored.
         tile = tl.where(valid, tile.to(stored_type).to(tl.float32), empty)
         if FOLD == "sum":
@@ -72,13 +72,13 @@ def write_kernel(
     value_max,
     num_tokens,
     num_heads,
-    key_stride,
-    key_head_stride,
-    value_stride,
-    value_head_stride,
-    page_stride,
-    head_stride,
-    row_stride,
+    KEY_STRIDE: tl.constexpr,
+    KEY_HEAD_STRIDE: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
+    VALUE_HEAD_STRIDE: tl.constexpr,
+    PAGE_STRIDE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    ROW_STRIDE: tl.constexpr,
     HAS_STATS: tl.constexpr,
     PAGE_SIZE: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -95,10 +95,10 @@ def write_kernel(
     offset = slot % PAGE_SIZE
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
-    key += token * key_stride + head * key_head_stride
-    value += token * value_stride + head * value_head_stride
+    key += token * KEY_STRIDE + head * KEY_HEAD_STRIDE
+    value += token * VALUE_STRIDE + head * VALUE_HEAD_STRIDE
     stored_type: tl.constexpr = keys.dtype.element_ty
-    at = page * page_stride + head * head_stride + offset * row_stride + dim
+    at = page * PAGE_STRIDE + head * HEAD_STRIDE + offset * ROW_STRIDE + dim
     tl.store(keys + at, tl.load(key + dim, mask=in_dim).to(stored_type), mask=in_dim)
     tl.store(values + at, tl.load(value + dim, mask=in_dim).to(stored_type), mask=in_dim)
     if HAS_STATS:
@@ -110,36 +110,35 @@ def write_kernel(
         ahead = tl.arange(0, PAGE_SIZE)
         following = tl.load(slots + token + ahead, mask=token + ahead < num_tokens, other=-1)
         length = tl.sum(((following >= 0) & (following // PAGE_SIZE == page)).to(tl.int32), 0)
-        fresh = offset == 0
         stat = (page * num_heads + head) * HEAD_DIM
         if key_sum is not None:
             _fold_run(
-                key, key_sum + stat, length, fresh, key_stride, stored_type,
+                key, key_sum + stat, length, offset, KEY_STRIDE, stored_type,
                 "sum", HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS,
             )  # fmt: skip
         if key_min is not None:
             _fold_run(
-                key, key_min + stat, length, fresh, key_stride, stored_type,
+                key, key_min + stat, length, offset, KEY_STRIDE, stored_type,
                 "min", HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS,
             )  # fmt: skip
         if key_max is not None:
             _fold_run(
-                key, key_max + stat, length, fresh, key_stride, stored_type,
+                key, key_max + stat, length, offset, KEY_STRIDE, stored_type,
                 "max", HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS,
             )  # fmt: skip
         if value_sum is not None:
             _fold_run(
-                value, value_sum + stat, length, fresh, value_stride, stored_type,
+                value, value_sum + stat, length, offset, VALUE_STRIDE, stored_type,
                 "sum", HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS,
             )  # fmt: skip
         if value_min is not None:
             _fold_run(
-                value, value_min + stat, length, fresh, value_stride, stored_type,
+                value, value_min + stat, length, offset, VALUE_STRIDE, stored_type,
                 "min", HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS,
             )  # fmt: skip
         if value_max is not None:
             _fold_run(
-                value, value_max + stat, length, fresh, value_stride, stored_type,
+                value, value_max + stat, length, offset, VALUE_STRIDE, stored_type,
                 "max", HEAD_DIM, BLOCK_DIM, BLOCK_TOKENS,
             )  # fmt: skip
 
@@ -163,13 +162,13 @@ def plan(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch
         "values": pages.values,
         "num_tokens": tokens,
         "num_heads": heads,
-        "key_stride": key.stride(0),
-        "key_head_stride": key.stride(1),
-        "value_stride": value.stride(0),
-        "value_head_stride": value.stride(1),
-        "page_stride": pages.keys.stride(0),
-        "head_stride": pages.keys.stride(1),
-        "row_stride": pages.keys.stride(2),
+        "KEY_STRIDE": key.stride(0),
+        "KEY_HEAD_STRIDE": key.stride(1),
+        "VALUE_STRIDE": value.stride(0),
+        "VALUE_HEAD_STRIDE": value.stride(1),
+        "PAGE_STRIDE": pages.keys.stride(0),
+        "HEAD_STRIDE": pages.keys.stride(1),
+        "ROW_STRIDE": pages.keys.stride(2),
         "HAS_STATS": bool(pages.stats),
         "PAGE_SIZE": pages.page_size,
         "HEAD_DIM": dim,

@@ -29,12 +29,11 @@ PAGE = 16
 NUM_PAGES = 9
 STATS = (KEY_SUM, KEY_MAX)
 
-# Prompts are made of two kinds of page, so that many of them begin alike.
-PROMPTS = st.builds(
-    lambda pages, rest: [token for page in pages for token in [page] * PAGE] + rest,
-    st.lists(st.sampled_from([1, 2]), max_size=3),
-    st.lists(st.sampled_from([1, 2]), min_size=1, max_size=PAGE),
+# Few tokens, in runs that often end at a page, so that many sequences begin or become alike.
+RUNS = st.builds(
+    lambda token, length: [token] * length, st.sampled_from([1, 2]), st.sampled_from([1, 5, 15, 16, 17, 32])
 )
+PROMPTS = st.lists(RUNS, min_size=1, max_size=3).map(lambda runs: [token for run in runs for token in run])
 
 
 @dataclass(eq=False)
@@ -109,7 +108,7 @@ class CacheMachine(RuleBasedStateMachine):
         self.write(sequence, prompt[table.num_cached :][:chunk])
         return sequence
 
-    @rule(sequence=sequences, new=st.lists(st.sampled_from([1, 2]), min_size=1, max_size=2 * PAGE))
+    @rule(sequence=sequences, new=RUNS)
     def grow(self, sequence: Sequence, new: list[int]) -> None:
         self.write(sequence, new)
 

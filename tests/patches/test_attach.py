@@ -6,6 +6,8 @@ import gc
 
 import pytest
 import torch
+from transformers import DynamicCache
+
 from foveate.kv_cache.errors import CacheConfigError, OutOfPages
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
@@ -15,7 +17,6 @@ from foveate.patches.cache import PagedGenerateCache
 from foveate.patches.errors import AttachError, CacheExhausted, UnsupportedCall, UnsupportedModel
 from foveate.sparse_attn.errors import SchemeError
 from foveate.sparse_attn.registry import build
-from transformers import DynamicCache
 
 GENERATE_FAMILIES = ["llama", "gemma3_text", "gpt_oss"]
 NEW = 12
@@ -212,8 +213,9 @@ def test_default_pool_fits_the_first_batch_at_full_context(llama, tokens):
 
 
 def test_default_pool_is_bounded(config, tokens, monkeypatch):
-    import foveate.patches.attach as attach_module
     from transformers import LlamaForCausalLM
+
+    import foveate.patches.attach as attach_module
 
     model = LlamaForCausalLM(config("llama", max_position_embeddings=10**9)).eval()
     monkeypatch.setattr(attach_module, "DEFAULT_POOL_BYTES", 2**20)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from foveate.kv_cache.table import BlockTable
 from foveate.patches.attach import attach_engine
 from foveate.patches.errors import UnsupportedModel

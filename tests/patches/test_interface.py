@@ -7,6 +7,8 @@ import sys
 
 import pytest
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
@@ -14,7 +16,6 @@ from foveate.patches.errors import PatchError, UnsupportedCall, UnsupportedModel
 from foveate.patches.interface import NAME, PackedStep, no_mask, paged_attention, register
 from foveate.patches.step import build_step
 from foveate.sparse_attn.protocol import Phase
-from transformers import AttentionInterface, AttentionMaskInterface
 
 
 class Layer(torch.nn.Module):

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from foveate.patches.errors import UnsupportedRotary
 from foveate.patches.rotary import ModelRotary
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 
-import foveate.patches.interface as interface
 import pytest
 import torch
+
+import foveate.patches.interface as interface
 from foveate.patches.attach import attach
 from foveate.patches.errors import AttachError, UnsupportedModel
 from foveate.patches.families import VERIFIED
-from foveate.patches.verify import VerifyReport, verify
+from foveate.patches.verify import verify
 
 WAYS = ["one-shot prefill", "chunked prefill", "decode", "two packed sequences"]
 
@@ -87,8 +88,15 @@ def test_long_windows_are_said_to_be_untested(config):
     assert "4096 tokens: longer than the test" in str(report)
 
 
-def test_nan_fails():
-    assert not VerifyReport("any", torch.float32, 1e-3, {"decode": math.nan}).passed
+def test_nan_fails(config):
+    from transformers import GraniteForCausalLM
+
+    model = GraniteForCausalLM(config("granite")).eval()
+    with torch.no_grad():
+        model.lm_head.weight[3] = math.nan
+    report = verify(model)
+    assert not report.passed
+    assert set(report.differences.values()) == {math.inf}
 
 
 def test_training_mode_comes_back(config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from foveate.patches import verify as verify_module
 from foveate.server import doctor
 
@@ -53,7 +54,7 @@ def test_sound_model(small, model_dir, capsys):
 def test_model_that_differs(small, model_dir, capsys, monkeypatch):
     loaded = doctor.load(doctor.EngineOptions(model=model_dir, dtype="float32"))
     monkeypatch.setattr(doctor, "load", lambda options: loaded)
-    monkeypatch.setattr(verify_module, "_difference", lambda ours, stock: float("nan"))
+    monkeypatch.setattr(verify_module, "_difference", lambda ours, stock: float("inf"))
     assert doctor.run(model_dir) == 1
     assert "FAILED" in capsys.readouterr().out
 

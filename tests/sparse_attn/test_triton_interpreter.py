@@ -1,0 +1,313 @@
+"""The Triton kernels, run by Triton's interpreter on a CPU, against the float32 reference.
+
+Triton reads ``TRITON_INTERPRET`` when it is first imported, and other tests import it for the real compiler. So
+this file is also a script: ``python test_triton_interpreter.py`` runs every case and prints one JSON object per
+case; the tests below start it once, in its own process, and judge what it printed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.stats import Fold, PageStat
+from foveate.kv_cache.view import LayerPages, PagedView, Rows
+from foveate.sparse_attn import ops
+from foveate.sparse_attn.ops.tiling import Tiling
+from foveate.sparse_attn.protocol import AttentionSpec
+from foveate.sparse_attn.selection import Band, Selection, Tiles
+
+# RMS error over RMS of the reference, which sees the same rounded inputs. In 16 bits the kernels round weights and
+# output, each by at most half a unit in the last place (2^-9 of the value in bfloat16, 2^-12 in float16).
+TOLERANCE = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}
+LSE_TOLERANCE = 1e-4
+# Few large steps: the interpreter pays per step, not per element.
+WIDE = Tiling(rows=128, keys=128, num_warps=4, num_stages=1)
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One attention call; ``granularity=None`` is dense."""
+
+    phase: str
+    contexts: tuple[int, ...]
+    queries: tuple[int, ...] = ()
+    kv_heads: int = 2
+    group: int = 1
+    dim: int = 64
+    page_size: int = 16
+    dtype: str = "float32"
+    granularity: int | None = None
+    tile: int = 32
+    per_query_head: bool = False
+    packed: bool = False  # queries are a view into a packed QKV row
+    facts: dict[str, Any] = field(default_factory=dict)
+    tiling: Tiling | None = WIDE
+
+
+def prefill(*contexts: int, queries: tuple[int, ...] = (), **rest: Any) -> Case:
+    return Case("prefill", contexts, queries or contexts, **rest)
+
+
+def decode(*contexts: int, **rest: Any) -> Case:
+    return Case("decode", contexts, (1,) * len(contexts), **rest)
+
+
+CHUNKS: dict[str, Any] = {"queries": (30, 16, 111)}
+ATTENTION = {
+    "prefill-1": prefill(1, tiling=None),
+    "prefill-63-d80-g3-softcap": prefill(63, group=3, dim=80, page_size=64, facts={"softcap": 2.0}),
+    "prefill-111-d128-g7-bf16": prefill(111, group=7, dim=128, dtype="bfloat16", tiling=None),
+    "prefill-111-d256-g8-f16": prefill(111, kv_heads=1, group=8, dim=256, dtype="float16", tiling=None),
+    "prefill-111-d96-g3-packed-query": prefill(111, group=3, dim=96, packed=True),
+    "prefill-1000": prefill(1000, kv_heads=1, page_size=64),
+    "prefill-1000-window": prefill(1000, kv_heads=1, facts={"band": Band(0, 100)}),
+    "prefill-chunks-g3": prefill(130, 17, 1000, group=3, **CHUNKS),
+    "prefill-chunks-small-blocks": prefill(47, 3, 70, queries=(9, 3, 11), group=3, tiling=None),
+    "prefill-chunks-window-large-sinks": prefill(
+        130, 17, 300, group=3, **CHUNKS, facts={"band": Band(0, 37), "sinks": [0.5, -2.0, 100.0, 1.0, 0.0, 3.0]}
+    ),
+    "prefill-chunks-behind-window-bf16": prefill(
+        130, 17, 300, group=8, page_size=64, dtype="bfloat16", **CHUNKS, facts={"band": Band(40, None)}
+    ),
+    "prefill-chunks-ring-softcap-sinks": prefill(
+        130, 17, 200, **CHUNKS, facts={"band": Band(5, 60), "softcap": 3.0, "sinks": [100.0, -100.0]}
+    ),
+    "prefill-selected1-g3": prefill(130, 17, 200, **CHUNKS, group=3, granularity=1),
+    "prefill-selected16-g8-blocks-of-a-tile": prefill(
+        300, queries=(200,), kv_heads=1, group=8, granularity=16, tile=128, dtype="bfloat16", tiling=None
+    ),
+    "prefill-selected16-in-page64-window-softcap": prefill(
+        130, 17, 200, **CHUNKS, page_size=64, granularity=16, facts={"band": Band(0, 50), "softcap": 2.0}
+    ),
+    "prefill-selected64-g7-per-query-head-bf16": prefill(
+        130, 170, queries=(30, 111), group=7, dim=80, page_size=64, granularity=64, tile=64,
+        dtype="bfloat16", per_query_head=True,
+    ),
+    "prefill-selected4-tile1-large-sinks": prefill(
+        40, 9, queries=(12, 9), group=3, granularity=4, tile=1, facts={"sinks": [0.5, -2.0, 100.0, 1.0, 0.0, 3.0]}
+    ),
+    "decode-1": decode(1, group=3, tiling=None),
+    "decode-lengths-g8-d128-bf16": decode(15, 16, 17, 1000, group=8, dim=128, dtype="bfloat16", tiling=None),
+    "decode-d256-g3-softcap": decode(63, 600, group=3, dim=256, page_size=64, facts={"softcap": 2.0}),
+    "decode-d80-g7-sinks-merged": decode(1000, 3, kv_heads=1, group=7, dim=80, facts={"sinks": [100.0, 1.0] * 3 + [-9.0]}),
+    "decode-window": decode(1000, 3, 200, group=3, facts={"band": Band(0, 37), "sinks": [1.0] * 6}),
+    "decode-behind-window-nothing-seen": decode(5, 700, group=3, facts={"band": Band(20, None)}),
+    "decode-selected1-g3": decode(1000, 3, 200, group=3, granularity=1),
+    "decode-selected16-g8-f16-softcap": decode(
+        1000, 33, group=8, granularity=16, page_size=64, dtype="float16", facts={"softcap": 2.0}
+    ),
+    "decode-selected64-per-query-head-sinks": decode(
+        1000, 77, group=3, granularity=64, page_size=64, per_query_head=True, facts={"sinks": [0.0, 100.0, 2.0] * 2}
+    ),
+}  # fmt: skip
+WRITES = {
+    "write-d64-f32": (64, 16, torch.float32),
+    "write-d80-bf16": (80, 64, torch.bfloat16),
+}
+
+
+def make_view(case: Case) -> PagedView:
+    """A pool of NaN with random keys where sequences have tokens, pages in shuffled order."""
+    generator = torch.Generator().manual_seed(0)
+    needed = [-(-context // case.page_size) for context in case.contexts]
+    dtype = getattr(torch, case.dtype)
+    pool = PagePool(CacheGeometry(1, case.kv_heads, case.dim, case.page_size, sum(needed) + 3, dtype))
+    pool.keys.fill_(float("nan"))
+    pool.values.fill_(float("nan"))
+    order = torch.randperm(sum(needed) + 3, generator=generator).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in needed]
+    for pages, context in zip(tables, case.contexts, strict=True):
+        at = torch.tensor([pages[i // case.page_size] * case.page_size + i % case.page_size for i in range(context)])
+        rows = torch.randn(2, context, case.kv_heads, case.dim, generator=generator).to(dtype)
+        ops.write_kv(rows[0], rows[1], pool.layer(0), at, backend="torch")
+    return PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU))
+
+
+def make_query(case: Case, view: PagedView) -> torch.Tensor:
+    heads = case.kv_heads * case.group
+    shape = (view.rows.num_queries, heads + (2 if case.packed else 0), case.dim)
+    query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(view.pages.keys.dtype)
+    return query[:, :heads]
+
+
+def make_selection(case: Case, view: PagedView) -> Selection | None:
+    """Two units of five, and some rows that read nothing."""
+    if case.granularity is None:
+        return None
+    generator = torch.Generator().manual_seed(2)
+    tiles = Tiles.of(view.rows, case.tile if case.phase == "prefill" else 1)
+    heads = case.kv_heads * (case.group if case.per_query_head else 1)
+    units = -(-max(case.contexts) // case.granularity)
+    mask = torch.rand(len(tiles), heads, units, generator=generator) < 0.4
+    mask &= torch.arange(units) <= ((tiles.position + tiles.query_count - 1) // case.granularity)[:, None, None]
+    mask[0, -1] = False
+    selection = Selection.from_mask(mask, case.granularity, tiles)
+    selection.validate(view.rows)
+    return selection
+
+
+def run_attention(case: Case) -> dict[str, Any]:
+    from foveate.sparse_attn.ops import decode_triton, prefill_triton
+
+    view = make_view(case)
+    query, selection = make_query(case, view), make_selection(case, view)
+    facts = dict(case.facts)
+    if "sinks" in facts:
+        facts["sinks"] = torch.tensor(facts["sinks"])
+    # A scale above D^-0.5 spreads the logits, so that a wrong key shows.
+    spec = AttentionSpec(3 * case.dim**-0.5, **facts)
+    kernel = prefill_triton.prefill if case.phase == "prefill" else decode_triton.decode
+    out, lse = kernel(query, view, selection, spec, case.tiling)
+    want, want_lse = ops.prefill(query, view, selection, spec, backend="reference")
+    unseen = torch.isinf(want_lse)
+    return {
+        "out": rms(out.double() - want.double()) / rms(want.double()),
+        "lse": float((lse - want_lse)[~unseen].abs().max()),
+        "unseen": int(unseen.sum()),
+        "unseen_agrees": bool(torch.equal(lse == float("-inf"), unseen) and not out[unseen].any()),
+        "dtypes": [str(out.dtype), str(lse.dtype)],
+    }
+
+
+def rms(tensor: torch.Tensor) -> float:
+    return float(tensor.pow(2).mean().sqrt())
+
+
+def run_far_page() -> dict[str, Any]:
+    """A page whose first element lies beyond 2^31; the memory before it is reserved and never touched."""
+    from foveate.sparse_attn.ops import decode_triton, write_triton
+
+    page = 2**31 // (16 * 64) + 1
+    keys = torch.empty(page + 1, 1, 16, 64, dtype=torch.float16)
+    view = PagedView(LayerPages(keys, keys, {}), Rows.build([[page]], [16], [1], CPU))
+    rows = torch.randn(16, 1, 64, generator=torch.Generator().manual_seed(3)).half()
+    write_triton.write_kv(rows, rows, view.pages, torch.arange(16) + page * 16)
+    spec = AttentionSpec(0.1)
+    out, _ = decode_triton.decode(rows[:1], view, None, spec)
+    want, _ = ops.decode(rows[:1], view, None, spec, backend="reference")
+    return {"stored": bool(torch.equal(keys[page, 0], rows[:, 0])), "out": rms(out.float() - want.float())}
+
+
+def run_write(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Pages of two sequences filled in three steps, with tokens that go nowhere, against the torch path."""
+    stats = [PageStat(source, fold) for source in ("key", "value") for fold in Fold]
+    pools = [PagePool(CacheGeometry(1, 3, dim, page_size, 7, dtype), stats) for _ in range(2)]
+    for pool in pools:
+        pool.keys.fill_(float("nan"))
+        pool.values.fill_(float("nan"))
+        for kept in pool.stats.values():
+            kept.fill_(12345.0)  # what a former owner left
+    generator = torch.Generator().manual_seed(4)
+    tables = [[5, 2], [6, 0, 1]]
+    done = [0, 0]
+    for counts in ((page_size + 3, 5), (1, 1), (page_size // 2, 2 * page_size - 7)):
+        slots = [-1]
+        for sequence, count in enumerate(counts):
+            places = range(done[sequence], done[sequence] + count)
+            slots += [tables[sequence][i // page_size] * page_size + i % page_size for i in places]
+            slots.append(-1)
+            done[sequence] += count
+        # One row wide and in float32: the kernels take strides as they are, and round to the pool's type.
+        rows = torch.randn(len(slots), 5, 2, dim, generator=generator)[:, 1:4]
+        for pool, backend in zip(pools, ("triton", "torch"), strict=True):
+            ops.write_kv(rows[:, :, 0], rows[:, :, 1], pool.layer(0), torch.tensor(slots), backend=backend)
+    got, want = pools
+    written = [page for pages in tables for page in pages]
+    return {
+        "pages": all(
+            torch.equal(a.nan_to_num(nan=9.0), b.nan_to_num(nan=9.0))
+            for a, b in ((got.keys, want.keys), (got.values, want.values))
+        ),
+        "stats": {
+            stat.name: [
+                float((got.stats[stat] - want.stats[stat])[0, written].abs().max()),
+                bool(torch.equal(got.stats[stat][0, [3, 4]], want.stats[stat][0, [3, 4]])),
+            ]
+            for stat in stats
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def measured() -> dict[str, dict[str, Any]]:
+    """What the interpreter made of every case, by name."""
+    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "error", __file__]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {entry.pop("case"): entry for entry in map(json.loads, done.stdout.splitlines())}
+
+
+pytestmark = pytest.mark.timeout(1000)
+
+
+@pytest.mark.parametrize("name", ATTENTION)
+def test_attention_equals_reference(name, measured):
+    case, got = ATTENTION[name], measured[name]
+    assert got["out"] < TOLERANCE[case.dtype], f"out: RMS error {got['out']:.2e} of the reference's RMS"
+    assert got["lse"] < LSE_TOLERANCE, f"lse: largest error {got['lse']:.2e}"
+    assert got["unseen_agrees"], "out = 0 and lse = -inf exactly where the reference sees no key"
+    assert got["dtypes"] == [f"torch.{case.dtype}", "torch.float32"]
+
+
+def test_cases_include_queries_that_see_nothing(measured):
+    unseen = [name for name in ATTENTION if measured[name]["unseen"]]
+    assert any("decode" in name for name in unseen)
+    assert any("prefill-selected" in name for name in unseen)
+    assert any("behind-window" in name for name in unseen)
+
+
+@pytest.mark.parametrize("name", WRITES)
+def test_write_equals_torch(name, measured):
+    got = measured[name]
+    assert got["pages"], "stored rows differ, or a slot was written that should not be"
+    for stat, (error, untouched) in got["stats"].items():
+        assert error <= (1e-4 if stat.endswith("sum") else 0), f"{stat}: largest error {error:.2e}"
+        assert untouched, f"{stat}: a page without tokens was changed"
+
+
+def test_addresses_beyond_32_bits(measured):
+    assert measured["far-page"]["stored"], "keys: not where page 2^21 + 1 lies"
+    assert measured["far-page"]["out"] < 1e-3, "out: read from elsewhere"
+
+
+def teach_bfloat16_products() -> None:
+    """Triton 3.9's interpreter keeps bfloat16 as its bits in uint16, and multiplies those; this widens them first."""
+    import numpy as np
+    import triton.language as tl
+    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
+    plain = InterpreterBuilder.create_dot
+
+    def widened(operand: TensorHandle) -> TensorHandle:
+        if operand.dtype.scalar != tl.bfloat16:
+            return operand
+        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
+
+    def create_dot(self, a, b, *rest):
+        return plain(self, widened(a), widened(b), *rest)
+
+    InterpreterBuilder.create_dot = create_dot
+
+
+def main() -> None:
+    teach_bfloat16_products()
+    for name, case in ATTENTION.items():
+        print(json.dumps({"case": name, **run_attention(case)}), flush=True)
+    for name, arguments in WRITES.items():
+        print(json.dumps({"case": name, **run_write(*arguments)}), flush=True)
+    print(json.dumps({"case": "far-page", **run_far_page()}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
