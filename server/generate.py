@@ -43,7 +43,7 @@ def run(given: Namespace, settings: Settings) -> int:
             ids = ChatTemplate(tokenizer).render(chat)
         else:
             ids = llm.engine.tokenize(prompt, True)
-        with Terminal() as terminal:
+        with Terminal(len(ids)) as terminal:
             [completion] = llm.generate([ids], sampling, on_event=terminal.show)
         terminal.sum_up(completion.usage)
     except (ApiError, EngineError) as error:
@@ -57,8 +57,8 @@ def run(given: Namespace, settings: Settings) -> int:
 class Terminal:
     """Shows the events of one request: a bar for the prompt, then the text."""
 
-    def __init__(self) -> None:
-        self._bar: tqdm[None] | None = None
+    def __init__(self, prompt_tokens: int) -> None:
+        self._bar = tqdm(total=prompt_tokens, desc="reading the prompt", unit=" tokens", leave=False, mininterval=0)
         self._start = monotonic()
         self._first: float | None = None
 
@@ -66,16 +66,14 @@ class Terminal:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
-        self._close_bar()
+        self._bar.close()
 
     def show(self, prompt: int, event: Event) -> None:
         """Takes one event of the only prompt."""
         if isinstance(event, Progress):
-            if self._bar is None:
-                self._bar = tqdm(total=event.total, desc="reading the prompt", unit=" tokens", mininterval=0)
             self._bar.update(event.processed - self._bar.n)
         elif isinstance(event, Delta):
-            self._close_bar()
+            self._bar.close()
             if self._first is None:
                 self._first = monotonic()
             print(event.text, end="\n" if event.finish_reason else "", flush=True)
@@ -91,8 +89,3 @@ class Terminal:
             f"{usage.scheme}: {usage.keys_read_fraction:.1%} of the keys read, {usage.pages} pages",
             file=sys.stderr,
         )
-
-    def _close_bar(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None

@@ -23,6 +23,7 @@ OPEN_PATHS = frozenset({"/health", "/metrics"})
 MAX_LABEL_BYTES = 128
 LINGER_SECONDS = 2.0
 _TIMEOUT = 408
+_MAX_LENGTH_DIGITS = 18  # Python refuses to read numbers of thousands of digits
 OWNER = "foveate.owner"  # scope key: digest of the API key that was used, in hex
 
 _log = logging.getLogger(__name__)
@@ -84,8 +85,10 @@ class Limits:
         for name, value in headers:
             if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
                 raise ApiError(415, "Send the body as it is, without Content-Encoding.", code="unsupported_encoding")
-            if name == b"content-length" and value.isdigit() and int(value) > self._settings.max_body_bytes:
-                raise self._too_large()
+            if name == b"content-length" and value.isdigit():
+                digits = value.lstrip(b"0")
+                if len(digits) > _MAX_LENGTH_DIGITS or int(digits or b"0") > self._settings.max_body_bytes:
+                    raise self._too_large()
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         """Every path but ``OPEN_PATHS`` needs a key, unknown paths too. All keys are compared, in constant time."""

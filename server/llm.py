@@ -11,7 +11,7 @@ from typing import Any
 
 from .engine import Engine
 from .options import EngineOptions
-from .request import Delta, Event, Failed, Finished, GenerationRequest, SamplingParams, Usage
+from .request import Delta, Event, EventSink, Failed, Finished, GenerationRequest, SamplingParams, Usage
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +70,7 @@ class LLM:
         params = sampling or SamplingParams()
         scheme = self.engine.build_scheme(attention)
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
-        waiting = list(enumerate(prompts))[::-1]
+        waiting: list[tuple[int, str | list[int]]] = list(enumerate(prompts))[::-1]
         running: dict[int, str] = {}
         texts: dict[tuple[int, int], list[Delta]] = {}
         usages: dict[int, Usage] = {}
@@ -79,11 +79,9 @@ class LLM:
                 # Only as many as run at once: a long list of prompts must not fill the queue.
                 while waiting and len(running) < self.engine.max_running:
                     number, prompt = waiting.pop()
-                    ids = self.engine.tokenize(prompt, True) if isinstance(prompt, str) else list(prompt)
+                    ids = self.engine.tokenize(prompt, True) if isinstance(prompt, str) else prompt
                     request_id = uuid.uuid4().hex
-                    request = GenerationRequest(
-                        request_id, ids, params, scheme, lambda event, number=number: events.put((number, event))
-                    )
+                    request = GenerationRequest(request_id, list(ids), params, scheme, _numbered(events, number))
                     self.engine.submit(request)
                     running[number] = request_id
                 number, event = events.get()
@@ -125,3 +123,7 @@ class LLM:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _numbered(events: queue.SimpleQueue[tuple[int, Event]], number: int) -> EventSink:
+    return lambda event: events.put((number, event))

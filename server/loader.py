@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 import transformers
+
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
-from foveate.patches.attach import Attached
+from foveate.patches.attach import Attached, attach_engine
 from foveate.patches.families import VERIFIED, facts
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.verify import verify
@@ -78,7 +79,8 @@ def load(options: EngineOptions) -> LoadedModel:
         use_safetensors=True,
         **common,
     )
-    model.eval().requires_grad_(False).to(device)
+    model.train(False)
+    model.requires_grad_(False).to(device)
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
     found = facts(model.config)
     if found.model_type not in VERIFIED:
@@ -94,7 +96,7 @@ def load(options: EngineOptions) -> LoadedModel:
         name=name,
         model=model,
         tokenizer=tokenizer,
-        attached=Attached(model),
+        attached=attach_engine(model),
         rotary=ModelRotary.of(model),
         context_length=context,
         vocab_size=found.vocab_size,

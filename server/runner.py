@@ -6,6 +6,7 @@ from collections import defaultdict
 from dataclasses import dataclass
 
 import torch
+
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.view import Rows
 from foveate.patches.interface import PackedStep
@@ -97,6 +98,7 @@ class Runner:
     def _pack(self, chunks: list[Chunk]) -> tuple[list[StepGroup], list[_Part]]:
         """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row."""
         members: dict[tuple[Scheme | None, Phase], list[_Part]] = defaultdict(list)
+        split: list[tuple[tuple[Scheme | None, Phase], list[_Part]]] = []
         for owner, chunk in enumerate(chunks):
             request = chunk.sequence.group.request
             prompt_left = len(request.prompt_token_ids) - (chunk.start + chunk.count)
@@ -104,12 +106,15 @@ class Runner:
                 members[request.scheme, Phase.DECODE].append(_Part(owner, chunk, chunk.start, 1))
                 continue
             sparse, dense = budget.split_dense_tail(chunk.count, max(prompt_left, 0), request.scheme.options)
-            if sparse:
-                members[request.scheme, Phase.PREFILL].append(_Part(owner, chunk, chunk.start, sparse))
-            if dense:
-                members[None, Phase.PREFILL].append(_Part(owner, chunk, chunk.start + sparse, dense))
+            if sparse and dense:
+                # Side by side, so that the page which both write is one run for `write_kv`.
+                split.append(((request.scheme, Phase.PREFILL), [_Part(owner, chunk, chunk.start, sparse)]))
+                split.append(((None, Phase.PREFILL), [_Part(owner, chunk, chunk.start + sparse, dense)]))
+            else:
+                scheme = None if dense else request.scheme
+                members[scheme, Phase.PREFILL].append(_Part(owner, chunk, chunk.start, chunk.count))
         groups, parts, start = [], [], 0
-        for (scheme, phase), group in members.items():
+        for (scheme, phase), group in [*members.items(), *split]:
             rows = Rows.build(
                 [_pages(part) for part in group],
                 [part.start + part.count for part in group],

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
+
 from foveate.kv_cache.view import PagedView, Rows
 
 from . import budget, ops

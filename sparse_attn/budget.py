@@ -7,6 +7,7 @@ window first found 0 of 6 planted facts where the same free budget found 5.
 from __future__ import annotations
 
 import torch
+
 from foveate.kv_cache.view import Rows
 
 from .protocol import Scheme, SchemeOptions

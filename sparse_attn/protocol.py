@@ -14,6 +14,7 @@ from enum import Enum
 from typing import Any, ClassVar, Protocol
 
 import torch
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.stats import PageStat
 from foveate.kv_cache.view import LayerPages, PagedView, Rows

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from foveate.kv_cache.view import Rows
 
 
@@ -70,8 +71,8 @@ class Tiles:
                 position += length
         table = torch.tensor(host, dtype=torch.int32).reshape(-1, 4)
         table = table.to(rows.block_tables.device, non_blocking=True)
-        sequence, query_start, query_count, first = (column.contiguous() for column in table.unbind(1))
-        return cls(size, sequence, query_start, query_count, first, tuple(host))
+        owner, query_start, query_count, first = (column.contiguous() for column in table.unbind(1))
+        return cls(size, owner, query_start, query_count, first, tuple(host))
 
     def __len__(self) -> int:
         return len(self.host)

@@ -6,13 +6,14 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
+
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
 from . import attention_torch, decode_torch, reference
 
-Backend = Literal["reference", "torch", "triton", "flashinfer"]
+Backend = Literal["reference", "torch", "triton"]
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -48,10 +49,6 @@ def prefill(
         from . import prefill_triton
 
         return prefill_triton.prefill(query, view, selection, spec)
-    if chosen == "flashinfer":
-        from . import attention_flashinfer
-
-        return attention_flashinfer.prefill(query, view, selection, spec)
     if chosen == "torch":
         return attention_torch.prefill(query, view, selection, spec)
     return reference.attention(query, view, selection, spec)
@@ -74,10 +71,6 @@ def decode(
         from . import decode_triton
 
         return decode_triton.decode(query, view, selection, spec)
-    if chosen == "flashinfer":
-        from . import attention_flashinfer
-
-        return attention_flashinfer.decode(query, view, selection, spec)
     if chosen == "torch":
         return decode_torch.decode(query, view, selection, spec)
     return reference.attention(query, view, selection, spec)

@@ -14,6 +14,7 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
 from foveate.kv_cache.view import PagedView, Rows
 
 from ..protocol import AttentionSpec

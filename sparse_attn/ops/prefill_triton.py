@@ -111,7 +111,8 @@ def prefill_kernel(
             plain = tl.maximum(first_position - nearest + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
             acc, peak, total = attend(
                 tile, position, acc, peak, total, 0, plain, context, keys, values, table, None,
-                scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, False,
+                scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE,
+                HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, False,
             )  # fmt: skip
             start = plain
         else:
@@ -122,7 +123,8 @@ def prefill_kernel(
         chosen = indices + owner.to(tl.int64) * indices_stride + head * indices_head_stride
     acc, peak, total = attend(
         tile, position, acc, peak, total, start, stop, context, keys, values, table, chosen,
-        scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE, HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True,
+        scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE,
+        HEAD_DIM, BLOCK_DIM, BLOCK_KEYS, True,
     )  # fmt: skip
 
     sink = None
@@ -170,19 +172,23 @@ def plan(
     tiling = tiling or prefill_tiling(unit_of(query.device), longest * fold, view.head_dim, query.dtype)
     block_rows = max(tiling.rows, power_of_two(fold))
     blocks = -(-longest // (block_rows // fold))
-    arguments = chosen | key_arguments(view, spec) | {
-        "query": query,
-        "out": out,
-        "lse": lse,
-        "blocks": blocks,
-        "FOLD": fold,
-        "GROUP": heads // view.num_kv_heads,
-        "QUERY_STRIDE": query.stride(0),
-        "QUERY_HEAD_STRIDE": query.stride(1),
-        "UNIT": 1 if selection is None else selection.granularity,
-        "BLOCK_ROWS": block_rows,
-        "BLOCK_KEYS": tiling.keys,
-    }
+    arguments = (
+        chosen
+        | key_arguments(view, spec)
+        | {
+            "query": query,
+            "out": out,
+            "lse": lse,
+            "blocks": blocks,
+            "FOLD": fold,
+            "GROUP": heads // view.num_kv_heads,
+            "QUERY_STRIDE": query.stride(0),
+            "QUERY_HEAD_STRIDE": query.stride(1),
+            "UNIT": 1 if selection is None else selection.granularity,
+            "BLOCK_ROWS": block_rows,
+            "BLOCK_KEYS": tiling.keys,
+        }
+    )
     return Launch(prefill_kernel, (owners * blocks, programs), arguments, tiling)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Literal
 
 import torch
+
 from foveate.kv_cache.stats import Fold, PageStat
 from foveate.kv_cache.view import LayerPages
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import ClassVar
 
 import torch
+
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import LayerCall, LayerRole, Role, Scheme

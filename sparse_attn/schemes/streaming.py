@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 import torch
+
 from foveate.kv_cache.view import PagedView
 
 from ..errors import SchemeConfigError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import pytest
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pytest
+
 from foveate.kv_cache.allocator import PageAllocator
 from foveate.kv_cache.errors import CacheConfigError, CacheError, OutOfPages
 

@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from foveate.kv_cache.errors import CacheConfigError, CacheError
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 

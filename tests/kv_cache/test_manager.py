@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+
 from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.table import BlockTable

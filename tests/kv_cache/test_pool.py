@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM, PageStat

@@ -4,6 +4,7 @@ import hashlib
 import itertools
 
 import pytest
+
 from foveate.kv_cache.errors import CacheError
 from foveate.kv_cache.prefix import PrefixEntry, PrefixIndex
 

@@ -14,6 +14,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
+
 from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
@@ -21,9 +25,6 @@ from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.prefix import PrefixIndex, sha256
 from foveate.kv_cache.stats import KEY_MAX, KEY_SUM
 from foveate.kv_cache.table import BlockTable
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
 PAGE = 16
 NUM_PAGES = 9

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.view import PagedView, Rows

@@ -141,7 +141,7 @@ def test_generate_without_its_file(llms, capsys, tmp_path):
 
 
 def test_the_bar_follows_the_prompt(capsys):
-    with generate.Terminal() as terminal:
+    with generate.Terminal(10) as terminal:
         terminal.show(0, Progress(10, 4, 4, 0.1))
         terminal.show(0, Progress(10, 4, 10, 0.1))
     assert "10/10" in capsys.readouterr().err

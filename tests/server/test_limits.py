@@ -78,8 +78,9 @@ class RawExchange:
         return self.sent[0][0]["status"] if self.sent else None
 
 
-def test_a_declared_length_is_refused_unread(engine, settings):
-    exchange = RawExchange([b"x"], headers=[(b"content-length", b"2147483648")])
+@pytest.mark.parametrize("length", [b"2147483648", b"9" * 6000, b"0" * 6000 + b"9" * 20])
+def test_a_declared_length_is_refused_unread(engine, settings, length):
+    exchange = RawExchange([b"x"], headers=[(b"content-length", length)])
     assert exchange.run(create_app(engine, settings)) == 413
     assert exchange.sent[0][1] == 0
 

@@ -17,6 +17,10 @@ from pathlib import Path
 
 import torch
 import triton
+from triton._C.libtriton import native_specialize_impl
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, make_backend
+
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
 from foveate.sparse_attn.ops import decode_triton, prefill_triton, write_triton
@@ -24,9 +28,6 @@ from foveate.sparse_attn.ops.layout_triton import Launch
 from foveate.sparse_attn.ops.tiling import Unit
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Band, Selection, Tiles
-from triton._C.libtriton import native_specialize_impl
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, make_backend
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Unit.MMA),

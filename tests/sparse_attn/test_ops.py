@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.stats import Fold, PageStat
@@ -99,7 +100,9 @@ ATTENTION = {
     "decode-1": decode(1, group=3, tiling=None),
     "decode-lengths-g8-d128-bf16": decode(15, 16, 17, 1000, group=8, dim=128, dtype="bfloat16", tiling=None),
     "decode-d256-g3-softcap": decode(63, 600, group=3, dim=256, page_size=64, facts={"softcap": 2.0}),
-    "decode-d80-g7-sinks-merged": decode(1000, 3, kv_heads=1, group=7, dim=80, facts={"sinks": [100.0, 1.0] * 3 + [-9.0]}),
+    "decode-d80-g7-sinks-merged": decode(
+        1000, 3, kv_heads=1, group=7, dim=80, facts={"sinks": [100.0, 1.0, 100.0, 1.0, 100.0, 1.0, -9.0]}
+    ),
     "decode-window": decode(1000, 3, 200, group=3, facts={"band": Band(0, 37), "sinks": [1.0] * 6}),
     "decode-behind-window-nothing-seen": decode(5, 700, group=3, facts={"band": Band(20, None)}),
     "decode-selected1-g3": decode(1000, 3, 200, group=3, granularity=1),
