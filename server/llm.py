@@ -47,7 +47,7 @@ class LLM:
 
     def generate(
         self,
-        prompts: Sequence[str] | Sequence[list[int]],
+        prompts: Sequence[str | list[int]],
         sampling: SamplingParams | None = None,
         attention: dict[str, Any] | None = None,
         on_event: Callable[[int, Event], None] | None = None,

@@ -80,7 +80,8 @@ def load(options: EngineOptions) -> LoadedModel:
         **common,
     )
     model.train(False)
-    model.requires_grad_(False).to(device)
+    model.requires_grad_(False)
+    torch.nn.Module.to(model, device)  # the library's own `to` is typed for something else
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
     found = facts(model.config)
     if found.model_type not in VERIFIED:

@@ -26,8 +26,8 @@ def test_kernels_compile_within_the_card(target, tmp_path):
     kernels = json.loads(done.stdout)
     assert len(kernels) >= 5
     for kernel in kernels:
-        name = f"{kernel['case']}: {kernel['kernel']}"
-        assert kernel["spills"] == 0, f"{name} spills {kernel['spills']} bytes"
+        name = kernel["case"]
+        assert kernel["spilled"] == 0, f"{name} spills {kernel['spilled']} bytes"
         assert kernel["shared"] <= SHARED_KIB[target] * 1024, f"{name} takes {kernel['shared']} bytes of shared memory"
-        if kernel["dot"]:
+        if "prefill" in name.rsplit("/")[-1] or name.rsplit("/")[-1].startswith("decode"):
             assert kernel["tensor_core"], f"{name} has no tensor-core instruction"
