@@ -1,6 +1,7 @@
 """The operations over a paged KV cache, each one function with a reference and faster twins.
 
-Each op checks shapes once, then routes to Triton (CUDA, ROCm), the torch CPU path, or the float32 reference. ``backend=`` exists for tests.
+Each op checks shapes once, then routes to Triton (CUDA, ROCm), the torch CPU path, or the float32
+reference. ``backend=`` exists for tests.
 """
 
 from .attention import decode, merge, prefill
