@@ -41,7 +41,7 @@ def _fold_run(
         empty = float("-inf")
     dim = tl.arange(0, BLOCK_DIM)
     in_dim = dim < HEAD_DIM
-    held = tl.load(kept + dim, mask=in_dim & (offset > 0), other=empty)
+    held = tl.where(offset > 0, tl.load(kept + dim, mask=in_dim, other=empty), empty)
     for first in range(0, length, BLOCK_TOKENS):
         place = first + tl.arange(0, BLOCK_TOKENS)
         valid = (place < length)[:, None] & in_dim[None, :]
