@@ -220,8 +220,9 @@ def run_write(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, Any]:
             slots += [tables[sequence][i // page_size] * page_size + i % page_size for i in places]
             slots.append(-1)
             done[sequence] += count
-        # One row wide and in float32: the kernels take strides as they are, and round to the pool's type.
-        rows = torch.randn(len(slots), 5, 2, dim, generator=generator)[:, 1:4]
+        # One row wide: the kernels take strides as they are. In the pool's type, since the interpreter rounds
+        # float32 to bfloat16 in another way than torch and than a GPU.
+        rows = torch.randn(len(slots), 5, 2, dim, generator=generator).to(dtype)[:, 1:4]
         for pool, backend in zip(pools, ("triton", "torch"), strict=True):
             ops.write_kv(rows[:, :, 0], rows[:, :, 1], pool.layer(0), torch.tensor(slots), backend=backend)
     got, want = pools
