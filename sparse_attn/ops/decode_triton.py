@@ -13,7 +13,7 @@ from foveate.kv_cache.view import PagedView
 from ..protocol import AttentionSpec
 from ..selection import Selection
 from .common_triton import LOG2E, attend, finish
-from .layout_triton import Launch, key_arguments, last_dim_dense
+from .launch import Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, decode_tiling, power_of_two, unit_of
 
 # A few programs for each of the 108..304 multiprocessors of the targets hide each other's latency;
@@ -181,33 +181,22 @@ def plan(
         readable = min(readable, spec.band.farthest)
     splits = num_splits(readable, sequences * programs)
     tiling = tiling or decode_tiling(unit_of(query.device), fold, dim, query.dtype)
-    arguments = key_arguments(view, spec) | {
-        "query": query,
-        "out": out,
-        "lse": lse,
-        "indices": None,
-        "counts": None,
-        "indices_stride": None,
-        "indices_head_stride": None,
-        "counts_stride": None,
-        "splits": splits,
-        "FOLD": fold,
-        "GROUP": heads // view.num_kv_heads,
-        "QUERY_STRIDE": query.stride(0),
-        "QUERY_HEAD_STRIDE": query.stride(1),
-        "UNIT": 1,
-        "BLOCK_ROWS": max(tiling.rows, power_of_two(fold)),
-        "BLOCK_KEYS": tiling.keys,
-    }
-    if selection is not None:
-        arguments |= {
-            "indices": selection.indices,
-            "counts": selection.counts,
-            "indices_stride": selection.indices.stride(0),
-            "indices_head_stride": selection.indices.stride(1),
-            "counts_stride": selection.counts.stride(0),
-            "UNIT": selection.granularity,
+    arguments = (
+        key_arguments(view, spec)
+        | selection_arguments(selection)
+        | {
+            "query": query,
+            "out": out,
+            "lse": lse,
+            "splits": splits,
+            "FOLD": fold,
+            "GROUP": heads // view.num_kv_heads,
+            "QUERY_STRIDE": query.stride(0),
+            "QUERY_HEAD_STRIDE": query.stride(1),
+            "BLOCK_ROWS": max(tiling.rows, power_of_two(fold)),
+            "BLOCK_KEYS": tiling.keys,
         }
+    )
     if splits == 1:
         return (Launch(decode_kernel, (sequences, programs, 1), arguments, tiling),)
     parts = torch.empty(sequences, heads, splits, dim, dtype=torch.float32, device=query.device)

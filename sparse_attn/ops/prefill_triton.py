@@ -4,8 +4,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
@@ -15,7 +13,7 @@ from foveate.kv_cache.view import PagedView
 from ..protocol import AttentionSpec
 from ..selection import Selection
 from .common_triton import attend, finish
-from .layout_triton import Launch, key_arguments, last_dim_dense
+from .launch import Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, power_of_two, prefill_tiling, unit_of
 
 
@@ -149,60 +147,34 @@ def plan(
     rows, heads = view.rows, query.shape[1]
     programs = view.num_kv_heads if selection is None else selection.indices.shape[1]
     fold = heads // programs
-    longest = max(rows.host_query_lens)
-    if selection is None:
-        owners = rows.num_sequences
-        chosen: dict[str, Any] = dict.fromkeys(_SELECTION_ARGUMENTS)
-        chosen["query_offsets"] = rows.query_offsets
-    else:
-        tiles, owners = selection.tiles, len(selection.tiles)
-        longest = min(longest, tiles.size)
-        chosen = {
-            "query_offsets": None,
-            "indices": selection.indices,
-            "counts": selection.counts,
-            "tile_sequence": tiles.sequence,
-            "tile_start": tiles.query_start,
-            "tile_count": tiles.query_count,
-            "tile_position": tiles.position,
-            "indices_stride": selection.indices.stride(0),
-            "indices_head_stride": selection.indices.stride(1),
-            "counts_stride": selection.counts.stride(0),
-        }
+    tiles = selection.tiles if selection is not None else None
+    owners = rows.num_sequences if tiles is None else len(tiles)
+    longest = max(rows.host_query_lens) if tiles is None else min(max(rows.host_query_lens), tiles.size)
     tiling = tiling or prefill_tiling(unit_of(query.device), longest * fold, view.head_dim, query.dtype)
     block_rows = max(tiling.rows, power_of_two(fold))
     blocks = -(-longest // (block_rows // fold))
     arguments = (
-        chosen
-        | key_arguments(view, spec)
+        key_arguments(view, spec)
+        | selection_arguments(selection)
         | {
             "query": query,
             "out": out,
             "lse": lse,
+            "query_offsets": rows.query_offsets if tiles is None else None,
+            "tile_sequence": None if tiles is None else tiles.sequence,
+            "tile_start": None if tiles is None else tiles.query_start,
+            "tile_count": None if tiles is None else tiles.query_count,
+            "tile_position": None if tiles is None else tiles.position,
             "blocks": blocks,
             "FOLD": fold,
             "GROUP": heads // view.num_kv_heads,
             "QUERY_STRIDE": query.stride(0),
             "QUERY_HEAD_STRIDE": query.stride(1),
-            "UNIT": 1 if selection is None else selection.granularity,
             "BLOCK_ROWS": block_rows,
             "BLOCK_KEYS": tiling.keys,
         }
     )
     return Launch(prefill_kernel, (owners * blocks, programs), arguments, tiling)
-
-
-_SELECTION_ARGUMENTS = (
-    "indices",
-    "counts",
-    "tile_sequence",
-    "tile_start",
-    "tile_count",
-    "tile_position",
-    "indices_stride",
-    "indices_head_stride",
-    "counts_stride",
-)
 
 
 def prefill(

@@ -53,8 +53,8 @@ _DECODE = {
     Unit.WGMMA: {64: Tiling(16, 64, 4, 3), 128: Tiling(16, 64, 4, 3), 256: Tiling(16, 32, 4, 3)},
     Unit.MFMA: {64: Tiling(16, 64, 4, 1), 128: Tiling(16, 32, 4, 1), 256: Tiling(16, 32, 4, 1)},
 }
-# Full float32 products have no tensor core: small blocks keep them in registers.
-_FLOAT32 = Tiling(16, 32, 4, 1)
+# Full float32 products have no tensor core on NVIDIA: small blocks keep them in registers.
+_FLOAT32 = {64: Tiling(16, 32, 4, 1), 128: Tiling(16, 32, 4, 1), 256: Tiling(16, 16, 4, 1)}
 
 
 def power_of_two(count: int) -> int:
@@ -97,4 +97,4 @@ def _pick(table: dict[int, Tiling], head_dim: int, dtype: torch.dtype) -> Tiling
     dim = max(64, power_of_two(head_dim))
     if dim not in table:
         raise ValueError(f"the Triton kernels take head dims up to 256, got {head_dim}")
-    return _FLOAT32 if dtype.itemsize > 2 else table[dim]
+    return (_FLOAT32 if dtype.itemsize > 2 else table)[dim]

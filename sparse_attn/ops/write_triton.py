@@ -13,7 +13,7 @@ import triton.language as tl
 from foveate.kv_cache.stats import Fold, PageStat
 from foveate.kv_cache.view import LayerPages
 
-from .layout_triton import Launch, last_dim_dense
+from .launch import Launch, last_dim_dense
 from .tiling import Tiling, power_of_two
 
 _STATS = tuple(PageStat(source, fold) for source in ("key", "value") for fold in Fold)

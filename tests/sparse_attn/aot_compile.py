@@ -24,7 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
 from foveate.sparse_attn.ops import decode_triton, prefill_triton, write_triton
-from foveate.sparse_attn.ops.layout_triton import Launch
+from foveate.sparse_attn.ops.launch import Launch
 from foveate.sparse_attn.ops.tiling import Unit
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Band, Selection, Tiles
@@ -84,20 +84,15 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
     """SmolLM2 (D 64, group 3), phi-2 (80, 1), Llama 3 70B and 8B (128, 8 and 4), Gemma (256, 4), gpt-oss (64, 8)."""
     sinks = torch.empty(64, dtype=torch.bfloat16, device="meta")
     window = {"band": Band(0, 128), "sinks": sinks}
-    yield "prefill-d64-g3", attention(3, 64, 32, None, "prefill")
     yield "prefill-d64-g8-window-sinks", attention(8, 64, 32, None, "prefill", **window)
-    yield "prefill-d80-g1", attention(1, 80, 32, None, "prefill")
+    yield "prefill-d80-g1-selected64", attention(1, 80, 64, 64, "prefill")
     yield "prefill-d128-g8", attention(8, 128, 32, None, "prefill")
     yield "prefill-d128-g8-selected16", attention(8, 128, 32, 16, "prefill")
-    yield "prefill-d128-g4-selected64", attention(4, 128, 64, 64, "prefill")
     yield "prefill-d256-g4-softcap", attention(4, 256, 32, None, "prefill", softcap=50.0)
-    yield "prefill-d256-g4-selected16", attention(4, 256, 32, 16, "prefill")
-    yield "decode-d64-g8-window-sinks", attention(8, 64, 32, None, "decode", **window)
-    yield "decode-d80-g1", attention(1, 80, 32, None, "decode")
-    yield "decode-d128-g8", attention(8, 128, 32, None, "decode")
+    yield "decode-d64-g3-sinks", attention(3, 64, 32, None, "decode", sinks=sinks)
+    yield "decode-d80-g1-window", attention(1, 80, 32, None, "decode", band=Band(0, 128))
     yield "decode-d128-g8-selected16", attention(8, 128, 32, 16, "decode")
-    yield "decode-d256-g4-softcap", attention(4, 256, 32, None, "decode", softcap=50.0)
-    yield "decode-d256-g4-selected64", attention(4, 256, 64, 64, "decode")
+    yield "decode-d256-g4-selected64-softcap", attention(4, 256, 64, 64, "decode", softcap=50.0)
     yield "write-d128", writing(8, 128)
 
 

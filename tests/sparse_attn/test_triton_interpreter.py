@@ -113,9 +113,11 @@ ATTENTION = {
         1000, 77, group=3, granularity=64, page_size=64, per_query_head=True, facts={"sinks": [0.0, 100.0, 2.0] * 2}
     ),
 }  # fmt: skip
+# Head dim, page size, the pool's type and that of the rows written. None rounds to bfloat16; see above.
 WRITES = {
-    "write-d64-f32": (64, 16, torch.float32),
-    "write-d80-bf16": (80, 64, torch.bfloat16),
+    "write-d64-f32": (64, 16, torch.float32, torch.float32),
+    "write-d64-f32-into-f16": (64, 16, torch.float16, torch.float32),
+    "write-d80-bf16": (80, 64, torch.bfloat16, torch.bfloat16),
 }
 
 
@@ -201,7 +203,7 @@ def run_far_page() -> dict[str, Any]:
     return {"stored": bool(torch.equal(keys[page, 0], rows[:, 0])), "out": rms(out.float() - want.float())}
 
 
-def run_write(dim: int, page_size: int, dtype: torch.dtype) -> dict[str, Any]:
+def run_write(dim: int, page_size: int, dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
     """Pages of two sequences filled in three steps, with tokens that go nowhere, against the torch path."""
     stats = [PageStat(source, fold) for source in ("key", "value") for fold in Fold]
     pools = [PagePool(CacheGeometry(1, 3, dim, page_size, 7, dtype), stats) for _ in range(2)]

@@ -1,4 +1,4 @@
-"""How tensors are handed to the kernels: strides, and one launch as a value."""
+"""How tensors are handed to the Triton kernels, and one launch as a value. Imports no Triton itself."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
+from ..selection import Selection
 from .tiling import Tiling, power_of_two
 
 
@@ -67,4 +68,21 @@ def key_arguments(view: PagedView, spec: AttentionSpec) -> dict[str, Any]:
         "PAGE_SIZE": view.page_size,
         "HEAD_DIM": view.head_dim,
         "BLOCK_DIM": max(16, power_of_two(view.head_dim)),
+    }
+
+
+def selection_arguments(selection: Selection | None) -> dict[str, Any]:
+    """Arguments of a selection; a dense call has none, and its kernel is compiled without them."""
+    if selection is None:
+        return dict.fromkeys(("indices", "counts", "indices_stride", "indices_head_stride", "counts_stride")) | {
+            "UNIT": 1
+        }
+    indices, counts = last_dim_dense(selection.indices), last_dim_dense(selection.counts)
+    return {
+        "indices": indices,
+        "counts": counts,
+        "indices_stride": indices.stride(0),
+        "indices_head_stride": indices.stride(1),
+        "counts_stride": counts.stride(0),
+        "UNIT": selection.granularity,
     }
