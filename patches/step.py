@@ -9,7 +9,7 @@ import torch
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.table import BlockTable
 from foveate.kv_cache.view import Rows
-from foveate.sparse_attn.budget import split_dense_tail
+from foveate.sparse_attn.budget import spans
 from foveate.sparse_attn.protocol import Phase, QueryRotator, Scheme, StepGroup, StepState
 
 
@@ -62,13 +62,11 @@ def _groups(
     groups = []
     start = 0
     for owner, (table, count) in enumerate(chunks):
-        sparse, dense = split_dense_tail(count, 0, scheme.options)
-        for policy, queries, behind in ((scheme, sparse, dense), (None, dense, 0)):
-            if queries:
-                context = table.num_tokens + count - behind
-                rows = Rows.build([list(table.pages)], [context], [queries], device)
-                groups.append(StepGroup(policy, Phase.PREFILL, start, rows, (owner,)))
-                start += queries
+        stop = table.num_tokens + count
+        for first, last, dense in spans(table.num_tokens, stop, stop, scheme.options):
+            rows = Rows.build([list(table.pages)], [last], [last - first], device)
+            groups.append(StepGroup(None if dense else scheme, Phase.PREFILL, start, rows, (owner,)))
+            start += last - first
     return tuple(groups)
 
 

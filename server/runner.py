@@ -101,18 +101,20 @@ class Runner:
         split: list[tuple[tuple[Scheme | None, Phase], list[_Part]]] = []
         for owner, chunk in enumerate(chunks):
             request = chunk.sequence.group.request
-            prompt_left = len(request.prompt_token_ids) - (chunk.start + chunk.count)
-            if prompt_left < 0 and chunk.count == 1:
+            prompt_tokens = len(request.prompt_token_ids)
+            if chunk.start >= prompt_tokens and chunk.count == 1:
                 members[request.scheme, Phase.DECODE].append(_Part(owner, chunk, chunk.start, 1))
                 continue
-            sparse, dense = budget.split_dense_tail(chunk.count, max(prompt_left, 0), request.scheme.options)
-            if sparse and dense:
-                # Side by side, so that the page which both write is one run for `write_kv`.
-                split.append(((request.scheme, Phase.PREFILL), [_Part(owner, chunk, chunk.start, sparse)]))
-                split.append(((None, Phase.PREFILL), [_Part(owner, chunk, chunk.start + sparse, dense)]))
-            else:
-                scheme = None if dense else request.scheme
-                members[scheme, Phase.PREFILL].append(_Part(owner, chunk, chunk.start, chunk.count))
+            spans = [
+                ((None if dense else request.scheme, Phase.PREFILL), _Part(owner, chunk, start, stop - start))
+                for start, stop, dense in budget.spans(
+                    chunk.start, chunk.start + chunk.count, prompt_tokens, request.scheme.options
+                )
+            ]
+            if len(spans) == 1:
+                members[spans[0][0]].append(spans[0][1])
+            else:  # side by side, so that a page which two of them write is one run for `write_kv`
+                split += [(key, [part]) for key, part in spans]
         groups, parts, start = [], [], 0
         for (scheme, phase), group in [*members.items(), *split]:
             rows = Rows.build(

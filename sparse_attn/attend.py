@@ -113,9 +113,8 @@ def _count_keys(segments: tuple[Segment, ...], layer: LayerCall, step: StepState
 
 def _band_pairs(rows: Rows, band: Band, heads: int, device: torch.device) -> torch.Tensor:
     """``[S]`` float64: visible (query, key) pairs of each sequence, times ``heads``."""
-    pairs = []
-    for context, count in zip(rows.host_context_lens, rows.host_query_lens, strict=True):
-        positions = torch.arange(context - count, context)
-        first = torch.zeros_like(positions) if band.farthest is None else (positions - band.farthest + 1).clamp_(min=0)
-        pairs.append((positions - band.nearest + 1 - first).clamp_(min=0).sum())
-    return torch.stack(pairs).to(device, torch.float64) * heads
+    pairs = [
+        sum(band.visible(position) for position in range(context - count, context))
+        for context, count in zip(rows.host_context_lens, rows.host_query_lens, strict=True)
+    ]
+    return torch.tensor(pairs, dtype=torch.float64).to(device) * heads

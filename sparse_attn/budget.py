@@ -58,19 +58,22 @@ def _distinct(indices: torch.Tensor, selection: Selection) -> Selection:
     return Selection(torch.where(ordered == big, -1, ordered), counts, selection.granularity, selection.tiles)
 
 
-def split_dense_tail(query_len: int, prompt_left: int, options: SchemeOptions) -> tuple[int, int]:
-    """Splits a chunk of a prompt into queries that follow the scheme and queries that read every key.
+def spans(start: int, stop: int, prompt_tokens: int, options: SchemeOptions) -> list[tuple[int, int, bool]]:
+    """Cuts the positions ``start`` to ``stop - 1`` of a sequence where its prompt's dense tail begins and ends.
 
     Args:
-        query_len: Queries of the chunk.
-        prompt_left: Tokens of the prompt after the chunk.
-        options: ``dense_tail_tokens`` last queries of the prompt are dense.
+        start: First position of a chunk.
+        stop: End of the chunk; behind the prompt when a preempted sequence is computed again.
+        prompt_tokens: Tokens of the prompt, whose ``options.dense_tail_tokens`` last read every key.
+        options: The scheme's.
 
     Returns:
-        ``(sparse, dense)`` with ``sparse + dense == query_len``; the dense ones come last.
+        ``(start, stop, dense)`` of each part that is not empty, in order.
     """
-    dense = min(query_len, max(0, options.dense_tail_tokens - prompt_left))
-    return query_len - dense, dense
+    tail = max(prompt_tokens - options.dense_tail_tokens, 0)
+    cuts = [min(max(cut, start), stop) for cut in (0, tail, prompt_tokens)] + [stop]
+    parts = zip(cuts, cuts[1:], (False, True, False), strict=False)
+    return [(first, last, dense) for first, last, dense in parts if first < last]
 
 
 def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
