@@ -1,0 +1,145 @@
+"""The sampler: supports, penalties, isolation of rows; and the one validator."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from foveate.server.exceptions import BadLogits, InvalidRequest
+from foveate.server.request import SamplingParams
+from foveate.server.sampling import SamplerRow, check_sampling, sample
+
+VOCAB = 50
+
+
+def row(prompt=(), output=(), eos=(0,), choice=0, **params):
+    return SamplerRow(SamplingParams(**params), list(prompt), list(output), list(eos), choice)
+
+
+def logits_of(rows=1, seed=0):
+    return torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed)) * 2
+
+
+def drawn(logits, times=3000, **params):
+    """How often each token is drawn."""
+    torch.manual_seed(1)
+    rows = [row(**params) for _ in range(times)]
+    counts = torch.zeros(VOCAB)
+    for sampled in sample(logits.expand(times, -1), rows):
+        counts[sampled.token_id] += 1
+    return counts
+
+
+def support(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Tokens that may be drawn and their probabilities, one rule after the other in plain Python."""
+    probs = torch.softmax(logits[0].double() / temperature, -1).tolist()
+    kept = sorted(range(VOCAB), key=lambda token: -probs[token])
+    if top_k > 0:
+        kept = kept[:top_k]
+    kept = [token for token in kept if probs[token] >= min_p * probs[kept[0]]]
+    total, mass, nucleus = sum(probs[token] for token in kept), 0.0, []
+    for token in kept:
+        if mass >= top_p * total:
+            break
+        nucleus.append(token)
+        mass += probs[token]
+    return {token: probs[token] / mass for token in nucleus}
+
+
+@pytest.mark.parametrize(
+    "params",
+    [{}, {"top_k": 5}, {"top_p": 0.6}, {"min_p": 0.2}, {"temperature": 0.5}, {"top_k": 8, "top_p": 0.7, "min_p": 0.05}],
+    ids=str,
+)
+def test_draws_follow_the_distribution(params):
+    logits = logits_of()
+    counts, want = drawn(logits, **{"temperature": 1.0, **params}), support(logits, **params)
+    assert set(counts.nonzero()[:, 0].tolist()) <= set(want)
+    for token, probability in want.items():
+        spread = math.sqrt(3000 * probability * (1 - probability))
+        assert abs(counts[token] - 3000 * probability) <= 5 * spread + 1, f"token {token}"
+
+
+def test_greedy_takes_the_lowest_of_the_best():
+    logits = logits_of(3)
+    logits[1, [7, 3]] = 99.0
+    want = [int(logits[0].argmax()), 3, int(logits[2].argmax())]
+    assert [s.token_id for s in sample(logits, [row(temperature=0)] * 3)] == want
+    # With a feature in the batch the general path runs, and says the same.
+    mixed = [row(temperature=0), row(temperature=0, logit_bias={5: -1.0}), row(temperature=0)]
+    assert [s.token_id for s in sample(logits, mixed)] == want
+
+
+def test_seeded_rows_do_not_depend_on_their_batch():
+    logits = logits_of(4)
+    alone = [sample(logits[i : i + 1], [row(seed=i)])[0].token_id for i in range(4)]
+    order = [2, 0, 3, 1]
+    rows = [row(seed=i) for i in order] + [row()]
+    mixed = sample(torch.cat([logits[order], logits_of(1, 9)]), rows)
+    assert [s.token_id for s in mixed[:4]] == [alone[i] for i in order]
+    assert sample(logits[:1], [row(seed=3, choice=4)])[0] == sample(logits[:1], [row(seed=7)])[0]
+
+
+def test_penalties_and_bias_equal_a_plain_loop():
+    logits, prompt, output = logits_of(), [1, 2, 2, 3], [2, 4, 4, 4]
+    changed = logits[0].tolist()
+    for token in set(prompt + output):
+        changed[token] = changed[token] / 1.5 if changed[token] > 0 else changed[token] * 1.5
+    for token in set(output):
+        changed[token] -= 0.7 + 0.4 * output.count(token)
+    changed[9] += 3.0
+    params = {"repetition_penalty": 1.5, "presence_penalty": 0.7, "frequency_penalty": 0.4, "logit_bias": {9: 3.0}}
+    counts = drawn(logits, prompt=prompt, output=output, **params)
+    want = support(torch.tensor([changed]))
+    for token, probability in want.items():
+        spread = math.sqrt(3000 * probability * (1 - probability))
+        assert abs(counts[token] - 3000 * probability) <= 5 * spread + 1, f"token {token}"
+
+
+def test_min_tokens_hides_what_ends_a_text():
+    logits = logits_of()
+    logits[0, [0, 11]] = 50.0
+    params = {"temperature": 0, "stop_token_ids": (11,), "min_tokens": 2}
+    assert sample(logits, [row(output=[5], **params)])[0].token_id not in (0, 11)
+    assert sample(logits, [row(output=[5, 6], **params)])[0].token_id == 0
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")], ids=str)
+@pytest.mark.parametrize("temperature", [0, 1])
+def test_bad_logits_end_their_row_alone(bad, temperature):
+    logits = logits_of(3)
+    want = [s.token_id for s in sample(logits, [row(temperature=temperature, seed=i) for i in range(3)])]
+    logits[1, 4] = bad
+    got = sample(logits, [row(temperature=temperature, seed=i) for i in range(3)])
+    assert isinstance(got[1].error, BadLogits)
+    assert [got[0].token_id, got[2].token_id] == [want[0], want[2]]
+
+
+def test_logprobs_are_the_models_own():
+    logits = logits_of()
+    logprobs = torch.log_softmax(logits[0], -1)
+    got = sample(logits, [row(temperature=0, logprobs=3, logit_bias={7: 90.0})])[0].logprob
+    assert got.token_id == 7
+    assert got.logprob == pytest.approx(float(logprobs[7]), abs=1e-5)
+    assert [token for token, _ in got.top] == logprobs.topk(3).indices.tolist()
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.1),
+        ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
+        ("repetition_penalty", 0.0), ("n", 0), ("n", 17), ("logprobs", 21), ("logprobs", -1), ("stop", ("",)),
+        ("stop", ("x" * 257,)), ("stop", ("x",) * 17), ("logit_bias", {VOCAB: 1.0}), ("logit_bias", {1: math.nan}),
+        ("logit_bias", {1: 101.0}), ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 17), ("seed", 2**64),
+        ("stop_token_ids", (VOCAB,)),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_bad_value_is_refused_by_name(param, value):
+    with pytest.raises(InvalidRequest) as caught:
+        check_sampling(SamplingParams(**{param: value}), VOCAB)
+    assert caught.value.param == param
+    check_sampling(SamplingParams(), VOCAB)
