@@ -10,8 +10,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM
 
 from foveate.server.engine import Engine
 from foveate.server.exceptions import (
@@ -30,27 +29,6 @@ from foveate.server.request import Delta, Failed, Finished, GenerationRequest, P
 from foveate.sparse_attn.errors import SchemeConfigError, UnknownScheme
 
 GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
-EOS = 256
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """A random llama of 2 layers with a byte-level tokenizer, saved as a checkpoint."""
-    path = tmp_path_factory.mktemp("model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=260, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=16, max_position_embeddings=512, eos_token_id=EOS, bos_token_id=None,
-        pad_token_id=None, initializer_range=0.3,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(path)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({char: index for index, char in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>")
-    fast.save_pretrained(path)
-    return str(path)
 
 
 @pytest.fixture
