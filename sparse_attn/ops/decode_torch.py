@@ -20,6 +20,8 @@ from .attention_torch import Result
 
 # A view of a run of pages costs one kernel call, about 30 us; copying one page costs about 20 us.
 MIN_PAGES_PER_RUN = 4
+# Up to so many pages with hidden keys are sliced one by one (one call each) instead of gathered and masked (seven).
+MAX_SLICED_EDGES = 4
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -30,7 +32,8 @@ class _Plan:
         runs: ``(first page, pages)`` of whole pages side by side, or ``None`` to gather ``whole``.
         whole: ``[W]`` physical pages all of whose keys are visible.
         whole_owner: ``[W]`` the sequence of each.
-        edges: ``[E]`` pages with some keys hidden.
+        spans: ``(page, sequence, first visible, end of visible)`` of the E pages with some keys hidden.
+        edges: ``[E]`` these pages.
         edge_owner: ``[E]``.
         edge_hidden: ``[E, page_size]`` bool.
     """
@@ -38,6 +41,7 @@ class _Plan:
     runs: list[tuple[int, int]] | None
     whole: torch.Tensor
     whole_owner: torch.Tensor
+    spans: list[tuple[int, int, int, int]]
     edges: torch.Tensor
     edge_owner: torch.Tensor
     edge_hidden: torch.Tensor
@@ -66,7 +70,11 @@ def decode(query: torch.Tensor, view: PagedView, selection: Selection | None, sp
             keys, values = (pool[page : page + count] for pool in pools)
             _append(outs, lses, rows[plan.whole_owner[done : done + count]], keys, values, spec.scale)
             done += count
-    if len(plan.edges):
+    if len(plan.spans) <= MAX_SLICED_EDGES:
+        for page, sequence, first, last in plan.spans:
+            keys, values = (pool[page : page + 1, :, first:last] for pool in pools)
+            _append(outs, lses, rows[sequence : sequence + 1], keys, values, spec.scale)
+    else:
         keys, values = (pool.index_select(0, plan.edges) for pool in pools)
         # Hidden rows may never have been written: 0 * NaN would be NaN.
         hidden = plan.edge_hidden[:, None, :, None]
@@ -140,6 +148,7 @@ def _plan(rows: Rows, page_size: int, band: Band) -> _Plan:
         runs if len(runs) * MIN_PAGES_PER_RUN <= len(whole) or not whole else None,
         table[:, 0],
         table[:, 1],
+        edges,
         edge_table[:, 0],
         edge_table[:, 1],
         (offsets < span[:, :1]) | (offsets >= span[:, 1:]),
