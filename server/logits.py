@@ -93,21 +93,30 @@ def probabilities(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
     Returns:
         ``[R, V]`` float32, rows sum to 1. A row with NaN gives NaN and disturbs no other.
     """
-    device = logits.device
-    temperature, min_p = upload(torch.tensor([[p.temperature for p in params], [p.min_p for p in params]]), device)
-    # The best logit becomes 0, so no temperature can make it overflow.
-    scores = logits.float() - logits.amax(-1, keepdim=True).float()
-    scores /= temperature[:, None]
-    vocab_size = scores.shape[1]
-    limits = {index: p.top_k for index, p in enumerate(params) if 0 < p.top_k < vocab_size}
+    scores = tempered(logits, params)
+    limits = {index: p.top_k for index, p in enumerate(params) if 0 < p.top_k < scores.shape[1]}
     if limits:
         _keep_top_k(scores, limits)
-    if any(p.min_p > 0 for p in params):
-        scores.masked_fill_(scores < min_p.log()[:, None], -torch.inf)
     masses = {index: p.top_p for index, p in enumerate(params) if p.top_p < 1}
     if masses:
         _keep_top_p(scores, masses)
     return scores.softmax(-1)
+
+
+def tempered(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
+    """Logits ``[R, V]`` after temperature and min-p, float32.
+
+    Min-p looks at nothing but the best token, which top-k keeps: their order does not matter.
+    """
+    temperature, min_p = upload(
+        torch.tensor([[p.temperature for p in params], [p.min_p for p in params]]), logits.device
+    )
+    # The best logit becomes 0, so no temperature can make it overflow.
+    scores = logits.float() - logits.amax(-1, keepdim=True).float()
+    scores /= temperature[:, None]
+    if any(p.min_p > 0 for p in params):
+        scores.masked_fill_(scores < min_p.log()[:, None], -torch.inf)
+    return scores
 
 
 def _keep_top_k(scores: Tensor, limits: dict[int, int]) -> None:

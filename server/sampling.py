@@ -47,11 +47,14 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     left = best.isfinite()
     sound = left if edited is logits else logits.amax(-1).isfinite()
     drawing = [index for index, row in enumerate(rows) if not row.greedy]
-    if drawing:
-        where = upload(torch.tensor(drawing), logits.device)
-        probs = probabilities(edited.index_select(0, where), [rows[index].params for index in drawing])
-        drawn = draw(probs, [rows[index].generator(logits.device) for index in drawing])
-        tokens.index_copy_(0, where, drawn)
+    # flashinfer's random numbers depend on the place in the batch, so rows with a seed draw their own.
+    fused = [index for index in drawing if rows[index].params.seed is None] if _has_flashinfer(logits.device) else []
+    own = [index for index in drawing if rows[index].params.seed is not None] if fused else drawing
+    for chosen, draw_rows in ((fused, _draw_fused), (own, _draw_own)):
+        if chosen:
+            where = upload(torch.tensor(chosen), logits.device)
+            drawn = draw_rows(edited.index_select(0, where), [rows[index] for index in chosen])
+            tokens.index_copy_(0, where, drawn)
     reporting = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
     report = _log_probabilities(logits, tokens, reporting) if reporting else []
     ids, is_sound, is_left, *reported = _fetch(tokens.int(), sound.int(), left.int(), *report)
@@ -67,6 +70,23 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
         else:
             result.append(Sampled(token, logprobs.get(index)))
     return result
+
+
+def _has_flashinfer(device: torch.device) -> bool:
+    from . import sampling_flashinfer
+
+    return sampling_flashinfer.available(device)
+
+
+def _draw_fused(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    from . import sampling_flashinfer
+
+    return sampling_flashinfer.draw(logits, [row.params for row in rows])
+
+
+def _draw_own(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
+    probs = probabilities(logits, [row.params for row in rows])
+    return draw(probs, [row.generator(logits.device) for row in rows])
 
 
 def draw(probs: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:

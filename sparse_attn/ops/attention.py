@@ -13,7 +13,7 @@ from ..protocol import AttentionSpec
 from ..selection import Selection
 from . import attention_torch, decode_torch, reference
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "triton", "flashinfer"]
 Result = tuple[torch.Tensor, torch.Tensor]
 
 
@@ -44,7 +44,11 @@ def prefill(
         ValueError: shapes do not fit.
     """
     _check(query, view, selection)
-    chosen = backend or _default_backend(query)
+    chosen = backend or _default_backend(query, view, selection, spec)
+    if chosen == "flashinfer":
+        from . import attention_flashinfer
+
+        return attention_flashinfer.prefill(query, view, selection, spec)
     if chosen == "triton":
         from . import prefill_triton
 
@@ -66,7 +70,11 @@ def decode(
     _check(query, view, selection)
     if query.shape[0] != view.rows.num_sequences:
         raise ValueError(f"decode takes one query per sequence, got {query.shape[0]} for {view.rows.num_sequences}")
-    chosen = backend or _default_backend(query)
+    chosen = backend or _default_backend(query, view, selection, spec)
+    if chosen == "flashinfer":
+        from . import attention_flashinfer
+
+        return attention_flashinfer.decode(query, view, selection, spec)
     if chosen == "triton":
         from . import decode_triton
 
@@ -86,6 +94,11 @@ def merge(parts: Sequence[Result], sinks: torch.Tensor | None = None) -> Result:
     Returns:
         ``(out, lse)``, ``lse`` still without the sinks.
     """
+    if len(parts) == 2 and parts[0][0].is_cuda:
+        from . import attention_flashinfer
+
+        if attention_flashinfer.can_merge(parts[0][0]):
+            return attention_flashinfer.merge(parts[0], parts[1], sinks)
     lse = torch.stack([part_lse for _, part_lse in parts])
     total = torch.logsumexp(lse, dim=0)
     denominator = total if sinks is None else torch.logaddexp(total, sinks.float())
@@ -95,8 +108,13 @@ def merge(parts: Sequence[Result], sinks: torch.Tensor | None = None) -> Result:
     return torch.as_tensor(out).to(parts[0][0].dtype), total
 
 
-def _default_backend(query: torch.Tensor) -> Backend:
-    return "triton" if query.is_cuda else "torch"
+def _default_backend(query: torch.Tensor, view: PagedView, selection: Selection | None, spec: AttentionSpec) -> Backend:
+    if not query.is_cuda:
+        return "torch"
+    from . import attention_flashinfer
+
+    supported = attention_flashinfer.supports(query, view, selection, spec)
+    return "flashinfer" if supported and attention_flashinfer.available(query.device) else "triton"
 
 
 def _check(query: torch.Tensor, view: PagedView, selection: Selection | None) -> None:
