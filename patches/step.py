@@ -56,7 +56,9 @@ def _groups(
     chunks: Sequence[tuple[BlockTable, int]], scheme: Scheme | None, device: torch.device
 ) -> tuple[StepGroup, ...]:
     if all(count == 1 and table.num_tokens for table, count in chunks):
+        scheme = scheme and scheme.for_phase(Phase.DECODE)
         return (_group(range(len(chunks)), chunks, scheme, Phase.DECODE, 0, device),)
+    scheme = scheme and scheme.for_phase(Phase.PREFILL)
     if scheme is None or not scheme.options.dense_tail_tokens:
         return (_group(range(len(chunks)), chunks, scheme, Phase.PREFILL, 0, device),)
     groups = []

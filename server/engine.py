@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import threading
 import time
@@ -16,7 +17,7 @@ from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import SchemeConfigError
-from foveate.sparse_attn.protocol import Scheme
+from foveate.sparse_attn.protocol import Phase, Scheme
 
 from .detokenizer import Detokenizer
 from .engine_protocol import EngineSnapshot, EngineState
@@ -116,18 +117,14 @@ class Engine:
         """
         given = dict(self._default if attention is None else attention)
         name = given.pop("scheme", self._default["scheme"])
-        try:
-            return self._build(name, tuple(sorted(given.items())))
-        except TypeError:  # an unhashable value: no option is a list or an object
-            raise SchemeConfigError("attention takes a scheme's name and plain numbers, strings or booleans") from None
+        return self._build(name, json.dumps(given, sort_keys=True))
 
-    def _build_scheme(self, name: str, options: tuple[tuple[str, Any], ...]) -> Scheme:
-        scheme = registry.build(name, **dict(options))
-        if scheme.moves_positions and self._loaded.rotary is None:
+    def _build_scheme(self, name: str, options: str) -> Scheme:
+        scheme = registry.build(name, self._loaded.profiles, **json.loads(options))
+        if any(scheme.for_phase(phase).moves_positions for phase in Phase) and self._loaded.rotary is None:
             raise SchemeConfigError(
                 f"{name} moves positions, but the rotary embedding of this model is of a kind that cannot be moved"
             )
-        self.cache.pool.declare(scheme.page_stats(self.cache.pool.geometry))
         return scheme
 
     def submit(self, request: GenerationRequest) -> None:
@@ -210,7 +207,7 @@ class Engine:
             raise ContextOverflow(len(prompt), wanted, self.context_length)
         if len(prompt) + wanted > self.cache.capacity_tokens:
             raise PoolTooSmall(len(prompt) + wanted, self.cache.capacity_tokens)
-        policy = f"{request.scheme.name}\0{request.scheme.options!r}\0{request.salt}"
+        policy = f"{request.scheme.identity}\0{request.salt}"
         group = RequestGroup(request, hashlib.sha256(policy.encode("utf-8", "surrogatepass")).digest(), wanted)
         group.sequences.append(self._sequence(group, 0))
         return group
@@ -250,6 +247,8 @@ class Engine:
             while self._inbox:
                 group = self._inbox.popleft()
                 self._groups[group.request.request_id] = group
+                stats = group.request.scheme.page_stats(self.cache.pool.geometry)
+                self.cache.declare(stats, (item.table for item in self._scheduler.running if item.table))
                 self._scheduler.add(group.sequences[0])
             aborts = set(self._aborts)
             self._aborts.clear()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,12 +14,15 @@ import transformers
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.patches.attach import Attached, attach_engine
 from foveate.patches.families import VERIFIED, facts
+from foveate.patches.fingerprint import fingerprint
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.verify import verify
+from foveate.sparse_attn.profile import Profile
 
 from .exceptions import InvalidRequest
 from .options import EngineOptions
 from .packaged import resolve
+from .profiles import profiles_for
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +42,7 @@ class LoadedModel:
         context_length: Tokens of prompt and answer.
         vocab_size: Width of the logits.
         eos_token_ids: Ids that end a text.
+        profiles: Calibration profiles of this model, by scheme.
     """
 
     name: str
@@ -48,6 +53,7 @@ class LoadedModel:
     context_length: int
     vocab_size: int
     eos_token_ids: frozenset[int]
+    profiles: Mapping[str, Profile]
 
     @property
     def device(self) -> torch.device:
@@ -66,6 +72,7 @@ def load(options: EngineOptions) -> LoadedModel:
         OSError: nothing can be loaded under that name.
         UnsupportedModel: the model's attention cannot be ours; the message says why.
         InvalidRequest: an option does not fit the model.
+        ProfileError: a profile cannot be read, or was made for another model.
     """
     path = resolve(options.model)
     device = _device(options.device)
@@ -102,6 +109,7 @@ def load(options: EngineOptions) -> LoadedModel:
         context_length=context,
         vocab_size=found.vocab_size,
         eos_token_ids=_eos(model, tokenizer),
+        profiles=profiles_for(fingerprint(model), options.profile),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -22,6 +23,8 @@ class EngineOptions:
         max_running: Sequences computed at once.
         max_queued_requests: Requests that may wait.
         attention: Default policy, such as ``{"scheme": "streaming", "budget_tokens": 1024}``.
+        profile: Files of calibration profiles, one per scheme; those that come with the package for
+            this model are found by themselves.
         prefix_reuse: Reuse pages of prompts that begin alike.
         trust_remote_code: Run Python code that comes with the model.
     """
@@ -37,6 +40,7 @@ class EngineOptions:
     max_running: int = 256
     max_queued_requests: int = 256
     attention: dict[str, Any] | None = None
+    profile: Sequence[str] = ()
     prefix_reuse: bool = True
     trust_remote_code: bool = False
 

@@ -103,12 +103,15 @@ class Runner:
             request = chunk.sequence.group.request
             prompt_tokens = len(request.prompt_token_ids)
             if chunk.start >= prompt_tokens and chunk.count == 1:
-                members[request.scheme, Phase.DECODE].append(_Part(owner, chunk, chunk.start, 1))
+                members[request.scheme.for_phase(Phase.DECODE), Phase.DECODE].append(
+                    _Part(owner, chunk, chunk.start, 1)
+                )
                 continue
+            scheme = request.scheme.for_phase(Phase.PREFILL)
             spans = [
-                ((None if dense else request.scheme, Phase.PREFILL), _Part(owner, chunk, start, stop - start))
+                ((None if dense else scheme, Phase.PREFILL), _Part(owner, chunk, start, stop - start))
                 for start, stop, dense in budget.spans(
-                    chunk.start, chunk.start + chunk.count, prompt_tokens, request.scheme.options
+                    chunk.start, chunk.start + chunk.count, prompt_tokens, scheme.options
                 )
             ]
             if len(spans) == 1:
@@ -116,14 +119,14 @@ class Runner:
             else:  # side by side, so that a page which two of them write is one run for `write_kv`
                 split += [(key, [part]) for key, part in spans]
         groups, parts, start = [], [], 0
-        for (scheme, phase), group in [*members.items(), *split]:
+        for (reader, phase), group in [*members.items(), *split]:
             rows = Rows.build(
                 [_pages(part) for part in group],
                 [part.start + part.count for part in group],
                 [part.count for part in group],
                 self.loaded.device,
             )
-            groups.append(StepGroup(scheme, phase, start, rows, tuple(part.owner for part in group)))
+            groups.append(StepGroup(reader, phase, start, rows, tuple(part.owner for part in group)))
             parts += group
             start += rows.num_queries
         return groups, parts

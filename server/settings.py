@@ -21,6 +21,7 @@ ENGINE_FIELDS = (
     "max_context",
     "max_batch_tokens",
     "attention",
+    "profile",
     "trust_remote_code",
 )
 
@@ -59,6 +60,9 @@ class Settings(BaseSettings):
         description="default attention: a scheme's name, or JSON such as "
         '\'{"scheme": "streaming", "window_tokens": 1024}\'; dense if unset',
     )
+    profile: Annotated[tuple[str, ...], NoDecode] = Field(
+        (), description="calibration profile, as `foveate calibrate` writes it (several: repeat the flag)"
+    )
     prefix_reuse: bool = Field(True, description="reuse KV pages of prompts that begin alike")
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
@@ -88,6 +92,11 @@ class Settings(BaseSettings):
         if "" in keys:
             raise ValueError("an API key must not be empty")
         return keys
+
+    @field_validator("profile", mode="before")
+    @classmethod
+    def _split_profiles(cls, value: Any) -> Any:
+        return [part for part in value.split(",") if part] if isinstance(value, str) else value
 
     @field_validator("page_size")
     @classmethod

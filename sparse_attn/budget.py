@@ -6,25 +6,33 @@ window first found 0 of 6 planted facts where the same free budget found 5.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
-from foveate.kv_cache.view import Rows
-
-from .protocol import Scheme, SchemeOptions
-from .selection import Band, Selection, Tiles
+from .protocol import Phase, Scheme, SchemeOptions
+from .selection import Plan, Selection, Tiles
 
 
-def keep(selection: Selection, scheme: Scheme) -> Selection:
-    """Adds the units that a scheme's options keep to its selection.
+def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
+    """Adds the units that a scheme's options keep to its plan.
 
-    The window of a tile begins ``window_tokens`` before its first query, so each of its queries
+    The window of a tile begins ``window_tokens`` before the tile's start, so each of its queries
     reads at least that many keys before itself. The tile's own tokens are added unless the
     scheme reads them in another segment.
     """
     options = scheme.options
+    if not isinstance(plan, Selection):
+        return replace(plan, sink_tokens=options.sink_tokens, window_tokens=options.window_tokens)
+    selection = plan
     size = selection.granularity
     tiles = selection.tiles
-    kept = [_own_units(tiles, size, options.window_tokens)] if scheme.keeps_own_tile else []
+    own = _keeps_own(scheme, phase)
+    kept = []
+    if own or options.window_tokens:
+        units = _own_units(tiles, size, options.window_tokens)
+        # Without its own token, a decode query's window still begins right before it.
+        kept = [units if own else torch.where(units * size < tiles.position[:, None], units, -1)]
     sinks = -(-options.sink_tokens // size)
     if sinks:
         first = torch.arange(sinks, device=selection.indices.device, dtype=torch.int32).expand(len(tiles), -1)
@@ -37,9 +45,41 @@ def keep(selection: Selection, scheme: Scheme) -> Selection:
     return _distinct(torch.cat([selection.indices, added], dim=2), selection)
 
 
+def free_units(tiles: Tiles, scheme: Scheme, size: int, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
+    """The units that are read only if the scheme chooses them: what its budget is for.
+
+    Args:
+        tiles: R tiles.
+        scheme: Its options say what is kept anyway.
+        size: Tokens per unit.
+        phase: As given to the scheme.
+
+    Returns:
+        ``(first, end)`` ``[R]`` int32, candidates are the units ``first`` to ``end - 1``; none where
+        ``end <= first``. No candidate lies behind the tile's first query.
+    """
+    options = scheme.options
+    start = _tile_start(tiles)
+    if options.window_tokens or _keeps_own(scheme, phase):
+        end = (start - options.window_tokens).clamp(min=0) // size
+    else:
+        end = (start + size) // size if phase is Phase.DECODE else start // size
+    first = torch.full_like(end, -(-options.sink_tokens // size))
+    return first, end
+
+
+def _keeps_own(scheme: Scheme, phase: Phase) -> bool:
+    return scheme.keeps_own_tile if phase is Phase.PREFILL else scheme.keeps_own_token
+
+
+def _tile_start(tiles: Tiles) -> torch.Tensor:
+    """``[R]`` where each tile begins, also where this chunk holds only its later part."""
+    return tiles.position // tiles.size * tiles.size
+
+
 def _own_units(tiles: Tiles, size: int, window_tokens: int) -> torch.Tensor:
     """``[R, M]`` int32 units from the start of the window to the tile's last query, padded by -1."""
-    first = (tiles.position - window_tokens).clamp(min=0) // size
+    first = (_tile_start(tiles) - window_tokens).clamp(min=0) // size
     last = (tiles.position + tiles.query_count - 1) // size
     # Longest possible span, from host numbers: no wait for the device.
     width = (tiles.size + window_tokens - 2 + size) // size + 1
@@ -74,19 +114,3 @@ def spans(start: int, stop: int, prompt_tokens: int, options: SchemeOptions) -> 
     cuts = [min(max(cut, start), stop) for cut in (0, tail, prompt_tokens)] + [stop]
     parts = zip(cuts, cuts[1:], (False, True, False), strict=False)
     return [(first, last, dense) for first, last, dense in parts if first < last]
-
-
-def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
-    """``[S]`` float64: (query, key) pairs that a selection reads within a band, over ``heads`` query heads."""
-    tiles = selection.tiles
-    size = selection.granularity
-    offsets = torch.arange(size, device=selection.indices.device)
-    keys = (selection.indices[..., None] * size + offsets).flatten(2).long()
-    valid = (selection.indices >= 0).repeat_interleave(size, dim=2)
-    first = tiles.position[:, None, None].long()
-    last = first + tiles.query_count[:, None, None]
-    begin = torch.maximum(first, keys + band.nearest)
-    end = last if band.farthest is None else torch.minimum(last, keys + band.farthest)
-    pairs = ((end - begin).clamp(min=0) * valid).sum(dim=(1, 2)).double() * (heads / selection.indices.shape[1])
-    total = torch.zeros(rows.num_sequences, dtype=torch.float64, device=pairs.device)
-    return total.index_add_(0, tiles.sequence.long(), pairs)

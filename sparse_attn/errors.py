@@ -3,7 +3,8 @@
 SchemeError
 ├── UnknownScheme        no scheme of that name; the message lists those that exist
 ├── SchemeConfigError    an option is unknown or out of range; the message names it
-└── CalibrationMissing   the scheme needs a profile; the message is the command that makes it
+├── CalibrationMissing   the scheme needs a profile; the message is the command that makes it
+└── ProfileError         a profile cannot be read, or was made for another model
 """
 
 from __future__ import annotations
@@ -23,3 +24,13 @@ class SchemeConfigError(SchemeError):
 
 class CalibrationMissing(SchemeError):
     """The scheme needs a profile that was not given."""
+
+    def __init__(self, scheme: str) -> None:
+        super().__init__(
+            f"{scheme} needs a profile of this model. Make one with "
+            f"`foveate calibrate MODEL --scheme {scheme} -o PROFILE` and give it: `--profile PROFILE`"
+        )
+
+
+class ProfileError(SchemeError):
+    """A profile cannot be read, or does not fit."""

@@ -8,7 +8,7 @@ which model or server it runs in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import Any, ClassVar, Protocol
@@ -19,8 +19,9 @@ from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.stats import PageStat
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
 
-from .errors import SchemeConfigError
-from .selection import CAUSAL, Band, Segment, Selection, Tiles
+from .errors import CalibrationMissing, SchemeConfigError
+from .profile import Profile
+from .selection import CAUSAL, Band, Plan, Segment, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +90,11 @@ class LayerCall:
     spec: AttentionSpec
 
 
+class Phase(Enum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
 class Scheme(ABC):
     """A training-free rule for which keys each query reads.
 
@@ -96,27 +102,53 @@ class Scheme(ABC):
         name: Registry key.
         source: The paper it follows.
         Options: Its options.
-        calibration: Command that makes the profile it needs, with ``{model}`` to fill in, or ``None``.
+        calibrated: It reads a profile, made by ``foveate calibrate MODEL --scheme NAME``.
+        pools_queries: In prefill a query's keys depend on the other queries of its tile too, so a
+            prompt must be cut at multiples of ``tile`` for chunks to change nothing.
 
     Attributes:
         granularity: Tokens per selected index.
         tile: Queries that share one selection row in prefill (1 in decode).
-        keeps_own_tile: ``budget.py`` adds each tile's own tokens to its selection.
+        keeps_own_tile: ``budget.py`` adds each tile's own tokens to its selection in prefill.
+        keeps_own_token: The same of the newest token in decode.
         moves_positions: Some segment has a ``position_cap``, so a ``QueryRotator`` is needed.
     """
 
     name: ClassVar[str]
     source: ClassVar[str]
     Options: ClassVar[type[SchemeOptions]] = SchemeOptions
-    calibration: ClassVar[str | None] = None
+    calibrated: ClassVar[bool] = False
+    pools_queries: ClassVar[bool] = False
 
     granularity: int = 1
     tile: int = 128
     keeps_own_tile: bool = True
+    keeps_own_token: bool = True
     moves_positions: bool = False
 
-    def __init__(self, options: SchemeOptions) -> None:
+    def __init__(self, options: SchemeOptions, profiles: Mapping[str, Profile] | None = None) -> None:
+        """``profiles`` are those of the model, by scheme."""
         self.options = options
+        self.profile = (profiles or {}).get(self.name)
+
+    @property
+    def identity(self) -> str:
+        """Equal iff two schemes read the same keys: part of what a cached page depends on."""
+        return f"{self.name}\0{self.options!r}\0{self.profile.digest if self.profile else ''}"
+
+    def needed_profile(self) -> Profile:
+        """The profile.
+
+        Raises:
+            CalibrationMissing: there is none; the message is the command that makes it.
+        """
+        if self.profile is None:
+            raise CalibrationMissing(self.name)
+        return self.profile
+
+    def for_phase(self, phase: Phase) -> Scheme:
+        """The scheme that acts in a phase; itself, unless it is made of others."""
+        return self
 
     def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
         """Statistics that the pool must keep for this scheme."""
@@ -127,23 +159,24 @@ class Scheme(ABC):
         return (LayerRole(Role.SELECT),) * num_layers
 
     @abstractmethod
-    def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
+    def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Plan:
         """Chooses keys for each tile of ``query`` ``[T, H, D]``; ``tiles`` are of size ``self.tile``.
 
-        Sinks, window and the tile's own tokens need not be in the result.
+        Sinks, window and the tile's own tokens need not be in the result, and should not be
+        candidates (``budget.free_units``): the budget is for what they leave out.
         """
 
     @abstractmethod
-    def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
+    def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Plan:
         """Chooses keys for one query per sequence, ``[S, H, D]``; ``tiles`` are of size 1."""
 
-    def remap(self, selection: Selection, layer: LayerCall) -> Selection:
-        """An anchor's selection as a ``REUSE`` layer reads it; identity by default."""
-        return selection
+    def remap(self, plan: Plan, layer: LayerCall) -> Plan:
+        """An anchor's plan as a ``REUSE`` layer reads it; identity by default."""
+        return plan
 
-    def segments(self, selection: Selection, band: Band) -> tuple[Segment, ...]:
+    def segments(self, plan: Plan, band: Band) -> tuple[Segment, ...]:
         """How the selected keys are read; by default in one piece, positions as the model has them."""
-        return (Segment(selection, band),)
+        return (Segment(plan, band),)
 
 
 class QueryRotator(Protocol):
@@ -152,11 +185,6 @@ class QueryRotator(Protocol):
     def cap(self, query: torch.Tensor, positions: torch.Tensor, cap: int, layer: int) -> torch.Tensor:
         """Moves rotated queries ``[T, H, D]`` from ``positions`` ``[T]`` to ``min(positions, cap)``."""
         ...
-
-
-class Phase(Enum):
-    PREFILL = "prefill"
-    DECODE = "decode"
 
 
 @dataclass(slots=True, eq=False)
@@ -169,7 +197,7 @@ class StepGroup:
         start: First of its queries in the step's packed row.
         rows: Its sequences.
         owners: For each sequence, the caller's index for ``StepState.keys_read``.
-        carried: Selections of anchor layers, for the layers that reuse them.
+        carried: Plans of anchor layers, for the layers that reuse them.
         tiles: Tiles by size, made once per step.
     """
 
@@ -178,13 +206,38 @@ class StepGroup:
     start: int
     rows: Rows
     owners: tuple[int, ...]
-    carried: dict[int, Selection] = field(default_factory=dict)
+    carried: dict[int, Plan] = field(default_factory=dict)
     tiles: dict[int, Tiles] = field(default_factory=dict)
 
     def tiles_of(self, size: int) -> Tiles:
         if size not in self.tiles:
             self.tiles[size] = Tiles.of(self.rows, size)
         return self.tiles[size]
+
+
+class Observer(Protocol):
+    """Looks on while a step is computed: the audit, and calibration."""
+
+    def see(
+        self,
+        query: torch.Tensor,
+        view: PagedView,
+        layer: LayerCall,
+        group: StepGroup,
+        segments: Sequence[Segment],
+        lse: torch.Tensor,
+    ) -> None:
+        """One group's attention in one layer, after it was computed.
+
+        Args:
+            query: ``[T, H, D]``, as the model rotated it.
+            view: Keys of this step are written.
+            layer: Which layer, and its facts.
+            group: Which sequences, phase and scheme.
+            segments: What was read.
+            lse: ``[T, H]`` float32, natural log-sum-exp of the logits read, learned sinks left out.
+        """
+        ...
 
 
 class LayerPool(Protocol):
@@ -209,6 +262,7 @@ class StepState:
         keys_read: ``[owners, 2]`` float64 on the device: key reads done, and what dense attention
             would have read, summed over queries, heads and layers.
         roles: Layer roles by scheme (its id), so that they are asked for once per step.
+        observer: Called after each group of each layer, or ``None``.
     """
 
     pool: LayerPool
@@ -218,6 +272,7 @@ class StepState:
     rotary: QueryRotator | None
     keys_read: torch.Tensor
     roles: dict[int, tuple[LayerRole, ...]] = field(default_factory=dict)
+    observer: Observer | None = None
 
     @property
     def num_layers(self) -> int:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from importlib import import_module
 from typing import Any
 
 from .errors import UnknownScheme
+from .profile import Profile
 from .protocol import Scheme, options_from
 
 _SCHEMES = {
@@ -33,8 +35,13 @@ def load(name: str) -> type[Scheme]:
     return scheme
 
 
-def build(name: str, **options: Any) -> Scheme:
+def build(name: str, profiles: Mapping[str, Profile] | None = None, **options: Any) -> Scheme:
     """Makes a scheme from its name and options.
+
+    Args:
+        name: As registered.
+        profiles: Profiles of the model, by scheme.
+        options: The scheme's options.
 
     Raises:
         UnknownScheme: no scheme of that name.
@@ -42,7 +49,7 @@ def build(name: str, **options: Any) -> Scheme:
         CalibrationMissing: the scheme needs a profile.
     """
     scheme = load(name)
-    return scheme(options_from(scheme.Options, options))
+    return scheme(options_from(scheme.Options, options), profiles)
 
 
 def describe() -> list[dict[str, Any]]:
@@ -51,5 +58,5 @@ def describe() -> list[dict[str, Any]]:
     for name in names():
         scheme = load(name)
         options = {item.name: None if item.default is MISSING else item.default for item in fields(scheme.Options)}
-        described.append({"name": name, "source": scheme.source, "options": options})
+        described.append({"name": name, "source": scheme.source, "calibrated": scheme.calibrated, "options": options})
     return described

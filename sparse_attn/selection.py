@@ -1,8 +1,9 @@
-"""The one format in which a scheme says which keys are read."""
+"""The two formats in which a scheme says which keys are read: a selection, or thresholds on the scores."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -137,17 +138,51 @@ class Selection:
         return cls(torch.where(valid, order, -1), counts, granularity, tiles)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoreThreshold:
+    """Keys chosen inside the kernel, by their own score: the second and last kind of plan.
+
+    A key is read iff its logit (scaled and capped) exceeds the query's threshold, or it is among
+    the first ``sink_tokens`` or at most ``window_tokens`` behind the query (the query's own key
+    always is). ``budget.keep`` sets these two.
+
+    Attributes:
+        theta: ``[T, H]`` float32; ``-inf`` reads every key.
+        dropped_sum: What stands in the softmax denominator for the keys left out: ``none``;
+            ``exact``, their true sum (every key is scored anyway, so it costs nothing); ``bound``,
+            their number times ``exp(theta)``; ``given``, ``exp(expected)``.
+        dropped_scale: Factor on that term.
+        expected: ``[T, H]`` float32, natural log of the sum left out, as logits are; for ``given``.
+        value_mean: Give the probability that was left out to the mean of all visible values.
+        union: Every head of a GQA group reads what any of them chose.
+        sink_tokens: First tokens, always read.
+        window_tokens: Tokens before the query, always read.
+    """
+
+    theta: torch.Tensor
+    dropped_sum: Literal["none", "exact", "bound", "given"] = "exact"
+    dropped_scale: float = 1.0
+    expected: torch.Tensor | None = None
+    value_mean: bool = False
+    union: bool = False
+    sink_tokens: int = 0
+    window_tokens: int = 0
+
+
+Plan = Selection | ScoreThreshold
+
+
 @dataclass(frozen=True, slots=True)
 class Segment:
     """A part of the keys of one attention call; parts are merged by log-sum-exp.
 
     Attributes:
-        keys: The selection, or ``None`` for every key in the band.
+        keys: The plan, or ``None`` for every key in the band.
         band: Distances at which keys are visible.
         position_cap: Rotate queries as if they stood at ``min(position, position_cap)``; ``None``
             leaves them as the model rotated them.
     """
 
-    keys: Selection | None
+    keys: Plan | None
     band: Band = CAUSAL
     position_cap: int | None = None

@@ -1,10 +1,11 @@
 """The operations over a paged KV cache, each one function with a reference and faster twins.
 
-Each op checks shapes once, then routes to Triton (CUDA, ROCm), the torch CPU path, or the float32
-reference. ``backend=`` exists for tests.
+Each op checks shapes once, then routes to flashinfer (CUDA, dense attention, where it is installed),
+Triton (CUDA, ROCm), the torch CPU path, or the float32 reference. ``backend=`` exists for tests.
 """
 
 from .attention import decode, merge, prefill
+from .threshold import thresholded
 from .write import page_stats, write_kv
 
-__all__ = ["decode", "merge", "page_stats", "prefill", "write_kv"]
+__all__ = ["decode", "merge", "page_stats", "prefill", "thresholded", "write_kv"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
@@ -10,8 +11,9 @@ import torch
 from foveate.kv_cache.view import PagedView
 
 from ..errors import SchemeConfigError
+from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Role, Scheme, SchemeOptions
-from ..selection import Band, Segment, Selection, Tiles
+from ..selection import Band, Plan, Segment, Selection, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,8 +61,8 @@ class Streaming(Scheme):
     # The window segment reads a tile's own tokens; among the sinks they would stand twice.
     keeps_own_tile = False
 
-    def __init__(self, options: StreamingOptions) -> None:
-        super().__init__(options)
+    def __init__(self, options: StreamingOptions, profiles: Mapping[str, Profile] | None = None) -> None:
+        super().__init__(options, profiles)
         self.moves_positions = options.positions == "cache"
 
     def roles(self, num_layers: int) -> tuple[LayerRole, ...]:
@@ -74,10 +76,10 @@ class Streaming(Scheme):
 
     select_decode = select_prefill
 
-    def segments(self, selection: Selection, band: Band) -> tuple[Segment, ...]:
+    def segments(self, plan: Plan, band: Band) -> tuple[Segment, ...]:
         window = self.options.budget_tokens - self.options.sink_tokens
         cap = self.options.budget_tokens - 1 if self.moves_positions else None
         return (
             Segment(None, Band(0, window).within(band)),
-            Segment(selection, Band(window, None).within(band), cap),
+            Segment(plan, Band(window, None).within(band), cap),
         )

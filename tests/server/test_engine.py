@@ -233,7 +233,7 @@ def test_what_cannot_run_is_refused_at_once(make_engine):
         engine.build_scheme({"scheme": "none"})
     with pytest.raises(SchemeConfigError, match="budget_tokens"):
         engine.build_scheme({"scheme": "streaming", "budget": 3})
-    with pytest.raises(SchemeConfigError, match="plain"):
+    with pytest.raises(SchemeConfigError, match="budget_tokens"):
         engine.build_scheme({"scheme": "streaming", "budget_tokens": [3]})
     assert run(engine, [[1, 2, 3]])
 

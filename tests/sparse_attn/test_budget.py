@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.kv_cache.view import Rows
-from foveate.sparse_attn import budget
-from foveate.sparse_attn.protocol import SchemeOptions
+from foveate.sparse_attn import budget, counts
+from foveate.sparse_attn.protocol import Phase, SchemeOptions
 from foveate.sparse_attn.schemes.dense import Dense
 from foveate.sparse_attn.selection import Band, Selection, Tiles
 
@@ -42,14 +42,14 @@ CHUNKS = st.lists(
 def test_keep_adds_exactly_sinks_window_and_own_tile(chunks, size, sinks, window, seed):
     rows = rows_of(*chunks)
     chosen = random_selection(rows, size, 8, seed)
-    kept = budget.keep(chosen, Dense(SchemeOptions(sink_tokens=sinks, window_tokens=window)))
+    kept = budget.keep(chosen, Dense(SchemeOptions(sink_tokens=sinks, window_tokens=window)), Phase.PREFILL)
     kept.validate(rows)
     before, after = chosen.to_mask(rows), kept.to_mask(rows)
     for row, (_, _, count, position) in enumerate(chosen.tiles.host):
         want = before[row].clone()
         last = (position + count - 1) // size * size + size
         want[:, : min(-(-sinks // size) * size, last)] = True
-        want[:, max(position - window, 0) // size * size : last] = True
+        want[:, max(position // 8 * 8 - window, 0) // size * size : last] = True
         assert torch.equal(after[row], want)
 
 
@@ -60,7 +60,7 @@ def test_a_scheme_that_reads_its_own_tile_elsewhere_is_given_sinks_alone():
     tiles = Tiles.of(rows, 8)
     none = torch.full((len(tiles), 1, 1), -1, dtype=torch.int32)
     empty = Selection(none, torch.zeros(len(tiles), 1, dtype=torch.int32), 1, tiles)
-    kept = budget.keep(empty, scheme)
+    kept = budget.keep(empty, scheme, Phase.PREFILL)
     assert kept.indices[:, 0, :3].tolist() == [[0, 1, 2]] * len(tiles)
     assert kept.counts.unique().tolist() == [3]
 
@@ -95,7 +95,7 @@ def test_selected_pairs_are_those_of_the_masks(chunks, size, nearest, farthest, 
         distance = torch.arange(position, position + count)[:, None] - torch.arange(mask.shape[-1])
         seen = (distance >= nearest) & (distance < (farthest or 10**6))
         want[sequence] += (mask[row, :, None, :] & seen).sum() * 3
-    assert torch.equal(budget.selected_pairs(selection, rows, band, 6), want)
+    assert torch.equal(counts.selected_pairs(selection, rows, band, 6), want)
 
 
 @given(chunks=CHUNKS, size=st.sampled_from([1, 8, 128]))

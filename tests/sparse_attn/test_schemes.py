@@ -60,7 +60,7 @@ class World:
         rows = Rows.build(self.tables, [b for _, b in spans], [b - a for a, b in spans], torch.device("cpu"))
         step = StepState(
             pool=self.pool, slots=torch.tensor(slots), positions=positions,
-            groups=[StepGroup(self.scheme, phase, 0, rows, tuple(range(len(spans))))],
+            groups=[StepGroup(self.scheme and self.scheme.for_phase(phase), phase, 0, rows, tuple(range(len(spans))))],
             rotary=Rotator(), keys_read=torch.zeros(len(spans), 2, dtype=torch.float64),
         )  # fmt: skip
         q, k, v = (

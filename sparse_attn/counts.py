@@ -1,0 +1,87 @@
+"""How many keys a step read, beside what dense attention would have read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from foveate.kv_cache.view import Rows
+
+from .protocol import LayerCall, StepGroup, StepState
+from .selection import Band, ScoreThreshold, Segment, Selection
+
+
+def book(
+    segments: Sequence[Segment],
+    kept: Sequence[torch.Tensor | None],
+    layer: LayerCall,
+    step: StepState,
+    group: StepGroup,
+    heads: int,
+) -> None:
+    """Adds one group's reads in one layer to ``step.keys_read``.
+
+    A read is one (query, key) pair of one head. Behind a threshold every key is scored and only
+    ``kept`` values are read, so a key counts half and its value the other half.
+
+    Args:
+        segments: What was read.
+        kept: Per segment ``[T, H]``, the keys above a threshold, or ``None`` for another plan.
+        layer: Which layer.
+        step: Its ``keys_read`` is added to.
+        group: Which sequences.
+        heads: Query heads.
+    """
+    plan = ("keys_read", layer.spec.band, *((id(part.keys), part.band) for part in segments))
+    booked = group.rows.plans.get(plan)
+    if booked is None:
+        device = step.keys_read.device
+        dense = _band_pairs(group.rows, layer.spec.band, heads, device)
+        read = torch.zeros_like(dense)
+        for part, count in zip(segments, kept, strict=True):
+            if isinstance(part.keys, Selection):
+                read += selected_pairs(part.keys, group.rows, part.band, heads)
+            else:
+                scored = _band_pairs(group.rows, part.band, heads, device)
+                read += scored if count is None else (scored + _by_sequence(count, group.rows)) / 2
+        owners = torch.tensor(group.owners, device=device)
+        booked = owners, torch.stack([read, dense], dim=1), segments
+        # Thresholds are new in each layer, and so is what lies above them.
+        if not any(isinstance(part.keys, ScoreThreshold) for part in segments):
+            # The segments are kept so that no later selection of this step can get the same id.
+            group.rows.plans[plan] = booked
+    step.keys_read.index_add_(0, booked[0], booked[1])
+
+
+def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
+    """``[S]`` float64: (query, key) pairs that a selection reads within a band, over ``heads`` query heads."""
+    tiles = selection.tiles
+    size = selection.granularity
+    offsets = torch.arange(size, device=selection.indices.device)
+    keys = (selection.indices[..., None] * size + offsets).flatten(2).long()
+    valid = (selection.indices >= 0).repeat_interleave(size, dim=2)
+    first = tiles.position[:, None, None].long()
+    last = first + tiles.query_count[:, None, None]
+    begin = torch.maximum(first, keys + band.nearest)
+    end = last if band.farthest is None else torch.minimum(last, keys + band.farthest)
+    pairs = ((end - begin).clamp(min=0) * valid).sum(dim=(1, 2)).double() * (heads / selection.indices.shape[1])
+    total = torch.zeros(rows.num_sequences, dtype=torch.float64, device=pairs.device)
+    return total.index_add_(0, tiles.sequence.long(), pairs)
+
+
+def _by_sequence(counts: torch.Tensor, rows: Rows) -> torch.Tensor:
+    """``[S]`` float64 sums of ``counts`` ``[T, H]``."""
+    ends = torch.cumsum(counts.double().sum(1), 0)
+    before = torch.cat([ends.new_zeros(1), ends])
+    offsets = rows.query_offsets.long()
+    return before[offsets[1:]] - before[offsets[:-1]]
+
+
+def _band_pairs(rows: Rows, band: Band, heads: int, device: torch.device) -> torch.Tensor:
+    """``[S]`` float64: visible (query, key) pairs of each sequence, times ``heads``."""
+    pairs = [
+        sum(band.visible(position) for position in range(context - count, context))
+        for context, count in zip(rows.host_context_lens, rows.host_query_lens, strict=True)
+    ]
+    return torch.tensor(pairs, dtype=torch.float64).to(device) * heads
