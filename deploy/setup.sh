@@ -10,6 +10,7 @@ readonly VENV=.venv
 readonly STAMP=$VENV/.foveate-setup
 readonly TORCH_CPU=2.13.0 # the oldest release that pyproject.toml allows: what we claim is what we test
 readonly TORCH_CUDA=2.15.0 # the CUDA build pins its own triton; this is the release that pins the one we test (3.9)
+readonly FLASHINFER=0.7.2.post1 # where no GPU is: its kernels cannot run there, but our calls are checked against it
 
 say() { printf 'setup: %s\n' "$*" >&2; }
 die() {
@@ -81,9 +82,11 @@ cuda = [need for need in chosen.get("requires_dist", []) if need.startswith(("nv
 sys.exit(not ("+cpu" in chosen["version"] or sys.platform == "darwin" or not cuda))' 2>/dev/null
 }
 
+has_nvidia_gpu() { nvidia-smi -L >/dev/null 2>&1; }
+
 install_torch() {
     if torch_version >/dev/null; then return; fi
-    if nvidia-smi -L >/dev/null 2>&1; then
+    if has_nvidia_gpu; then
         say "NVIDIA GPU found: installing torch $TORCH_CUDA with CUDA"
         "$VENV/bin/python" -m pip install "torch==$TORCH_CUDA"
     elif pip_torch_is_cpu; then
@@ -99,6 +102,17 @@ install_torch() {
                 "    $VENV/bin/pip install torch==$TORCH_CUDA"
     fi
     torch_version >/dev/null || die "torch was installed into $VENV but does not import: $VENV/bin/python -c 'import torch'"
+}
+
+# Optional: without it the Triton kernels serve a GPU, and its tests are skipped.
+install_flashinfer() {
+    local pip=("$VENV/bin/python" -m pip install --constraint "$VENV/constraints.txt")
+    if has_nvidia_gpu; then
+        "${pip[@]}" --editable '.[gpu]'
+    else # --no-deps, because its dependencies pull gigabytes of CUDA; named are the few that its import needs
+        "${pip[@]}" apache-tvm-ffi einops tabulate nvidia-ml-py requests click tqdm ninja &&
+            "${pip[@]}" --no-deps "flashinfer-python==$FLASHINFER"
+    fi
 }
 
 main() {
@@ -118,6 +132,9 @@ main() {
     printf 'torch==%s\n' "$(torch_version)" >"$VENV/constraints.txt"
     say "installing foveate and what it needs"
     "$VENV/bin/python" -m pip install --constraint "$VENV/constraints.txt" --editable '.[dev]'
+    say "installing flashinfer"
+    install_flashinfer ||
+        say "warning: flashinfer could not be installed: its tests will be SKIPPED. Again: rm $STAMP && make setup"
     stamp=$(fingerprint "$VENV/bin/python")
     printf '%s\n' "$stamp" >"$STAMP"
     say "done"
