@@ -105,6 +105,7 @@ class Scheme(ABC):
         calibrated: It reads a profile, made by ``foveate calibrate MODEL --scheme NAME``.
         pools_queries: In prefill a query's keys depend on the other queries of its tile too, so a
             prompt must be cut at multiples of ``tile`` for chunks to change nothing.
+        same_in_decode: A query reads the same keys in decode as it would in a prompt.
 
     Attributes:
         granularity: Tokens per selected index.
@@ -119,6 +120,7 @@ class Scheme(ABC):
     Options: ClassVar[type[SchemeOptions]] = SchemeOptions
     calibrated: ClassVar[bool] = False
     pools_queries: ClassVar[bool] = False
+    same_in_decode: ClassVar[bool] = True
 
     granularity: int = 1
     tile: int = 128

@@ -1,0 +1,31 @@
+"""Options of each scheme for the tests that every scheme gets; one that is not named here is tested with its defaults.
+
+The tests run 4 query heads, 2 KV heads of dim 16, 2 layers, pages of 16 tokens, up to 150 tokens.
+"""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+from foveate.sparse_attn import registry
+from foveate.sparse_attn.profile import Profile
+
+# Small budgets, so that something is left out; tiles of at most 32.
+_TIGHT: dict[str, dict[str, object]] = {
+    "streaming": {"budget_tokens": 24, "sink_tokens": 3},
+}
+# Budgets beyond every length. A scheme not named here is given ``budget_tokens``, if it has that.
+_ROOMY: dict[str, dict[str, object]] = {}
+# Profiles of the model that these tests pretend to run.
+PROFILES: dict[str, Profile] = {}
+
+
+def tight(name: str) -> dict[str, object]:
+    return _TIGHT.get(name, {})
+
+
+def roomy_options(name: str) -> dict[str, object]:
+    if name in _ROOMY:
+        return _ROOMY[name]
+    known = {item.name for item in fields(registry.load(name).Options)}
+    return {"budget_tokens": 1000} if "budget_tokens" in known else {}
