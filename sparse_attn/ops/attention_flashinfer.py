@@ -41,7 +41,7 @@ MAX_THREADS = 1024
 LN2 = math.log(2)  # flashinfer's log-sum-exp has base 2
 
 # Plans whose copy to the device may not have run yet; see `_hold`. The only other state here is `_workspace`.
-_copying: deque[tuple[torch.cuda.Event, Any]] = deque()
+_copying: deque[tuple[Any, Any]] = deque()  # (event, wrapper)
 
 
 @cache
@@ -188,7 +188,8 @@ def _hold(wrapper: Any, device: torch.device) -> None:
         return
     while _copying and _copying[0][0].query():
         _copying.popleft()
-    copied = torch.cuda.Event()
+    make_event: Any = torch.cuda.Event  # torch leaves it untyped
+    copied = make_event()
     copied.record(torch.cuda.current_stream(device))
     _copying.append((copied, wrapper))
 
