@@ -34,7 +34,7 @@ HEAD_DIMS = (64, 128, 256)
 MIN_CAPABILITY = (8, 0)
 # What flashinfer recommends; split-KV partials take 4 bytes x 2 blocks per SM x 128 rows x D, 40 MB at most.
 WORKSPACE_BYTES = 128 * 2**20
-# From this group on, decode on tensor cores is faster. Below it, the other kernel knows every group.
+# Its documentation advises tensor cores for large groups. The other kernel lacks 5, 7 and more, but knows 1, 2 and 3.
 TENSOR_CORE_GROUP = 4
 # The merge gives a token one block, with all its heads.
 MAX_THREADS = 1024
