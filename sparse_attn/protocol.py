@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -22,6 +22,11 @@ from foveate.kv_cache.view import LayerPages, PagedView, Rows
 from .errors import CalibrationMissing, SchemeConfigError
 from .profile import Profile
 from .selection import CAUSAL, Band, Plan, Segment, Tiles
+
+if TYPE_CHECKING:
+    from .calibration.base import Calibrator, ModelShape
+
+OptionsClass = TypeVar("OptionsClass")
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,6 +152,19 @@ class Scheme(ABC):
         if self.profile is None:
             raise CalibrationMissing(self.name)
         return self.profile
+
+    @classmethod
+    def calibrator(cls, shape: ModelShape, options: Mapping[str, Any]) -> Calibrator:
+        """What learns this scheme's profile of a model, for schemes that are ``calibrated``.
+
+        Args:
+            shape: The model.
+            options: Options of the calibration, as a user gave them.
+
+        Raises:
+            SchemeConfigError: the scheme reads no profile, or an option is unknown or out of range.
+        """
+        raise SchemeConfigError(f"{cls.name} reads no profile, so there is nothing to calibrate")
 
     def for_phase(self, phase: Phase) -> Scheme:
         """The scheme that acts in a phase; itself, unless it is made of others."""
@@ -281,14 +299,14 @@ class StepState:
         return self.pool.num_layers
 
 
-def options_from(cls: type[SchemeOptions], given: dict[str, Any]) -> SchemeOptions:
-    """Builds options from a request's dict.
+def options_from(cls: type[OptionsClass], given: Mapping[str, Any]) -> OptionsClass:
+    """Builds options, a dataclass, from a request's dict.
 
     Raises:
         SchemeConfigError: an option is unknown (the message lists those that exist) or out of range.
     """
-    known = {item.name for item in fields(cls)}
+    known = {item.name for item in fields(cls)}  # type: ignore[arg-type]
     unknown = sorted(set(given) - known)
     if unknown:
-        raise SchemeConfigError(f"unknown option {', '.join(unknown)}; this scheme takes: {', '.join(sorted(known))}")
+        raise SchemeConfigError(f"unknown option {', '.join(unknown)}; there are: {', '.join(sorted(known))}")
     return cls(**given)
