@@ -167,7 +167,7 @@ class Scheme(ABC):
         raise SchemeConfigError(f"{cls.name} reads no profile, so there is nothing to calibrate")
 
     def for_phase(self, phase: Phase) -> Scheme:
-        """The scheme that acts in a phase; itself, unless it is made of others."""
+        """The scheme that acts in a phase: itself, unless it is made of others or reads all keys in that phase."""
         return self
 
     def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:

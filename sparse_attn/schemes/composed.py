@@ -61,7 +61,7 @@ class Composed(Scheme):
         return "\0".join((self.name, *(part.identity for part in self._parts.values())))
 
     def for_phase(self, phase: Phase) -> Scheme:
-        return self._parts[phase]
+        return self._parts[phase].for_phase(phase)
 
     def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
         return tuple(dict.fromkeys(stat for part in self._parts.values() for stat in part.page_stats(geometry)))
