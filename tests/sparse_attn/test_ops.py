@@ -77,16 +77,15 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=["fused", "gemms"])
-def kernel(request, monkeypatch):
-    """Both ways of the torch path, whatever this CPU would choose."""
-    monkeypatch.setattr(attention_torch, "_prefers_gemms", lambda dtype: request.param == "gemms")
-    return request.param
+@pytest.fixture(params=[False, True], ids=["no-bf16", "bf16"])
+def fast_bfloat16(request, monkeypatch):
+    """Whether the CPU multiplies bfloat16, whatever this one does."""
+    monkeypatch.setattr(attention_torch, "_has_fast_bfloat16", lambda: request.param)
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-def test_prefill_equals_reference(shape, spec, kernel):
+def test_prefill_equals_reference(shape, spec):
     view = make_view(*shape)
     query = make_query(view, 6)
     want = ops.prefill(query, view, None, spec, backend="reference")
@@ -96,7 +95,7 @@ def test_prefill_equals_reference(shape, spec, kernel):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("granularity", [1, 4, 16], ids="granularity{}".format)
 @pytest.mark.parametrize("per", ["kv-head", "query-head"])
-def test_selected_prefill_equals_reference(granularity, spec, per, kernel):
+def test_selected_prefill_equals_reference(granularity, spec, per):
     view = make_view((130, 17, 200), (30, 16, 111))
     query = make_query(view, 6)
     selection = random_selection(view, 2 if per == "kv-head" else 6, granularity, 32)
@@ -108,7 +107,7 @@ def test_selected_prefill_equals_reference(granularity, spec, per, kernel):
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 @pytest.mark.parametrize("contexts", [(1,), (64,), (15, 16, 17), (1000, 3, 200)], ids=str)
 @pytest.mark.parametrize("selected", [False, True], ids=["dense", "selected"])
-def test_decode_equals_reference(contexts, spec, selected, kernel):
+def test_decode_equals_reference(contexts, spec, selected):
     view = make_view(contexts, [1] * len(contexts))
     query = make_query(view, 6)
     selection = random_selection(view, 2, 4, 1) if selected else None
@@ -136,11 +135,12 @@ def test_decode_reads_runs_of_pages_and_scattered_pages_alike(contiguous):
 @pytest.mark.parametrize("heads", [(2, 1), (2, 3), (1, 7), (1, 8)], ids="kv{0[0]}xgroup{0[1]}".format)
 @pytest.mark.parametrize("dim", [64, 80, 256], ids="dim{}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
-def test_head_shapes_and_dtypes(heads, dim, dtype, kernel):
+@pytest.mark.parametrize("softcap", [0.0, 2.0], ids=["plain", "softcap"])
+def test_head_shapes_and_dtypes(heads, dim, dtype, softcap, fast_bfloat16):
     kv_heads, group = heads
     view = make_view((70, 33), (70, 5), kv_heads=kv_heads, dim=dim, dtype=dtype)
     query = make_query(view, kv_heads * group)
-    spec = AttentionSpec(dim**-0.5)
+    spec = AttentionSpec(dim**-0.5, softcap)
     want = ops.prefill(query, view, None, spec, backend="reference")
     assert_same(ops.prefill(query, view, None, spec, backend="torch"), want, 1e-5 if dtype == torch.float32 else 8e-3)
 
