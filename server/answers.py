@@ -54,13 +54,16 @@ def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:
     """The sum over the prompts of one answer.
 
     The fractions of keys read are weighted by the keys that dense attention would have read: a
-    prompt of n tokens of which c were cached reads in proportion to n^2 - c^2.
+    prompt of n tokens of which c were cached reads in proportion to n^2 - c^2. The attention mass
+    kept is a mean over the tokens that were audited, ``None`` if none was.
     """
     usages = list(usages)
     prompt = sum(usage.prompt_tokens for usage in usages)
     completion = sum(usage.completion_tokens for usage in usages)
     weights = [(usage.prompt_tokens + usage.completion_tokens) ** 2 - usage.cached_tokens**2 for usage in usages]
     read = sum(weight * usage.keys_read_fraction for weight, usage in zip(weights, usages, strict=True))
+    audited = sum(usage.audited_tokens for usage in usages)
+    kept = sum(usage.mass_kept * usage.audited_tokens for usage in usages if usage.mass_kept is not None)
     return {
         "prompt_tokens": prompt,
         "completion_tokens": completion,
@@ -70,6 +73,7 @@ def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:
             "scheme": usages[0].scheme,
             "keys_read_fraction": round(read / max(sum(weights), 1), 6),
             "pages": sum(usage.pages for usage in usages),
+            "mass_kept": round(kept / audited, 6) if audited else None,
         },
     }
 

@@ -52,7 +52,7 @@ class Engine:
         self._scheduler = Scheduler(
             self.cache, max_batch_tokens=options.max_batch_tokens, max_running=options.max_running
         )
-        self._runner = Runner(loaded, self.cache)
+        self._runner = Runner(loaded, self.cache, options.audit_rate)
         self._outbox = Outbox()
         self._groups: dict[str, RequestGroup] = {}
         self._inbox: deque[RequestGroup] = deque()
@@ -187,6 +187,7 @@ class Engine:
             keys_dense=outbox.keys_dense,
             bad_logits=outbox.bad_logits,
             steps=outbox.steps,
+            mass_kept=outbox.mass_kept,
         )
 
     @property
@@ -279,7 +280,7 @@ class Engine:
                 failure.__cause__ = error
                 self._end(group, Failed(failure))
             return
-        self._outbox.count_step(chunks, result.keys_read)
+        self._outbox.count_step(chunks, result.keys_read, result.mass_kept)
         for chunk in chunks:
             if not chunk.sequence.num_generated:
                 self._outbox.tell_progress(chunk)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
 import torch
 
 from foveate.sparse_attn.protocol import Scheme
 
+from .mass import MassHistogram
 from .request import GenerationRequest
 
 EngineState = Literal["loading", "ready", "draining", "dead"]
@@ -35,6 +37,7 @@ class EngineSnapshot:
         keys_dense: Key reads that dense attention would have done.
         bad_logits: Requests ended because the model gave logits that are not finite.
         steps: Forward passes.
+        mass_kept: Attention mass that audited selections kept, by scheme.
     """
 
     running: int
@@ -53,6 +56,7 @@ class EngineSnapshot:
     keys_dense: float
     bad_logits: int
     steps: int
+    mass_kept: Mapping[str, MassHistogram] = field(default_factory=dict)
 
 
 class EngineLike(Protocol):

@@ -45,6 +45,13 @@ class LLM:
     def __init__(self, model: str, **engine_options: Any) -> None:
         self.engine = Engine.load(EngineOptions(model, **engine_options))
 
+    @classmethod
+    def over(cls, engine: Engine) -> LLM:
+        """The same over an engine that runs already; ``close`` stops it."""
+        llm = cls.__new__(cls)
+        llm.engine = engine
+        return llm
+
     def generate(
         self,
         prompts: Sequence[str | list[int]],

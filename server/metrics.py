@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from itertools import accumulate
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from .engine_protocol import EngineLike
+from .mass import BOUNDS
 from .request import Delta, Event, Failed, Finished
 
 _GAUGES = {
@@ -51,6 +53,16 @@ class _EngineCollector(Collector):
             yield GaugeMetricFamily(f"foveate_{name}", text, value=getattr(snapshot, field))
         for name, (field, text) in _COUNTERS.items():
             yield CounterMetricFamily(f"foveate_{name}", text, value=getattr(snapshot, field))
+        mass = HistogramMetricFamily(
+            "foveate_attention_mass_kept",
+            "Share of dense attention's mass on the keys that were read, per audited token.",
+            labels=["scheme"],
+        )
+        for scheme, histogram in snapshot.mass_kept.items():
+            below = list(accumulate(histogram.counts))
+            buckets = [(str(bound), float(count)) for bound, count in zip(BOUNDS, below, strict=True)]
+            mass.add_metric([scheme], [*buckets, ("+Inf", float(below[-1]))], histogram.total)
+        yield mass
 
 
 class ServerMetrics:

@@ -26,6 +26,8 @@ class EngineOptions:
         profile: Files of calibration profiles, one per scheme; those that come with the package for
             this model are found by themselves.
         prefix_reuse: Reuse pages of prompts that begin alike.
+        audit_rate: Share of decode steps, 0 to 1, in which the attention mass that selections kept is
+            measured, in two layers each.
         trust_remote_code: Run Python code that comes with the model.
     """
 
@@ -42,6 +44,7 @@ class EngineOptions:
     attention: dict[str, Any] | None = None
     profile: Sequence[str] = ()
     prefix_reuse: bool = True
+    audit_rate: float = 0.0
     trust_remote_code: bool = False
 
     @classmethod

@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Set
+from math import isfinite
 
+from .mass import MassHistogram
 from .request import Delta, Event, FinishReason, Progress, Usage
 from .sampling import Sampled
 from .sequence import Chunk, RequestGroup, Sequence
@@ -23,6 +25,7 @@ class Outbox:
         cached_tokens: Those of them found in the prefix cache.
         keys_read: Key reads done.
         keys_dense: Key reads of dense attention.
+        mass_kept: Attention mass kept, by scheme. Replaced as a whole, so that other threads may read it.
         bad_logits: Requests ended by logits that are not finite.
         aborted: Requests cut off by their caller.
     """
@@ -34,13 +37,16 @@ class Outbox:
         self.cached_tokens = 0
         self.keys_read = 0.0
         self.keys_dense = 0.0
+        self.mass_kept: dict[str, MassHistogram] = {}
         self.bad_logits = 0
         self.aborted = 0
 
-    def count_step(self, chunks: list[Chunk], keys_read: list[tuple[float, float]]) -> None:
-        """Books one step's key reads to the requests that caused them."""
+    def count_step(
+        self, chunks: list[Chunk], keys_read: list[tuple[float, float]], mass_kept: list[float | None]
+    ) -> None:
+        """Books one step's key reads, and the attention mass they kept, to the requests that caused them."""
         self.steps += 1
-        for chunk, (read, dense) in zip(chunks, keys_read, strict=True):
+        for chunk, (read, dense), mass in zip(chunks, keys_read, mass_kept, strict=True):
             group = chunk.sequence.group
             group.keys_read += read
             group.keys_dense += dense
@@ -49,6 +55,11 @@ class Outbox:
             if chunk.ends_sequence and not chunk.sequence.num_generated:
                 self.prompt_tokens += len(group.request.prompt_token_ids)
                 self.cached_tokens += group.cached_tokens
+            if mass is not None and isfinite(mass):  # bad logits end their request, and must not end the metric
+                group.mass_kept += mass
+                group.audited_tokens += 1
+                name = group.request.scheme.name
+                self.mass_kept = {**self.mass_kept, name: self.mass_kept.get(name, MassHistogram()).plus(mass)}
 
     def tell_progress(self, chunk: Chunk) -> None:
         """Says how far a prompt has come."""
@@ -94,6 +105,8 @@ class Outbox:
             scheme=request.scheme.name,
             keys_read_fraction=group.keys_read / group.keys_dense if group.keys_dense else 1.0,
             pages=group.pages,
+            mass_kept=group.mass_kept / group.audited_tokens if group.audited_tokens else None,
+            audited_tokens=group.audited_tokens,
         )
 
     def send(self, group: RequestGroup, event: Event) -> bool:

@@ -76,6 +76,9 @@ class Usage:
     Attributes:
         keys_read_fraction: Keys read over keys that dense attention would have read.
         pages: KV pages held at the end.
+        mass_kept: Share of dense attention's mass on the keys that were read, a mean over the
+            generated tokens, layers and heads that were audited; ``None`` if none was.
+        audited_tokens: Number of these tokens.
     """
 
     prompt_tokens: int
@@ -84,6 +87,8 @@ class Usage:
     scheme: str
     keys_read_fraction: float
     pages: int
+    mass_kept: float | None = None
+    audited_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,6 +11,7 @@ from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.view import Rows
 from foveate.patches.interface import PackedStep
 from foveate.sparse_attn import budget
+from foveate.sparse_attn.audit import Audit
 from foveate.sparse_attn.protocol import Phase, Scheme, StepGroup, StepState
 
 from .loader import LoadedModel
@@ -33,18 +34,21 @@ class StepResult:
     Attributes:
         logits: ``[N, vocab]`` for the chunks that end their sequence, in order.
         keys_read: Per chunk ``(reads done, reads of dense attention)``.
+        mass_kept: Per chunk the share of attention mass that was kept, ``None`` if it was not audited.
     """
 
     logits: torch.Tensor
     keys_read: list[tuple[float, float]]
+    mass_kept: list[float | None]
 
 
 class Runner:
-    """Runs steps of one model over one cache."""
+    """Runs steps of one model over one cache; ``audit_rate`` is the share of decode steps that are audited."""
 
-    def __init__(self, loaded: LoadedModel, cache: KVCacheManager) -> None:
+    def __init__(self, loaded: LoadedModel, cache: KVCacheManager, audit_rate: float = 0.0) -> None:
         self.loaded = loaded
         self.cache = cache
+        self.audit = Audit(audit_rate, loaded.attached.facts.windows)
 
     @torch.inference_mode()
     def run(self, chunks: list[Chunk]) -> StepResult:
@@ -71,6 +75,7 @@ class Runner:
             return torch.tensor(data, dtype=torch.int64).to(device, non_blocking=True)
 
         row = upload(positions)
+        audit = self.audit.begin(groups, len(chunks), device)
         step = StepState(
             pool=self.cache.pool,
             slots=upload(slots),
@@ -78,6 +83,7 @@ class Runner:
             groups=groups,
             rotary=self.loaded.rotary,
             keys_read=torch.zeros(len(chunks), 2, dtype=torch.float64, device=device),
+            observer=audit,
         )
         output = self.loaded.model(
             input_ids=upload(ids)[None],
@@ -93,7 +99,10 @@ class Runner:
             assert sequence.table is not None
             self.cache.commit(sequence.table, sequence.tokens, sequence.num_computed)
         reads = [(read, dense) for read, dense in step.keys_read.tolist()]
-        return StepResult(output.logits[0, : len(wanted)], reads)
+        mass: list[float | None] = [None] * len(chunks)
+        if audit is not None:
+            mass = [kept / layers if layers else None for kept, layers in audit.kept.tolist()]
+        return StepResult(output.logits[0, : len(wanted)], reads, mass)
 
     def _pack(self, chunks: list[Chunk]) -> tuple[list[StepGroup], list[_Part]]:
         """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row."""

@@ -67,6 +67,8 @@ class RequestGroup:
         pages: Most pages that its choices held at once.
         keys_read: Key reads done.
         keys_dense: Key reads that dense attention would have done.
+        mass_kept: Attention mass kept, summed over the tokens that were audited.
+        audited_tokens: Their number.
     """
 
     request: GenerationRequest
@@ -78,6 +80,8 @@ class RequestGroup:
     pages: int = 0
     keys_read: float = 0.0
     keys_dense: float = 0.0
+    mass_kept: float = 0.0
+    audited_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True)

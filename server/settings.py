@@ -22,6 +22,7 @@ ENGINE_FIELDS = (
     "max_batch_tokens",
     "attention",
     "profile",
+    "audit_rate",
     "trust_remote_code",
 )
 
@@ -64,6 +65,13 @@ class Settings(BaseSettings):
         (), description="calibration profile, as `foveate calibrate` writes it (several: repeat the flag)"
     )
     prefix_reuse: bool = Field(True, description="reuse KV pages of prompts that begin alike")
+    audit_rate: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        allow_inf_nan=False,
+        description="share of decode steps in which the attention mass that selections kept is measured",
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of a request's body; more is answered 413")

@@ -25,7 +25,7 @@ def test_answer_in_one_piece(client, engine):
         "completion_tokens": tokens,
         "total_tokens": 2 + tokens,
         "prompt_tokens_details": {"cached_tokens": 0},
-        "attention": {"scheme": "dense", "keys_read_fraction": 0.5, "pages": 1},
+        "attention": {"scheme": "dense", "keys_read_fraction": 0.5, "pages": 1, "mass_kept": None},
     }
     assert engine.pages_used == 0
 
