@@ -57,17 +57,34 @@ def book(
 def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
     """``[S]`` float64: (query, key) pairs that a selection reads within a band, over ``heads`` query heads."""
     tiles = selection.tiles
-    size = selection.granularity
-    offsets = torch.arange(size, device=selection.indices.device)
-    keys = (selection.indices[..., None] * size + offsets).flatten(2).long()
-    valid = (selection.indices >= 0).repeat_interleave(size, dim=2)
+    start = selection.indices.long() * selection.granularity
     first = tiles.position[:, None, None].long()
-    last = first + tiles.query_count[:, None, None]
-    begin = torch.maximum(first, keys + band.nearest)
-    end = last if band.farthest is None else torch.minimum(last, keys + band.farthest)
-    pairs = ((end - begin).clamp(min=0) * valid).sum(dim=(1, 2)).double() * (heads / selection.indices.shape[1])
+    count = tiles.query_count[:, None, None].long()
+    seen = _pairs_behind(start, selection.granularity, first, count, band.nearest)
+    if band.farthest is not None:
+        seen -= _pairs_behind(start, selection.granularity, first, count, max(band.farthest, band.nearest))
+    seen = torch.where(selection.indices >= 0, seen, 0)
+    pairs = seen.sum(dim=(1, 2)).double() * (heads / selection.indices.shape[1])
     total = torch.zeros(rows.num_sequences, dtype=torch.float64, device=pairs.device)
     return total.index_add_(0, tiles.sequence.long(), pairs)
+
+
+def _pairs_behind(
+    start: torch.Tensor, size: int, first: torch.Tensor, count: torch.Tensor, distance: int
+) -> torch.Tensor:
+    """Pairs, at least ``distance`` apart, of a query from ``first`` on and a key of the unit at ``start``.
+
+    The key at place ``k`` has ``min(count, end - k)`` such queries, with ``end = first + count - distance``; over a
+    unit that is the difference of two sums of ``min(count, x)`` from 1 to x.
+    """
+    end = first + count - distance
+
+    def up_to(x: torch.Tensor) -> torch.Tensor:
+        x = x.clamp(min=0)
+        ramp = torch.minimum(x, count)
+        return ramp * (ramp + 1) // 2 + (x - ramp) * count
+
+    return up_to(end - start) - up_to(end - start - size)
 
 
 def _by_sequence(counts: torch.Tensor, rows: Rows) -> torch.Tensor:

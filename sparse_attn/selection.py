@@ -88,7 +88,7 @@ class Selection:
             padded by -1 at the end. Logical indices survive page moves; kernels translate them
             through the block table.
         counts: ``[R, G or H]`` int32, valid entries per row.
-        granularity: Tokens per index: 1, or a power of two up to the page size.
+        granularity: Tokens per index: a power of two, of the page's size, smaller or larger.
         tiles: Which queries each of the R rows stands for.
     """
 
@@ -143,20 +143,21 @@ class ScoreThreshold:
     """Keys chosen inside the kernel, by their own score: the second and last kind of plan.
 
     A key is read iff its logit (scaled and capped) exceeds the query's threshold, or it is among
-    the first ``sink_tokens`` or at most ``window_tokens`` behind the query (the query's own key
-    always is). ``budget.keep`` sets these two.
+    the first ``sink_tokens`` or the last ``recent_tokens`` up to the query's own.
+    ``budget.keep`` sets these two.
 
     Attributes:
         theta: ``[T, H]`` float32; ``-inf`` reads every key.
         dropped_sum: What stands in the softmax denominator for the keys left out: ``none``;
             ``exact``, their true sum (every key is scored anyway, so it costs nothing); ``bound``,
-            their number times ``exp(theta)``; ``given``, ``exp(expected)``.
+            their number times ``exp(theta)``; ``given``, ``expected``.
         dropped_scale: Factor on that term.
-        expected: ``[T, H]`` float32, natural log of the sum left out, as logits are; for ``given``.
+        expected: ``[T, H]`` float32, the sum left out in units of the query's largest visible
+            weight, ``exp(logit - largest logit)``; for ``given``.
         value_mean: Give the probability that was left out to the mean of all visible values.
         union: Every head of a GQA group reads what any of them chose.
         sink_tokens: First tokens, always read.
-        window_tokens: Tokens before the query, always read.
+        recent_tokens: Tokens up to the query's own, the first of them, always read.
     """
 
     theta: torch.Tensor
@@ -166,7 +167,7 @@ class ScoreThreshold:
     value_mean: bool = False
     union: bool = False
     sink_tokens: int = 0
-    window_tokens: int = 0
+    recent_tokens: int = 0
 
 
 Plan = Selection | ScoreThreshold

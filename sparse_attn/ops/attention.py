@@ -126,5 +126,6 @@ def _check(query: torch.Tensor, view: PagedView, selection: Selection | None) ->
     if selection is not None:
         if selection.indices.shape[1] not in (heads, view.num_kv_heads):
             raise ValueError("a selection has one row per KV head or per query head")
-        if selection.granularity > view.page_size or view.page_size % selection.granularity:
-            raise ValueError(f"granularity {selection.granularity} does not divide the page of {view.page_size}")
+        unit, page = selection.granularity, view.page_size
+        if page % unit and unit % page:
+            raise ValueError(f"neither of granularity {unit} and page size {page} divides the other")
