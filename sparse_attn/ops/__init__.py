@@ -4,8 +4,10 @@ Each op checks shapes once, then routes to flashinfer (CUDA, dense attention, wh
 Triton (CUDA, ROCm), the torch CPU path, or the float32 reference. ``backend=`` exists for tests.
 """
 
+from .antidiagonal import antidiagonal_scores
 from .attention import decode, merge, prefill
+from .page_bounds import page_bounds
 from .threshold import thresholded
 from .write import page_stats, write_kv
 
-__all__ = ["decode", "merge", "page_stats", "prefill", "thresholded", "write_kv"]
+__all__ = ["antidiagonal_scores", "decode", "merge", "page_bounds", "page_stats", "prefill", "thresholded", "write_kv"]
