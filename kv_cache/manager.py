@@ -57,16 +57,23 @@ class KVCacheManager:
         """Pages held by block tables."""
         return self.allocator.num_referenced
 
-    def open(self, token_ids: Sequence[int], namespace: bytes) -> BlockTable:
+    def open(self, token_ids: Sequence[int], namespace: bytes, multiple: int = 1) -> BlockTable:
         """Starts a sequence on the pages that hold its beginning already.
 
         At least the last token is left to compute, since its logits are wanted. The pages found are
         held from now on: ``free`` the table even if nothing is ever written.
+
+        Args:
+            token_ids: The sequence.
+            namespace: Only pages of the same one are found.
+            multiple: Begin at a multiple of so many tokens.
         """
         table = BlockTable(namespace)
         if not self.prefix_reuse:
             return table
         chain = self.prefix.match(token_ids[:-1], namespace)
+        while len(chain) * self.page_size % multiple:
+            chain.pop()
         for entry in chain:
             self.allocator.retain(entry.page)
             table.pages.append(entry.page)

@@ -62,7 +62,7 @@ class Scheduler:
                 break
             # An older sequence may have taken this one's pages a moment ago.
             if sequence.table is not None:
-                chunk = self._grow(sequence, min(sequence.num_remaining, room), chunks)
+                chunk = self._grow(sequence, _chunk(sequence, sequence.num_computed, room), chunks)
                 if chunk is not None:
                     chunks.append(chunk)
                     room = self.max_batch_tokens - sum(item.count for item in chunks)
@@ -95,12 +95,12 @@ class Scheduler:
         Asking for all of them, and not for the first chunk alone, keeps prompts that were let in
         from preempting each other half way.
         """
-        table = self.cache.open(sequence.tokens, sequence.group.namespace)
+        table = self.cache.open(sequence.tokens, sequence.group.namespace, sequence.group.tile)
         needed = self.cache.pages_needed(table, len(sequence.tokens) + 1)
         if needed > self.cache.available and self.running:
             self.cache.free(table)
             return None
-        count = min(len(sequence.tokens) - table.num_tokens, room)
+        count = _chunk(sequence, table.num_tokens, room)
         try:
             self.cache.reserve(table, table.num_tokens + count)
         except OutOfPages:
@@ -125,3 +125,12 @@ class Scheduler:
             self.cache.free(sequence.table)
         sequence.table = None
         sequence.num_computed = 0
+
+
+def _chunk(sequence: Sequence, start: int, room: int) -> int:
+    """Tokens to compute from ``start`` on: all, or what there is room for, cut between tiles where that leaves any."""
+    left = len(sequence.tokens) - start
+    if left <= room:
+        return left
+    tile = sequence.group.tile
+    return (start + room) // tile * tile - start if (start + room) // tile * tile > start else room

@@ -6,6 +6,7 @@ from collections.abc import Sequence as SequenceOf
 from dataclasses import dataclass, field
 
 from foveate.kv_cache.table import BlockTable
+from foveate.sparse_attn.protocol import Phase
 
 from .detokenizer import Detokenizer
 from .request import GenerationRequest
@@ -82,6 +83,12 @@ class RequestGroup:
     keys_dense: float = 0.0
     mass_kept: float = 0.0
     audited_tokens: int = 0
+
+    @property
+    def tile(self) -> int:
+        """Prompts are best cut at multiples of so many tokens: there, chunks do not change what is selected."""
+        scheme = self.request.scheme.for_phase(Phase.PREFILL)
+        return scheme.tile if scheme.pools_queries else 1
 
 
 @dataclass(frozen=True, slots=True)

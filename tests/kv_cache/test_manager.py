@@ -7,6 +7,7 @@ import torch
 
 from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.stats import KEY_MAX, KEY_SUM
 from foveate.kv_cache.table import BlockTable
 
 PAGE = 16
@@ -258,3 +259,28 @@ def test_reset_prefix_forgets_what_nobody_holds(make_manager: Make) -> None:
 
 def test_capacity_is_that_of_the_pool(make_manager: Make) -> None:
     assert make_manager(num_pages=5).capacity_tokens == 80
+
+
+@pytest.mark.parametrize(("multiple", "cached"), [(1, 48), (8, 48), (32, 32), (64, 0)])
+def test_a_reused_prefix_ends_at_the_multiple_asked_for(make_manager: Make, multiple: int, cached: int) -> None:
+    manager = make_manager()
+    manager.free(run(manager, tokens(60)))
+    table = manager.open(tokens(60), b"", multiple)
+    assert table.num_cached == cached
+    manager.free(table)
+    assert manager.num_pages_in_use == 0
+
+
+def test_statistics_declared_late_cover_what_is_written(make_manager: Make) -> None:
+    manager = make_manager()
+    pool = manager.pool
+    pool.keys.normal_(generator=torch.Generator().manual_seed(0))
+    manager.free(run(manager, tokens(20)))  # one full page stays for reuse
+    table = run(manager, tokens(40, first=100))
+    manager.declare([KEY_SUM, KEY_MAX], [table])
+    manager.declare([KEY_SUM], [])
+    cached = next(iter(set(manager.prefix.pages) - set(table.pages)))
+    for page, filled in [(cached, PAGE), *zip(table.pages, (16, 16, 8), strict=True)]:
+        rows = pool.keys[:, page, :, :filled].float()
+        torch.testing.assert_close(pool.stats[KEY_SUM][:, page], rows.sum(2))
+        assert torch.equal(pool.stats[KEY_MAX][:, page], rows.amax(2))

@@ -15,9 +15,9 @@ from foveate.server.scheduler import Scheduler
 from foveate.server.sequence import Sequence
 
 
-def make_sequence(prompt, arrival, namespace=b""):
+def make_sequence(prompt, arrival, namespace=b"", tile=1):
     request = SimpleNamespace(prompt_token_ids=list(prompt), arrival=arrival)
-    group = SimpleNamespace(request=request, namespace=namespace, cached_tokens=0)
+    group = SimpleNamespace(request=request, namespace=namespace, cached_tokens=0, tile=tile)
     return Sequence(group, 0, list(prompt), None, None, None)
 
 
@@ -134,3 +134,24 @@ def test_every_request_ends_and_no_page_is_left(prefix, lengths, answers, pages,
     assert not scheduler.has_work
     assert all(sequence.num_generated == answers for sequence in sequences)
     assert scheduler.cache.num_pages_in_use == 0
+
+
+def test_prompts_are_cut_between_tiles_where_that_leaves_any():
+    scheduler = make_scheduler(room=40, prefix=True)
+    scheduler.add(make_sequence(range(100), 0.0, tile=32))
+    assert [(chunk.start, chunk.count) for _ in range(4) for chunk in step(scheduler)] == [
+        (0, 32), (32, 32), (64, 36), (100, 1),
+    ]  # fmt: skip
+    tight = make_scheduler(room=20)
+    tight.add(make_sequence(range(100), 0.0, tile=32))
+    assert [(chunk.start, chunk.count) for _ in range(3) for chunk in step(tight)] == [(0, 20), (20, 12), (32, 20)]
+
+
+def test_a_cached_prefix_ends_between_tiles():
+    scheduler = make_scheduler(room=100, prefix=True)
+    for arrival in (0.0, 1.0):
+        sequence = make_sequence(range(60), arrival, tile=32)
+        scheduler.add(sequence)
+        chunks = step(scheduler)
+        scheduler.remove(sequence)
+    assert [(chunk.start, chunk.count) for chunk in chunks] == [(32, 28)]
