@@ -1,4 +1,4 @@
-"""``top_units``: the units with the highest scores, the same ones on every device."""
+"""From scores or masks to lists of units: ``top_units``, the same ones on every device, and ``units_of``."""
 
 from __future__ import annotations
 
@@ -65,3 +65,19 @@ def top_units(
     valid = torch.arange(width, device=device) < counts[..., None]
     ordered = torch.where(valid, chosen, big).sort(dim=-1).values
     return torch.where(ordered == big, -1, ordered), counts.int()
+
+
+def units_of(mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The units set in each row of ``mask`` ``[R, K, U]``, without a wait for the device.
+
+    Returns:
+        ``(indices [R, K, M] int32, ascending and padded by -1, counts [R, K] int32)``, with
+        ``M = U``, or on a CPU what the longest row needs, at least 1.
+    """
+    counts = mask.sum(-1, dtype=torch.int32)
+    index = torch.arange(mask.shape[-1], dtype=torch.int32, device=mask.device)
+    big = torch.iinfo(torch.int32).max
+    ordered = torch.where(mask, index, big).sort(dim=-1).values
+    if mask.device.type == "cpu" and counts.numel():
+        ordered = ordered[..., : max(int(counts.max()), 1)]
+    return torch.where(ordered == big, -1, ordered), counts

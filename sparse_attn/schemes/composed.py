@@ -13,7 +13,7 @@ from foveate.kv_cache.stats import PageStat
 from foveate.kv_cache.view import PagedView
 
 from .. import registry
-from ..errors import SchemeConfigError
+from ..errors import SchemeConfigError, UnknownScheme
 from ..profile import Profile
 from ..protocol import LayerCall, Phase, Scheme, SchemeOptions
 from ..selection import Plan, Tiles
@@ -39,22 +39,31 @@ class ComposedOptions(SchemeOptions):
             raise SchemeConfigError("composed keeps nothing itself: give sinks, window and dense tail to its parts")
         for phase in Phase:
             part = getattr(self, phase.value)
-            if not isinstance(part, str | Mapping) or (not isinstance(part, str) and "scheme" not in part):
+            name = part.get("scheme") if isinstance(part, Mapping) else part
+            if not isinstance(name, str):
                 raise SchemeConfigError(f'{phase.value} must be a scheme\'s name or {{"scheme": ...}}, got {part!r}')
-            if (part if isinstance(part, str) else part["scheme"]) == "composed":
-                raise SchemeConfigError("composed takes schemes that are not composed themselves")
+            if name == "composed":
+                raise SchemeConfigError(f"{phase.value}: composed takes schemes that are not composed themselves")
 
 
 class Composed(Scheme):
-    """Acts as one scheme in prefill and as another in decode."""
+    """Acts as one scheme in prefill and as another in decode, each with options of its own."""
 
     name: ClassVar[str] = "composed"
     source: ClassVar[str] = "made of two schemes"
     Options: ClassVar[type[SchemeOptions]] = ComposedOptions
+    same_in_decode: ClassVar[bool] = False
+    options: ComposedOptions
 
-    def __init__(self, options: SchemeOptions, profiles: Mapping[str, Profile] | None = None) -> None:
+    def __init__(self, options: ComposedOptions, profiles: Mapping[str, Profile] | None = None) -> None:
+        """
+        Raises:
+            UnknownScheme: a part names no scheme; the message begins with the part's name.
+            SchemeConfigError: an option of a part is unknown or out of range; likewise.
+            CalibrationMissing: a part needs a profile.
+        """
         super().__init__(options, profiles)
-        self._parts = {phase: _build(getattr(options, phase.value), profiles) for phase in Phase}
+        self._parts = {phase: _build(phase, getattr(options, phase.value), profiles) for phase in Phase}
 
     @property
     def identity(self) -> str:
@@ -73,8 +82,9 @@ class Composed(Scheme):
         return self._parts[Phase.DECODE].select_decode(query, view, tiles, layer)
 
 
-def _build(part: Part, profiles: Mapping[str, Profile] | None) -> Scheme:
-    if isinstance(part, str):
-        return registry.build(part, profiles)
-    options = dict(part)
-    return registry.build(options.pop("scheme"), profiles, **options)
+def _build(phase: Phase, part: Part, profiles: Mapping[str, Profile] | None) -> Scheme:
+    options = {"scheme": part} if isinstance(part, str) else dict(part)
+    try:
+        return registry.build(options.pop("scheme"), profiles, **options)
+    except (UnknownScheme, SchemeConfigError) as error:
+        raise type(error)(f"{phase.value}: {error}") from error

@@ -10,12 +10,29 @@ from dataclasses import fields
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.profile import Profile
 
+# What their defaults would keep of so few tokens leaves no choice.
+_BARE: dict[str, object] = {"sink_tokens": 0, "window_tokens": 0}
+_QUEST = _BARE | {"dense_first_layers": 0, "sparse_prefill": True, "tile_tokens": 32}
+_XATTENTION = _BARE | {"block_tokens": 16, "stride_tokens": 4}
 # Small budgets, so that something is left out; tiles of at most 32.
 _TIGHT: dict[str, dict[str, object]] = {
     "streaming": {"budget_tokens": 24, "sink_tokens": 3},
+    "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
+    "xattention": _XATTENTION | {"tau": 0.5},
+    "composed": {
+        "prefill": {"scheme": "xattention", **_XATTENTION, "budget_tokens": 32},
+        "decode": {"scheme": "quest", **_QUEST, "budget_tokens": 32, "group": "softmax"},
+    },
 }
 # Budgets beyond every length. A scheme not named here is given ``budget_tokens``, if it has that.
-_ROOMY: dict[str, dict[str, object]] = {}
+_ROOMY: dict[str, dict[str, object]] = {
+    "quest": _QUEST | {"budget_tokens": 1000},
+    "xattention": _XATTENTION | {"tau": 1.0},
+    "composed": {
+        "prefill": {"scheme": "xattention", **_XATTENTION, "budget_tokens": 1000},
+        "decode": {"scheme": "quest", **_QUEST, "budget_tokens": 1000},
+    },
+}
 # Profiles of the model that these tests pretend to run.
 PROFILES: dict[str, Profile] = {}
 
