@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,10 @@ class Rows:
         host_query_lens: Queries per sequence, on the host.
         host_block_tables: Pages per sequence, on the host, not padded.
         plans: What a kernel worked out from these rows on the host, kept for the other layers of the step.
+        host_prompt_lens: Tokens of each sequence that are prompt, some of which may be still to come;
+            ``None`` if nobody knows.
+        host_token_ids: Tokens of each sequence, at least up to its context, for schemes that asked for
+            them; otherwise ``None``.
     """
 
     block_tables: torch.Tensor
@@ -54,6 +58,8 @@ class Rows:
     host_query_lens: tuple[int, ...]
     host_block_tables: tuple[tuple[int, ...], ...]
     plans: dict[Any, Any] = field(default_factory=dict)
+    host_prompt_lens: tuple[int, ...] | None = None
+    host_token_ids: tuple[Sequence[int], ...] | None = None
 
     @classmethod
     def build(
@@ -62,6 +68,8 @@ class Rows:
         context_lens: list[int],
         query_lens: list[int],
         device: torch.device,
+        prompt_lens: list[int] | None = None,
+        token_ids: list[Sequence[int]] | None = None,
     ) -> Rows:
         """Makes the tensors from host lists (one upload each)."""
         width = max((len(pages) for pages in block_tables), default=0) or 1
@@ -80,6 +88,8 @@ class Rows:
             tuple(context_lens),
             tuple(query_lens),
             tuple(tuple(pages) for pages in block_tables),
+            host_prompt_lens=None if prompt_lens is None else tuple(prompt_lens),
+            host_token_ids=None if token_ids is None else tuple(token_ids),
         )
 
     @property

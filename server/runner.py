@@ -134,6 +134,8 @@ class Runner:
                 [part.start + part.count for part in group],
                 [part.count for part in group],
                 self.loaded.device,
+                [len(part.chunk.sequence.group.request.prompt_token_ids) for part in group],
+                [part.chunk.sequence.tokens for part in group] if reader and reader.needs_token_ids else None,
             )
             groups.append(StepGroup(reader, phase, start, rows, tuple(part.owner for part in group)))
             parts += group

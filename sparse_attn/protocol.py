@@ -118,6 +118,7 @@ class Scheme(ABC):
         keeps_own_tile: ``budget.py`` adds each tile's own tokens to its selection in prefill.
         keeps_own_token: The same of the newest token in decode.
         moves_positions: Some segment has a ``position_cap``, so a ``QueryRotator`` is needed.
+        needs_token_ids: It reads ``Rows.host_token_ids``, which only an engine can give.
     """
 
     name: ClassVar[str]
@@ -132,6 +133,7 @@ class Scheme(ABC):
     keeps_own_tile: bool = True
     keeps_own_token: bool = True
     moves_positions: bool = False
+    needs_token_ids: bool = False
 
     def __init__(self, options: SchemeOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         """``profiles`` are those of the model, by scheme."""
