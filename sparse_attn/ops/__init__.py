@@ -6,8 +6,19 @@ Triton (CUDA, ROCm), the torch CPU path, or the float32 reference. ``backend=`` 
 
 from .antidiagonal import antidiagonal_scores
 from .attention import decode, merge, prefill
+from .block_gate import gate_blocks
 from .page_bounds import page_bounds
 from .threshold import thresholded
 from .write import page_stats, write_kv
 
-__all__ = ["antidiagonal_scores", "decode", "merge", "page_bounds", "page_stats", "prefill", "thresholded", "write_kv"]
+__all__ = [
+    "antidiagonal_scores",
+    "decode",
+    "gate_blocks",
+    "merge",
+    "page_bounds",
+    "page_stats",
+    "prefill",
+    "thresholded",
+    "write_kv",
+]

@@ -17,6 +17,7 @@ _XATTENTION = _BARE | {"block_tokens": 16, "stride_tokens": 4}
 # Small budgets, so that something is left out; tiles of at most 32.
 _TIGHT: dict[str, dict[str, object]] = {
     "streaming": {"budget_tokens": 24, "sink_tokens": 3},
+    "moba": {"block_tokens": 16, "top_k": 3, "dense_last_layers": 0},
     "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
     "xattention": _XATTENTION | {"tau": 0.5},
     "composed": {
