@@ -12,14 +12,15 @@ from ..selection import Selection
 
 def gather_sequence(view: PagedView, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Keys and values ``[G, context, D]`` of one sequence, in order of position."""
+    return gather_pages(view.pages.keys, view, sequence), gather_pages(view.pages.values, view, sequence)
+
+
+def gather_pages(pool: torch.Tensor, view: PagedView, sequence: int) -> torch.Tensor:
+    """Rows ``[G, context, D]`` of one sequence from ``pool``, the keys or the values of ``view``."""
     context = view.rows.host_context_lens[sequence]
     used = -(-context // view.page_size)
     pages = view.rows.block_tables[sequence, :used].long()
-
-    def rows(pool: torch.Tensor) -> torch.Tensor:
-        return pool[pages].transpose(0, 1).flatten(1, 2)[:, :context]
-
-    return rows(view.pages.keys), rows(view.pages.values)
+    return pool[pages].transpose(0, 1).flatten(1, 2)[:, :context]
 
 
 def visible_mask(view: PagedView, selection: Selection | None, spec: AttentionSpec, heads: int) -> list[torch.Tensor]:
