@@ -14,6 +14,7 @@ from .protocol import Scheme, options_from
 _SCHEMES = {
     "dense": "foveate.sparse_attn.schemes.dense:Dense",
     "streaming": "foveate.sparse_attn.schemes.streaming:Streaming",
+    "kascade": "foveate.sparse_attn.schemes.kascade:Kascade",
     "moba": "foveate.sparse_attn.schemes.moba:Moba",
     "quest": "foveate.sparse_attn.schemes.quest:Quest",
     "xattention": "foveate.sparse_attn.schemes.xattention:XAttention",

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import torch
+
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.profile import Profile
 
@@ -20,11 +22,14 @@ _TIGHT: dict[str, dict[str, object]] = {
     "moba": {"block_tokens": 16, "top_k": 3, "dense_last_layers": 0},
     "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
     "xattention": _XATTENTION | {"tau": 0.5},
+    "kascade": {"budget_tokens": 12, "tile_tokens": 16, "sink_tokens": 2, "window_tokens": 5, "dense_first_layers": 0},
     "composed": {
         "prefill": {"scheme": "xattention", **_XATTENTION, "budget_tokens": 32},
         "decode": {"scheme": "quest", **_QUEST, "budget_tokens": 32, "group": "softmax"},
     },
 }
+# Learned sinks weigh the heads that choose together, so with them other keys are chosen.
+SINKS_CHANGE_THE_CHOICE = {"kascade"}
 # Budgets beyond every length. A scheme not named here is given ``budget_tokens``, if it has that.
 _ROOMY: dict[str, dict[str, object]] = {
     "quest": _QUEST | {"budget_tokens": 1000},
@@ -34,8 +39,19 @@ _ROOMY: dict[str, dict[str, object]] = {
         "decode": {"scheme": "quest", **_QUEST, "budget_tokens": 1000},
     },
 }
+
+
+def kascade_profile(anchors: list[int], head_map: list[list[int]]) -> Profile:
+    tensors = {"anchors": torch.tensor(anchors), "head_map": torch.tensor(head_map)}
+    named = {f"{name}.{len(anchors)}": tensor.int() for name, tensor in tensors.items()}
+    return Profile("kascade", {}, {"chosen_anchors": len(anchors)}, "", named)
+
+
 # Profiles of the model that these tests pretend to run.
-PROFILES: dict[str, Profile] = {}
+PROFILES: dict[str, Profile] = {
+    # Its second layer reuses the first, with heads exchanged.
+    "kascade": kascade_profile([0, 3], [[0, 1], [1, 0], [0, 0], [0, 1], [1, 1]]),
+}
 
 
 def tight(name: str) -> dict[str, object]:
