@@ -23,7 +23,8 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
     """
     options = scheme.options
     if not isinstance(plan, Selection):
-        return replace(plan, sink_tokens=options.sink_tokens, window_tokens=options.window_tokens)
+        own = bool(options.window_tokens) or _keeps_own(scheme, phase)
+        return replace(plan, sink_tokens=options.sink_tokens, recent_tokens=options.window_tokens + own)
     selection = plan
     size = selection.granularity
     tiles = selection.tiles

@@ -6,13 +6,15 @@ from typing import Literal
 
 import torch
 
+from foveate.kv_cache.stats import VALUE_SUM
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
-from ..selection import ScoreThreshold
-from . import reference_threshold
+from ..selection import Band, ScoreThreshold
+from . import reference_threshold, threshold_torch
 
-Backend = Literal["reference"]
+Backend = Literal["reference", "torch", "triton"]
+Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
 def thresholded(
@@ -22,14 +24,17 @@ def thresholded(
     spec: AttentionSpec,
     *,
     backend: Backend | None = None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+) -> Result:
     """Attention of packed queries, prompt chunks or one per sequence, over the keys above a threshold.
 
-    With ``x`` the logits of a query, scaled and capped, ``I`` the keys read, ``E`` the term of
-    ``plan.dropped_sum`` and ``V`` the mean of all visible values (Top-theta, arXiv:2502.08363)::
+    With ``x`` the logits of a query, scaled and capped, ``m`` the largest over all its visible
+    keys, ``I`` the keys read, ``V`` the mean of all visible values (Top-theta, arXiv:2502.08363)::
 
-        w_j = exp(x_j) / (sum over I of exp(x) + dropped_scale * E + exp(learned sink))
+        E   = the sum over the keys not in I of exp(x - m), or what stands for it (``plan.dropped_sum``)
+        w_j = exp(x_j - m) / (sum over I of exp(x - m) + dropped_scale * E + exp(learned sink - m))
         out = sum over I of w_j v_j  [+ (1 - sum of w - share of the sink) * V]
+
+    A query that reads no key has ``out = 0``, or ``V`` where all its probability goes to the mean.
 
     Args:
         query: ``[T, H, D]``.
@@ -44,10 +49,29 @@ def thresholded(
         natural log-sum-exp of the logits of the keys read, ``kept`` their number.
 
     Raises:
-        ValueError: shapes do not fit.
+        ValueError: shapes do not fit, or the plan asks for what cannot be had.
     """
+    _check(query, view, plan, spec)
+    chosen = backend or ("triton" if query.is_cuda else "torch")
+    if chosen == "triton":
+        from . import threshold_triton
+
+        return threshold_triton.thresholded(query, view, plan, spec)
+    if chosen == "torch":
+        return threshold_torch.thresholded(query, view, plan, spec)
+    return reference_threshold.thresholded(query, view, plan, spec)
+
+
+def _check(query: torch.Tensor, view: PagedView, plan: ScoreThreshold, spec: AttentionSpec) -> None:
     if plan.theta.shape != query.shape[:2] or query.shape[0] != view.rows.num_queries:
         raise ValueError(f"thresholds {tuple(plan.theta.shape)} do not fit queries {tuple(query.shape)}")
+    if query.shape[2] != view.head_dim or query.shape[1] % view.num_kv_heads:
+        raise ValueError(f"queries {tuple(query.shape)} do not fit {view.num_kv_heads} KV heads x {view.head_dim}")
     if (plan.dropped_sum == "given") != (plan.expected is not None):
         raise ValueError("`expected` goes with dropped_sum='given'")
-    return reference_threshold.thresholded(query, view, plan, spec)
+    if plan.expected is not None and plan.expected.shape != plan.theta.shape:
+        raise ValueError(f"expected sums {tuple(plan.expected.shape)} do not fit thresholds {tuple(plan.theta.shape)}")
+    if plan.value_mean and spec.band != Band():
+        raise ValueError("the mean of the visible values is kept for causal attention only")
+    if plan.value_mean and VALUE_SUM not in view.pages.stats:
+        raise ValueError("value_mean needs pages that keep VALUE_SUM")
