@@ -11,10 +11,13 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
-from . import attention_torch, decode_torch, reference
+from . import attention_torch, decode_torch, gathered_torch, reference
 
 Backend = Literal["reference", "torch", "triton", "flashinfer"]
 Result = tuple[torch.Tensor, torch.Tensor]
+
+# Tokens of a selected unit; below, sorting queries by unit costs more than their products.
+MIN_GATHERED_UNIT = 16
 
 
 def prefill(
@@ -54,6 +57,8 @@ def prefill(
 
         return prefill_triton.prefill(query, view, selection, spec)
     if chosen == "torch":
+        if selection is not None and _gathers_queries(view, selection):
+            return gathered_torch.prefill(query, view, selection, spec)
         return attention_torch.prefill(query, view, selection, spec)
     return reference.attention(query, view, selection, spec)
 
@@ -115,6 +120,12 @@ def _default_backend(query: torch.Tensor, view: PagedView, selection: Selection 
 
     supported = attention_flashinfer.supports(query, view, selection, spec)
     return "flashinfer" if supported and attention_flashinfer.available(query.device) else "triton"
+
+
+def _gathers_queries(view: PagedView, selection: Selection) -> bool:
+    """Has each query keys of its own, in units that fill a product? Then queries are gathered per unit of keys."""
+    several = view.rows.num_queries > view.rows.num_sequences
+    return several and selection.tiles.size == 1 and selection.granularity >= MIN_GATHERED_UNIT
 
 
 def _check(query: torch.Tensor, view: PagedView, selection: Selection | None) -> None:

@@ -147,28 +147,32 @@ def _block(
     rows = query.view(count, kinds, group, dim).permute(1, 2, 0, 3).reshape(kinds, group * count, dim)
     if mask is not None:
         mask = mask.expand(kinds, count, length)
-        blind = ~mask.any(dim=-1)  # [K, n]: these see nothing, and softmax over nothing is NaN
         mask = mask[:, None].expand(-1, group, -1, -1).reshape(kinds, group * count, length)
-    if spec.softcap:
-        out, lse = _two_gemms(rows, keys, values, mask, spec)
-    else:
-        out, lse = _fused(rows, keys, values, mask, spec.scale)
+    out, lse = rows_over_keys(rows, keys, values, mask, spec)
     out = out.view(kinds, group, count, dim).permute(2, 0, 1, 3).reshape(count, heads, dim)
-    lse = lse.view(kinds, group, count).permute(2, 0, 1).reshape(count, heads)
-    if mask is not None and bool(blind.any()):
-        gone = blind.T.repeat_interleave(group, dim=1)
-        out = out.masked_fill(gone[..., None], 0)
-        lse = lse.masked_fill(gone, float("-inf"))
+    return out, lse.view(kinds, group, count).permute(2, 0, 1).reshape(count, heads)
+
+
+def rows_over_keys(
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, spec: AttentionSpec
+) -> Result:
+    """Rows ``[K, n, D]`` over keys ``[K, m, D]``, m > 0, with a bool mask ``[K, n, m]``: out and ``lse [K, n]``."""
+    out, lse = (_two_gemms if spec.softcap else _fused)(rows, keys, values, mask, spec)
+    if mask is not None:
+        blind = ~mask.any(dim=-1)  # these see nothing, and softmax over nothing is NaN
+        if bool(blind.any()):
+            out = out.masked_fill(blind[..., None], 0)
+            lse = lse.masked_fill(blind, float("-inf"))
     return out, lse
 
 
 def _fused(
-    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, scale: float
+    rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, spec: AttentionSpec
 ) -> Result:
     bias = None
     if mask is not None:
         bias = torch.zeros(mask.shape, dtype=rows.dtype).masked_fill_(~mask, float("-inf"))[None]
-    out, lse = flash(rows[None], keys[None], values[None], scale, mask=bias)
+    out, lse = flash(rows[None], keys[None], values[None], spec.scale, mask=bias)
     return out[0], lse[0]
 
 
