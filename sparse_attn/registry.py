@@ -1,15 +1,20 @@
-"""Every scheme that exists: one line each. Loaded when chosen, so a broken scheme breaks only itself."""
+"""Every scheme that exists: one line each. Loaded when chosen, so a broken scheme breaks only itself.
+
+The command line reads the names for its help, so this module loads torch only where a scheme is made.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import MISSING, fields
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .errors import UnknownScheme
-from .profile import Profile
-from .protocol import Scheme, options_from
+
+if TYPE_CHECKING:
+    from .profile import Profile
+    from .protocol import Scheme
 
 _SCHEMES = {
     "dense": "foveate.sparse_attn.schemes.dense:Dense",
@@ -40,7 +45,7 @@ def load(name: str) -> type[Scheme]:
     return scheme
 
 
-def build(name: str, profiles: Mapping[str, Profile] | None = None, **options: Any) -> Scheme:
+def build(name: str, profiles: Mapping[str, Profile] | None = None, /, **options: Any) -> Scheme:
     """Makes a scheme from its name and options.
 
     Args:
@@ -53,6 +58,8 @@ def build(name: str, profiles: Mapping[str, Profile] | None = None, **options: A
         SchemeConfigError: an option is unknown or out of range.
         CalibrationMissing: the scheme needs a profile.
     """
+    from .protocol import options_from
+
     scheme = load(name)
     return scheme(options_from(scheme.Options, options), profiles)
 
