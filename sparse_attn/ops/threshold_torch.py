@@ -66,8 +66,9 @@ def thresholded(query: torch.Tensor, view: PagedView, plan: ScoreThreshold, spec
             visible.to(torch.int32).repeat(1, rows[1]),
         )
     else:
-        sums = (torch.full(rows, LOWEST) for _ in range(3))
-        parts = _Parts(visible, torch.zeros(query.shape), *sums, torch.zeros(rows, dtype=torch.int32))
+        nothing = torch.full(rows, LOWEST)
+        zeros = torch.zeros(rows, dtype=torch.int32)
+        parts = _Parts(visible, torch.zeros(query.shape), nothing, nothing.clone(), nothing.clone(), zeros)
     if not untouched:
         start = 0
         for sequence, count in enumerate(view.rows.host_query_lens):

@@ -10,6 +10,7 @@ from dataclasses import fields
 import torch
 
 from foveate.sparse_attn import registry
+from foveate.sparse_attn.calibration.threshold_table import VARIANTS, ThresholdTable
 from foveate.sparse_attn.profile import Profile
 
 # What their defaults would keep of so few tokens leaves no choice.
@@ -23,6 +24,9 @@ _TIGHT: dict[str, dict[str, object]] = {
     "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
     "xattention": _XATTENTION | {"tau": 0.5},
     "kascade": {"budget_tokens": 12, "tile_tokens": 16, "sink_tokens": 2, "window_tokens": 5, "dense_first_layers": 0},
+    "top_theta": {
+        "budget_tokens": 12, "first_layers_budget_tokens": 0, "sink_tokens": 2, "window_tokens": 5, "gqa": "union",
+    },
     "composed": {
         "prefill": {"scheme": "xattention", **_XATTENTION, "budget_tokens": 32},
         "decode": {"scheme": "quest", **_QUEST, "budget_tokens": 32, "group": "softmax"},
@@ -47,8 +51,20 @@ def kascade_profile(anchors: list[int], head_map: list[list[int]]) -> Profile:
     return Profile("kascade", {}, {"chosen_anchors": len(anchors)}, "", named)
 
 
+def top_theta_profile() -> Profile:
+    """About what scores of random keys and queries would teach, with some spread over layers and heads."""
+    sizes, budgets = torch.tensor([16, 64, 256]), torch.tensor([4, 16, 64, 1024])
+    share = (budgets / sizes[:, None]).clamp(max=0.99)
+    generator = torch.Generator().manual_seed(0)
+    theta = 1.4 * torch.erfinv(1 - 2 * share) + 0.2 * torch.randn(5, 4, 1, 1, generator=generator)
+    table = ThresholdTable((0, 1, 2, 3, 4), sizes, budgets, theta, torch.zeros_like(theta))
+    tensors = {name: tensor for variant in VARIANTS for name, tensor in table.tensors(variant, torch.float32).items()}
+    return Profile("top_theta", {}, {}, "", tensors)
+
+
 # Profiles of the model that these tests pretend to run.
 PROFILES: dict[str, Profile] = {
+    "top_theta": top_theta_profile(),
     # Its second layer reuses the first, with heads exchanged.
     "kascade": kascade_profile([0, 3], [[0, 1], [1, 0], [0, 0], [0, 1], [1, 1]]),
 }
