@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from foveate import __version__
+from foveate.sparse_attn import registry
 
 from .settings import ENGINE_FIELDS, Settings
 
@@ -58,12 +59,13 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"foveate {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    serve = _command(commands, "serve", "answer OpenAI clients over HTTP", _SERVE)
+    schemes = f"\nattention schemes: {', '.join(registry.names())}\n"
+    serve = _command(commands, "serve", "answer OpenAI clients over HTTP", _SERVE + schemes)
     _add_model(serve, required=False)
     add_settings(serve, [name for name in Settings.model_fields if name != "model"])
     serve.set_defaults(run=lambda given: _serve(given, serve))
 
-    generate = _command(commands, "generate", "write one answer to the terminal", _GENERATE)
+    generate = _command(commands, "generate", "write one answer to the terminal", _GENERATE + schemes)
     _add_model(generate, required=True)
     generate.add_argument("-p", "--prompt", required=True, help="what to ask")
     generate.add_argument("-f", "--file", type=Path, help="document to put before the prompt")

@@ -12,6 +12,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from foveate.sparse_attn import registry
+
 # Fields that shape the engine rather than the HTTP server: `foveate generate` takes these too.
 ENGINE_FIELDS = (
     "dtype",
@@ -124,3 +126,12 @@ class Settings(BaseSettings):
             return json.loads(value)
         except json.JSONDecodeError as error:
             raise ValueError(f"not a scheme's name and not valid JSON: {error}") from None
+
+    @field_validator("attention")
+    @classmethod
+    def _scheme_exists(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
+        """Said before a model is loaded; the engine checks the options, which takes torch."""
+        name = "dense" if value is None else value.get("scheme", "dense")
+        if name not in registry.names():
+            raise ValueError(f"unknown attention scheme {name!r}; there are: {', '.join(registry.names())}")
+        return value

@@ -63,6 +63,10 @@ def test_a_flag_wins_over_a_variable(monkeypatch):
     [
         ("streaming", {"scheme": "streaming"}),
         ('{"scheme": "streaming", "window_tokens": 64}', {"scheme": "streaming", "window_tokens": 64}),
+        (
+            '{"scheme": "composed", "prefill": {"scheme": "xattention", "tau": 0.8}, "decode": "quest"}',
+            {"scheme": "composed", "prefill": {"scheme": "xattention", "tau": 0.8}, "decode": "quest"},
+        ),
     ],
 )
 def test_attention_by_name_or_json(monkeypatch, text, expected):
@@ -91,6 +95,8 @@ def test_keys(monkeypatch):
         (["m", "--kv-cache-gib", "nan"], "--kv-cache-gib: "),
         (["m", "--attention", "{bad"], "--attention: not a scheme's name and not valid JSON"),
         (["m", "--attention", '{"a": 1} x'], "--attention: "),
+        (["m", "--attention", "nosuch"], "--attention: unknown attention scheme 'nosuch'; there are: dense, "),
+        (["m", "--attention", '{"scheme": [1]}'], "--attention: unknown attention scheme [1]"),
         (["m", "--api-key", ""], "--api-key: an API key must not be empty"),
         (["m", "--max-batch-tokens", "0"], "--max-batch-tokens: "),
         (["m", "--dtype", "int8"], "invalid choice"),
