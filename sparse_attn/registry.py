@@ -21,6 +21,7 @@ _SCHEMES = {
     "streaming": "foveate.sparse_attn.schemes.streaming:Streaming",
     "kascade": "foveate.sparse_attn.schemes.kascade:Kascade",
     "moba": "foveate.sparse_attn.schemes.moba:Moba",
+    "dhsa": "foveate.sparse_attn.schemes.dhsa:Dhsa",
     "top_theta": "foveate.sparse_attn.schemes.top_theta:TopTheta",
     "quest": "foveate.sparse_attn.schemes.quest:Quest",
     "xattention": "foveate.sparse_attn.schemes.xattention:XAttention",

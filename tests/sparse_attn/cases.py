@@ -21,6 +21,10 @@ _XATTENTION = _BARE | {"block_tokens": 16, "stride_tokens": 4}
 _TIGHT: dict[str, dict[str, object]] = {
     "streaming": {"budget_tokens": 24, "sink_tokens": 3},
     "moba": {"block_tokens": 16, "top_k": 3, "dense_last_layers": 0},
+    "dhsa": {
+        "budget_tokens": 20, "block_tokens": 32, "chunk_tokens": 16, "segment_tokens": 32,
+        "sink_tokens": 3, "window_tokens": 5, "dense_tail_tokens": 0,
+    },
     "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
     "xattention": _XATTENTION | {"tau": 0.5},
     "kascade": {"budget_tokens": 12, "tile_tokens": 16, "sink_tokens": 2, "window_tokens": 5, "dense_first_layers": 0},

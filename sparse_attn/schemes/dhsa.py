@@ -1,0 +1,327 @@
+"""DHSA: a token budget spent on chunks of keys that follow the text, scored by length-normalised means."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import ClassVar, Literal, get_args
+
+import torch
+
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.stats import KEY_SUM, PageStat
+from foveate.kv_cache.view import PagedView
+
+from .. import budget, chunks
+from ..chunks import Chunks, Cut
+from ..errors import SchemeConfigError
+from ..ops.boundary_predictor import BoundaryPredictor
+from ..ops.gap_scores import delimiter_scores, predicted_scores, ratio_scores
+from ..ops.key_change import key_change
+from ..ops.sums import chunk_sums, cut_sums, tile_sums, unit_sums
+from ..ops.walk import walk_chunks
+from ..profile import Profile
+from ..protocol import LayerCall, Phase, Scheme, SchemeOptions
+from ..selection import Selection, Tiles
+
+Boundaries = Literal["fixed", "key_cos", "attn_ratio", "delimiter", "predictor"]
+ShareHeads = Literal["all", "kv_group", "none"]
+Aggregate = Literal["sqrt_length", "mean"]
+
+# Scores held at a time: with what sorting them takes, 64 MiB.
+SLAB_SCORES = (64 << 20) // 48
+
+
+@dataclass(frozen=True, slots=True)
+class DhsaOptions(SchemeOptions):
+    """
+    Args:
+        sink_tokens: See ``SchemeOptions``; 128 in the paper's code, inside its budget.
+        window_tokens: See ``SchemeOptions``; 0 in the paper's code, whose 128 local tokens are the tile's own.
+        dense_tail_tokens: See ``SchemeOptions``; 64 in the paper's code.
+        budget_tokens: Keys chosen for each tile (N_b; 1024 or 2048 in the paper).
+        budget_includes_kept: Sinks, window and own tile are paid from the budget, as in the paper.
+        block_tokens: Queries per tile (128; 256 in the paper's timings).
+        boundaries: Where chunks begin. ``fixed``: every ``chunk_tokens``. ``key_cos``: where the mean
+            keys on both sides differ most (ours). ``attn_ratio``: where the attention of the last
+            queries differs most on both sides; in decode as ``fixed``. ``delimiter``: behind
+            ``delimiter_ids``. ``predictor``: by the paper's network, read from a profile.
+        chunk_tokens: Length of fixed chunks, a power of two. Chunks of whole pages are scored from
+            page sums; smaller ones read every key.
+        share_heads: Which heads choose together: ``kv_group``, the query heads on one KV head;
+            ``all``, as in the paper; ``none``.
+        aggregate: ``sqrt_length``: chunks and tiles are sums over the root of their length, as in the
+            paper; ``mean``: plain means.
+        min_chunk_tokens: Least tokens between boundaries.
+        max_chunk_tokens: Longer chunks are cut into equal parts; at least twice the least.
+        boundary_window_tokens: Tokens that are compared on each side of a gap (w); that of the profile
+            for ``predictor``.
+        nms_tokens: Boundaries lie further apart than this.
+        boundary_threshold: Scores of ``attn_ratio`` and logits of ``predictor`` must exceed it (theta).
+        chunks_per_block: Boundaries per ``block_tokens`` at most (chunk_beta).
+        segment_tokens: Boundaries are chosen inside segments of so many positions, a multiple of
+            ``block_tokens``; 0: in the whole prompt at once, as in the paper.
+        delimiter_ids: Token ids that end a chunk.
+        share_boundaries: Boundaries of the first layer stand for all.
+    """
+
+    sink_tokens: int = 64
+    window_tokens: int = 256
+    dense_tail_tokens: int = 128
+    budget_tokens: int = 1024
+    budget_includes_kept: bool = False
+    block_tokens: int = 128
+    boundaries: Boundaries = "fixed"
+    chunk_tokens: int = 64
+    share_heads: ShareHeads = "kv_group"
+    aggregate: Aggregate = "sqrt_length"
+    min_chunk_tokens: int = 8
+    max_chunk_tokens: int = 128
+    boundary_window_tokens: int = 4
+    nms_tokens: int = 8
+    boundary_threshold: float = 1.1
+    chunks_per_block: int = 8
+    segment_tokens: int = 512
+    delimiter_ids: tuple[int, ...] = ()
+    share_boundaries: bool = False
+
+    def __post_init__(self) -> None:
+        SchemeOptions.__post_init__(self)
+        for name, allowed in (("boundaries", Boundaries), ("share_heads", ShareHeads), ("aggregate", Aggregate)):
+            if getattr(self, name) not in get_args(allowed):
+                given = getattr(self, name)
+                raise SchemeConfigError(f"{name} must be one of {', '.join(get_args(allowed))}, got {given!r}")
+        for name in ("budget_includes_kept", "share_boundaries"):
+            if not isinstance(getattr(self, name), bool):
+                raise SchemeConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+        for name in ("boundary_window_tokens", "chunks_per_block", "min_chunk_tokens", "budget_tokens"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise SchemeConfigError(f"{name} must be a whole number >= 1, got {value!r}")
+        if isinstance(self.boundary_threshold, bool) or not isinstance(self.boundary_threshold, int | float):
+            raise SchemeConfigError(f"boundary_threshold must be a number, got {self.boundary_threshold!r}")
+        if self.max_chunk_tokens < 2 * self.min_chunk_tokens:
+            raise SchemeConfigError("max_chunk_tokens must be at least twice min_chunk_tokens")
+        chunk = self.chunk_tokens
+        if chunk & (chunk - 1) or not self.min_chunk_tokens <= chunk <= self.max_chunk_tokens:
+            raise SchemeConfigError(
+                f"chunk_tokens must be a power of two between min_chunk_tokens and max_chunk_tokens, got {chunk}"
+            )
+        if not self.block_tokens or self.block_tokens % chunk:
+            raise SchemeConfigError(f"block_tokens must be a multiple of chunk_tokens, got {self.block_tokens}")
+        if self.segment_tokens % self.block_tokens:
+            raise SchemeConfigError(f"segment_tokens must be a multiple of block_tokens, got {self.segment_tokens}")
+        self._check_delimiters()
+
+    def _check_delimiters(self) -> None:
+        ids = self.delimiter_ids
+        if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+            raise SchemeConfigError(f"delimiter_ids must be a list of token ids, got {ids!r}")
+        object.__setattr__(self, "delimiter_ids", tuple(ids))
+        if (self.boundaries == "delimiter") != bool(ids):
+            raise SchemeConfigError("boundaries='delimiter' and delimiter_ids go together")
+
+
+class Dhsa(Scheme):
+    """Dynamic hierarchical sparse attention (Xiong et al., arXiv:2510.24606, first version and its code).
+
+    Keys are cut into chunks, queries into tiles. A tile and a chunk are each the sum of their vectors over the
+    root of their number; their product is the score of every key in the chunk. A tile reads the keys with the
+    highest scores, of equal ones the lower: whole chunks, best first, and at most one of them in part.
+
+    The pure form is ``sink_tokens=0, window_tokens=0, dense_tail_tokens=0, share_heads="all"``; with
+    ``budget_includes_kept`` the own tile is paid from the budget. What differs from the authors' code: no key
+    twice; a tile's own tokens are always read, and are no candidates; ties go to the lower key.
+
+    **Chunks of prompt and cuts.** Boundaries are chosen inside finished segments of ``segment_tokens``, by the
+    keys of the segment alone; tiles in a segment that is still open see it in fixed chunks. So a prompt cut at
+    multiples of ``block_tokens`` chooses as a whole one. Not so ``attn_ratio``, which looks at the last
+    queries of what is computed at a time, nor ``segment_tokens=0``, whose boundaries are those of all keys
+    there are, and whose chunks may reach into a tile that they are scored for, as in the paper.
+
+    **Decode.** Chunks of the prompt stay; all tokens generated since make one chunk, however long; the newest is
+    always read. If nobody knows the prompt's length, all tokens but the newest count as prompt.
+
+    **Cost.** ``fixed`` in whole pages reads no key to choose. Every other form reads all keys once per layer and
+    step, decode steps too, because a scheme keeps no state; ``predictor`` runs a network on each of them.
+    Held at a time: one float32 vector per chunk, KV head and sequence, and 64 MiB of scores.
+    """
+
+    name: ClassVar[str] = "dhsa"
+    source: ClassVar[str] = (
+        "Xiong et al., Long-Context Modeling with Dynamic Hierarchical Sparse Attention for On-Device LLMs,"
+        " arXiv:2510.24606v1"
+    )
+    Options: ClassVar[type[SchemeOptions]] = DhsaOptions
+    pools_queries: ClassVar[bool] = True
+    same_in_decode: ClassVar[bool] = False
+    options: DhsaOptions
+
+    def __init__(self, options: DhsaOptions, profiles: Mapping[str, Profile] | None = None) -> None:
+        super().__init__(options, profiles)
+        self.tile = options.block_tokens
+        self.needs_token_ids = options.boundaries == "delimiter"
+        self._predictor: BoundaryPredictor | None = None
+        if options.boundaries == "predictor":
+            if self.profile is None:
+                raise SchemeConfigError(
+                    "boundaries='predictor' needs a profile for dhsa that holds the network's weights: --profile FILE"
+                )
+            self._predictor = BoundaryPredictor(self.profile.tensors, self.profile.options)
+
+    def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
+        by_pages = self.options.boundaries in ("fixed", "attn_ratio")
+        return (KEY_SUM,) if by_pages and self.options.chunk_tokens % geometry.page_size == 0 else ()
+
+    def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
+        options, rows, device = self.options, view.rows, query.device
+        spans = list(zip(rows.host_context_lens, rows.host_query_lens, strict=True))
+        # No chunk is needed from where the last tile begins.
+        ends = [(context - 1) // tiles.size * tiles.size for context, _ in spans]
+        if options.boundaries == "fixed":
+            table = _once(view, lambda: chunks.grid([0] * len(ends), ends, options.chunk_tokens, None, device))
+            sums = unit_sums(view, options.chunk_tokens)[:, : table.start.shape[1]]
+            return self._choose(query, view, tiles, table, sums, Phase.PREFILL)
+
+        def lay() -> Chunks:
+            segment = options.segment_tokens
+            if not segment:
+                return self._by_scores(query, view, layer, rows.host_context_lens)
+            opened = [(context - count) // tiles.size * tiles.size // segment * segment for context, count in spans]
+            last = chunks.grid(opened, ends, options.chunk_tokens, segment, device)
+            return Chunks.joined([self._by_scores(query, view, layer, ends), last]) if max(ends) >= segment else last
+
+        return self._choose_by_keys(query, view, tiles, lay, Phase.PREFILL)
+
+    def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
+        options, rows, device = self.options, view.rows, query.device
+        newest = tuple(context - 1 for context in rows.host_context_lens)
+        prompts = newest if rows.host_prompt_lens is None else rows.host_prompt_lens
+        cuts = tuple(min(prompt, last) for prompt, last in zip(prompts, newest, strict=True))
+
+        def lay(opened: Sequence[int], *finished: Chunks) -> Chunks:
+            prompt = chunks.grid(opened, cuts, options.chunk_tokens, None, device, least=1)
+            return Chunks.joined([*finished, prompt, chunks.single(cuts, newest, device)])
+
+        if options.boundaries in ("fixed", "attn_ratio"):
+            table = _once(view, lambda: lay([0] * len(cuts)))
+            sums = cut_sums(view, options.chunk_tokens, cuts, newest)
+            return self._choose(query, view, tiles, table, sums, Phase.DECODE)
+
+        def lay_by_scores() -> Chunks:
+            segment = options.segment_tokens
+            if not max(cuts) or max(cuts) < segment:
+                return lay([0] * len(cuts))
+            finished = self._by_scores(query, view, layer, cuts)
+            return lay([cut // segment * segment if segment else cut for cut in cuts], finished)
+
+        return self._choose_by_keys(query, view, tiles, lay_by_scores, Phase.DECODE)
+
+    def _choose_by_keys(
+        self, query: torch.Tensor, view: PagedView, tiles: Tiles, lay: Callable[[], Chunks], phase: Phase
+    ) -> Selection:
+        alike = self.options.share_boundaries or self.options.boundaries == "delimiter"
+        table = _once(view, lay) if alike else lay()
+        return self._choose(query, view, tiles, table, chunk_sums(view, table.start, table.length), phase)
+
+    def _by_scores(self, query: torch.Tensor, view: PagedView, layer: LayerCall, ends: Sequence[int]) -> Chunks:
+        """Chunks of the keys before ``ends`` (host numbers per sequence), by the scores of the gaps."""
+        options = self.options
+        by_text = options.boundaries == "delimiter"
+        window = 0 if by_text else self._predictor.window if self._predictor else options.boundary_window_tokens
+        cut = Cut(
+            block=options.block_tokens,
+            per_block=options.block_tokens if by_text else options.chunks_per_block,
+            threshold=float("-inf") if by_text or options.boundaries == "key_cos" else options.boundary_threshold,
+            distance=0 if by_text else options.nms_tokens,
+            window=window,
+            shortest=options.min_chunk_tokens,
+            longest=options.max_chunk_tokens,
+            fallback=options.chunk_tokens,
+        )
+        segment = options.segment_tokens or max(ends)
+        segments = max(ends) // segment
+        if by_text:
+            if view.rows.host_token_ids is None:
+                raise SchemeConfigError("boundaries='delimiter' needs token ids, and only the engine knows them")
+            scores = delimiter_scores(view.rows, options.delimiter_ids, segment, segments)
+        elif options.boundaries == "attn_ratio":
+            scores = ratio_scores(query, view, layer.spec, window, segment, segments)
+        elif self._predictor:
+            scores = predicted_scores(view, self._predictor, segment, segments)
+        else:
+            scores = key_change(view, window, segment, segments)
+        end = torch.tensor(ends).to(query.device, non_blocking=True)
+        return chunks.from_scores(scores, end, cut, whole=bool(options.segment_tokens))
+
+    def _choose(
+        self, query: torch.Tensor, view: PagedView, tiles: Tiles, table: Chunks, sums: torch.Tensor, phase: Phase
+    ) -> Selection:
+        """Scores ``table``, whose key sums are ``sums`` ``[S, C, G, D]``, and walks it."""
+        options = self.options
+        unit = self._unit(view.page_size, phase)
+        first, end = (part.long() for part in budget.free_units(tiles, self, unit, phase))
+        room = torch.full_like(first, options.budget_tokens // unit)
+        if options.budget_includes_kept:
+            kept = tiles.position + tiles.query_count - (end - first).clamp(min=0)
+            room = (room - kept).clamp(min=0)
+        width = min(options.budget_tokens // unit, -(-max(view.rows.host_context_lens) // unit))
+        keys = self._aggregated(sums, table.length[..., None, None])
+        asked = self._aggregated(tile_sums(query, tiles), tiles.query_count[:, None, None])
+        if options.share_heads == "all":
+            keys, asked = keys.mean(2, keepdim=True), asked.mean(1, keepdim=True)
+        asked = torch.unflatten(asked, 1, (keys.shape[2], -1))
+        if options.share_heads == "kv_group":
+            asked = asked.mean(2, keepdim=True)
+        begun = (tiles.position // tiles.size * tiles.size)[:, None]
+        found = []
+        step = max(1, SLAB_SCORES // max(asked[0, ..., 0].numel() * keys.shape[1], 1))
+        for rows, owner, product in _slabs(tiles, step, phase):
+            scores = torch.einsum(product, asked[rows], keys[owner]).flatten(1, 2)
+            live = (table.live_from[owner] <= begun[rows]) & (begun[rows] < table.live_until[owner])
+            start, length = table.start[owner], table.length[owner]
+            stop = torch.minimum((start + length) // unit, end[rows, None])
+            start = torch.maximum(start // unit, first[rows, None])
+            found.append(walk_chunks(scores, start, (stop - start).clamp(min=0) * live, room[rows], width))
+        indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
+        if options.share_heads == "all":
+            heads = view.num_kv_heads
+            indices, counts = indices.expand(-1, heads, -1), counts.expand(-1, heads)
+        return Selection(indices, counts, unit, tiles)
+
+    def _unit(self, page_size: int, phase: Phase) -> int:
+        """Tokens per index: as many as leave budget, chunks and what is kept exact."""
+        options = self.options
+        if options.boundaries != "fixed" or options.budget_includes_kept or phase is Phase.DECODE:
+            return 1
+        kept = options.sink_tokens, options.window_tokens, options.block_tokens
+        return math.gcd(page_size, options.chunk_tokens, options.budget_tokens, *kept)
+
+    def _aggregated(self, sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
+        count = count.clamp(min=1)
+        return sums / (count.sqrt() if self.options.aggregate == "sqrt_length" else count)
+
+
+def _slabs(tiles: Tiles, step: int, phase: Phase) -> Iterator[tuple[slice, slice | int, str]]:
+    """At most ``step`` tiles at a time: ``(tiles, their sequences, product of their scores)``."""
+    if phase is Phase.DECODE:  # one tile per sequence
+        for begin in range(0, len(tiles), step):
+            part = slice(begin, begin + step)
+            yield part, part, "rkhd,rckd->rkhc"
+        return
+    stop = 0
+    for sequence, run in groupby(tiles.host, lambda tile: tile[0]):
+        begin, stop = stop, stop + len(list(run))
+        for first in range(begin, stop, step):
+            yield slice(first, min(first + step, stop)), sequence, "rkhd,ckd->rkhc"
+
+
+def _once(view: PagedView, lay: Callable[[], Chunks]) -> Chunks:
+    """Chunks that are the same in every layer of a step."""
+    plans = view.rows.plans
+    if "dhsa" not in plans:
+        plans["dhsa"] = lay()
+    found: Chunks = plans["dhsa"]
+    return found
