@@ -56,35 +56,33 @@ def book(
 
 def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
     """``[S]`` float64: (query, key) pairs that a selection reads within a band, over ``heads`` query heads."""
-    tiles = selection.tiles
-    start = selection.indices.long() * selection.granularity
-    first = tiles.position[:, None, None].long()
-    count = tiles.query_count[:, None, None].long()
-    seen = _pairs_behind(start, selection.granularity, first, count, band.nearest)
+    seen = _pairs_behind(selection, band.nearest)
     if band.farthest is not None:
-        seen -= _pairs_behind(start, selection.granularity, first, count, max(band.farthest, band.nearest))
-    seen = torch.where(selection.indices >= 0, seen, 0)
+        seen -= _pairs_behind(selection, max(band.farthest, band.nearest))
+    seen.masked_fill_(selection.indices < 0, 0)
     pairs = seen.sum(dim=(1, 2)).double() * (heads / selection.indices.shape[1])
     total = torch.zeros(rows.num_sequences, dtype=torch.float64, device=pairs.device)
-    return total.index_add_(0, tiles.sequence.long(), pairs)
+    return total.index_add_(0, selection.tiles.sequence.long(), pairs)
 
 
-def _pairs_behind(
-    start: torch.Tensor, size: int, first: torch.Tensor, count: torch.Tensor, distance: int
-) -> torch.Tensor:
-    """Pairs, at least ``distance`` apart, of a query from ``first`` on and a key of the unit at ``start``.
+def _pairs_behind(selection: Selection, distance: int) -> torch.Tensor:
+    """Per entry of a selection, the pairs of a query of its tile and a key of its unit, ``distance`` or more apart.
 
-    The key at place ``k`` has ``min(count, end - k)`` such queries, with ``end = first + count - distance``; over a
-    unit that is the difference of two sums of ``min(count, x)`` from 1 to x.
+    The key at place ``k`` has ``min(count, end - k)`` such queries, with ``end`` the tile's end less the
+    distance; over a unit that is the difference of two sums of ``min(count, x)`` from 1 to x.
     """
-    end = first + count - distance
+    tiles, size = selection.tiles, selection.granularity
+    first, count = tiles.position[:, None, None], tiles.query_count[:, None, None]
+    if tiles.size == 1:  # many rows: in 32 bits, and without the sums
+        return (first + 1 - distance - selection.indices * size).clamp_(0, size)
+    end = (first + count - distance).long() - selection.indices.long() * size
 
     def up_to(x: torch.Tensor) -> torch.Tensor:
         x = x.clamp(min=0)
         ramp = torch.minimum(x, count)
         return ramp * (ramp + 1) // 2 + (x - ramp) * count
 
-    return up_to(end - start) - up_to(end - start - size)
+    return up_to(end) - up_to(end - size)
 
 
 def _by_sequence(counts: torch.Tensor, rows: Rows) -> torch.Tensor:

@@ -83,12 +83,13 @@ def test_exactly_the_last_tokens_of_the_prompt_are_dense(prompt, answer, tail, d
     size=SIZES,
     nearest=st.integers(0, 30),
     farthest=st.none() | st.integers(1, 60),
+    tile=st.sampled_from([1, 8]),
     seed=st.integers(0, 99),
 )
 @settings(max_examples=80, deadline=None)
-def test_selected_pairs_are_those_of_the_masks(chunks, size, nearest, farthest, seed):
+def test_selected_pairs_are_those_of_the_masks(chunks, size, nearest, farthest, tile, seed):
     rows, band = rows_of(*chunks), Band(nearest, farthest)
-    selection = random_selection(rows, size, 8, seed)
+    selection = random_selection(rows, size, tile, seed)
     want = torch.zeros(rows.num_sequences, dtype=torch.float64)
     mask = selection.to_mask(rows)
     for row, (sequence, _, count, position) in enumerate(selection.tiles.host):
