@@ -43,7 +43,7 @@ check_tools() {
 
 # What the environment is made from; changing any of it makes the next run install again.
 fingerprint() {
-    "$1" - pyproject.toml deploy/setup.sh <<'PY'
+    "$1" - pyproject.toml setup.py deploy/setup.sh sparse_attn/ops/native/*.{cpp,h} <<'PY'
 import hashlib, os, pathlib, sys
 parts = [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]
 parts.append(f"{os.getcwd()} {sys.version_info[:2]}".encode())

@@ -15,6 +15,7 @@ import torch
 from foveate.patches.errors import PatchError
 from foveate.patches.families import facts
 from foveate.patches.verify import verify
+from foveate.sparse_attn.ops import native
 
 from .exceptions import EngineError
 from .loader import LoadedModel, load
@@ -73,6 +74,7 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "cores", f"{_cores()} ({torch.get_num_threads()} torch threads)"
     yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
     yield "cpu", f"{torch.backends.cpu.get_cpu_capability()} ({', '.join(_cpu_flags()) or 'flags unknown'})"
+    yield "attention kernels on cpu", _kernels()
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda"))
@@ -84,6 +86,13 @@ def _machine() -> Iterator[tuple[str, str]]:
         rates = {name: gemm_rate(getattr(torch, name), device) for name in ("float32", "bfloat16")}
         measured = ", ".join(f"{name} {rate:.0f} GFLOP/s" for name, rate in rates.items())
         yield f"matrix product on {device.type}", f"{measured}: {max(rates, key=rates.__getitem__)} is faster"
+
+
+def _kernels() -> str:
+    kernels = native.library()
+    if kernels is None:
+        return f"torch only: {native.LIBRARY_NAME} is missing or does not load; install again with a C++ compiler"
+    return f"native, {kernels.isa} of {', '.join(kernels.isas)}"
 
 
 def _facts(loaded: LoadedModel) -> Iterator[tuple[str, str]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 import shutil
 import subprocess
 import sys
@@ -17,7 +18,7 @@ import foveate
 
 ROOT = Path(__file__).parents[1]
 # What the wheel is made from: the folders, and what pyproject.toml names beside them.
-PARTS = ["pyproject.toml", "README.md", "LICENSE", "src", "kv_cache", "sparse_attn", "patches", "server"]
+PARTS = ["pyproject.toml", "setup.py", "README.md", "LICENSE", "src", "kv_cache", "sparse_attn", "patches", "server"]
 
 
 def tree_files(root: Path) -> set[str]:
@@ -75,6 +76,16 @@ def test_wheel_holds_every_module_of_the_tree(wheel):
     assert held == tree_files(ROOT)
 
 
+def test_wheel_holds_the_kernels_for_any_python_and_not_their_sources(wheel):
+    if not (platform.system() == "Linux" and platform.machine() == "x86_64"):
+        pytest.skip("the kernels are compiled on x86-64 Linux")
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if "/native/" in name}
+    folder = "foveate/sparse_attn/ops/native"
+    assert held == {f"{folder}/__init__.py", f"{folder}/libfoveate_kernels.so.1"}
+    assert "-py3-none-linux_x86_64" in wheel.name
+
+
 def test_every_package_of_the_tree_is_listed():
     listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
     found = {file.rpartition("/")[0].replace("/", ".") for file in tree_files(ROOT)}
@@ -111,6 +122,14 @@ for module in pkgutil.walk_packages(foveate.__path__, "foveate."):
 """
     names = run([str(installed), "-c", code], tmp_path).split()
     assert {"foveate.server.llm", "foveate.patches.attach", "foveate.kv_cache.pool"} <= set(names)
+
+
+def test_installed_kernels_load(installed, tmp_path):
+    """Also shows that they need nothing of the tree, and no compiler."""
+    if not (platform.system() == "Linux" and platform.machine() == "x86_64"):
+        pytest.skip("the kernels are compiled on x86-64 Linux")
+    code = "from foveate.sparse_attn.ops.native import library; print(library().isa)"
+    assert run([str(installed), "-c", code], tmp_path).strip() in {"avx2", "avx512", "avx512bf16", "amx"}
 
 
 def test_console_script_runs(installed, tmp_path):

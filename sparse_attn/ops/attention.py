@@ -11,9 +11,9 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
-from . import attention_torch, decode_torch, gathered_torch, reference
+from . import attention_native, attention_torch, decode_torch, gathered_torch, reference
 
-Backend = Literal["reference", "torch", "triton", "flashinfer"]
+Backend = Literal["reference", "torch", "native", "triton", "flashinfer"]
 Result = tuple[torch.Tensor, torch.Tensor]
 
 # Tokens of a selected unit; below, sorting queries by unit costs more than their products.
@@ -56,6 +56,8 @@ def prefill(
         from . import prefill_triton
 
         return prefill_triton.prefill(query, view, selection, spec)
+    if chosen == "native":
+        return attention_native.prefill(query, view, selection, spec)
     if chosen == "torch":
         if selection is not None and _gathers_queries(view, selection):
             return gathered_torch.prefill(query, view, selection, spec)
@@ -84,6 +86,8 @@ def decode(
         from . import decode_triton
 
         return decode_triton.decode(query, view, selection, spec)
+    if chosen == "native":
+        return attention_native.decode(query, view, selection, spec)
     if chosen == "torch":
         return decode_torch.decode(query, view, selection, spec)
     return reference.attention(query, view, selection, spec)
@@ -115,7 +119,7 @@ def merge(parts: Sequence[Result], sinks: torch.Tensor | None = None) -> Result:
 
 def _default_backend(query: torch.Tensor, view: PagedView, selection: Selection | None, spec: AttentionSpec) -> Backend:
     if not query.is_cuda:
-        return "torch"
+        return "native" if attention_native.supports(query, view, spec) else "torch"
     from . import attention_flashinfer
 
     supported = attention_flashinfer.supports(query, view, selection, spec)

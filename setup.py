@@ -1,0 +1,111 @@
+"""Compiles the CPU attention kernels of ``sparse_attn/ops/native``; everything else is in pyproject.toml.
+
+Each instruction set is a source of its own with flags of its own; which one runs is decided by the CPU that it runs
+on. One that the compiler does not know is left out, and without any compiler foveate is installed all the same and
+computes attention in torch.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
+from setuptools.errors import CompileError
+
+PACKAGE = "foveate.sparse_attn.ops.native"
+FOLDER = Path("sparse_attn", "ops", "native")
+LIBRARY = "libfoveate_kernels.so.1"  # as native/__init__.py has it; ending in .so it would pass for a Python module
+COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
+AVX2 = ["-mavx2", "-mfma"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
+AVX512BF16 = [*AVX512, "-mavx512bf16"]
+# Source -> flags. Each that compiles defines FOVEATE_BUILT_<name> for dispatch.cpp.
+INSTRUCTION_SETS = {
+    "avx2": AVX2,
+    "avx512": AVX512,
+    "avx512bf16": AVX512BF16,
+    "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+}
+
+
+def compiler() -> str:
+    """The C++ compiler: ``CXX``, or the first of the usual names.
+
+    Raises:
+        CompileError: there is none.
+    """
+    for name in (os.environ.get("CXX"), "c++", "g++", "clang++"):
+        if name and (found := shutil.which(name)):
+            return found
+    raise CompileError("no C++ compiler was found; attention will be computed in torch")
+
+
+def run(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise CompileError(f"{' '.join(command)}\n{done.stderr}")
+
+
+class BuildKernels(build_ext):
+    """Builds the library by plain compiler calls: it is loaded by ctypes and is no Python module."""
+
+    def get_ext_filename(self, fullname: str) -> str:
+        return str(Path(*fullname.split(".")[:-1], LIBRARY))
+
+    def build_extension(self, ext: Extension) -> None:
+        cxx, objects = compiler(), Path(self.build_temp)
+        objects.mkdir(parents=True, exist_ok=True)
+
+        def compile_one(name: str, flags: list[str]) -> str:
+            source = FOLDER / f"{name}.cpp"
+            target = str(objects / f"{name}.o")
+            run([cxx, *COMMON, *flags, "-c", str(source), "-o", target])
+            return target
+
+        def compile_isa(name: str) -> str | None:
+            try:
+                return compile_one(f"isa_{name}", INSTRUCTION_SETS[name])
+            except CompileError as error:
+                self.warn(f"kernels for {name} are left out: {error}")
+                return None
+
+        with ThreadPoolExecutor() as pool:
+            built = dict(zip(INSTRUCTION_SETS, pool.map(compile_isa, INSTRUCTION_SETS), strict=True))
+        parts = {name: target for name, target in built.items() if target}
+        if not parts:
+            raise CompileError("no instruction set could be compiled; attention will be computed in torch")
+        dispatch = compile_one("dispatch", [f"-DFOVEATE_BUILT_{name.upper()}" for name in parts])
+        library = Path(self.get_ext_fullpath(ext.name))
+        library.parent.mkdir(parents=True, exist_ok=True)
+        # Renamed into place: a process that runs on the old library must not see it change.
+        fresh = library.with_suffix(".new")
+        run([cxx, "-shared", *parts.values(), dispatch, "-o", str(fresh)])
+        fresh.replace(library)
+
+
+class Wheel(bdist_wheel):
+    """Tagged for the platform alone: the library does not depend on the Python it was built with."""
+
+    def get_tag(self) -> tuple[str, str, str]:
+        *_, platform_tag = super().get_tag()
+        return "py3", "none", platform_tag
+
+
+HAS_KERNELS = platform.system() == "Linux" and platform.machine() in {"x86_64", "AMD64"}
+SOURCES = [str(path) for path in sorted(FOLDER.glob("*.cpp"))]
+HEADERS = [str(path) for path in sorted(FOLDER.glob("*.h"))]
+
+if HAS_KERNELS:
+    setup(
+        ext_modules=[Extension(f"{PACKAGE}.kernels", SOURCES, depends=HEADERS, language="c++", optional=True)],
+        cmdclass={"build_ext": BuildKernels, "bdist_wheel": Wheel},
+    )
+else:
+    setup()

@@ -1,0 +1,10 @@
+#include "decode.h"
+#include "fma_engine.h"
+
+namespace {
+const IsaKernels kTables[2] = {
+    kernels_of<FmaEngine<Vec8, float>, FloatRows<Vec8, float>>(),
+    kernels_of<FmaEngine<Vec8, bfloat16>, FloatRows<Vec8, bfloat16>>(),
+};
+}
+extern const IsaKernels* const kAvx2Kernels = kTables;

@@ -1,0 +1,8 @@
+// float32 calls take the AVX-512 table.
+#include "decode.h"
+#include "fma_engine.h"
+
+namespace {
+const IsaKernels kTable = kernels_of<DotEngine, DotRows>();
+}
+extern const IsaKernels* const kAvx512Bf16Kernels = &kTable;

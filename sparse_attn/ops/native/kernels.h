@@ -1,0 +1,80 @@
+// The C interface of the CPU attention kernels. Plain data only: the library is loaded by ctypes and knows no Python
+// and no torch. ``loader.py`` mirrors ``foveate_attention`` field by field.
+//
+// Letters: T tokens, S sequences, H query heads, G KV heads, D head dim, P pages, R selection rows (tiles).
+#pragma once
+
+#include <cstdint>
+
+#define FOVEATE_API __attribute__((visibility("default")))
+
+extern "C" {
+
+enum foveate_dtype : int32_t { FOVEATE_FLOAT32 = 0, FOVEATE_BFLOAT16 = 1 };
+
+// In order of preference: a later one is faster where the CPU has it.
+enum foveate_isa : int32_t {
+    FOVEATE_AVX2 = 0,        // FMA in float32; bfloat16 is widened
+    FOVEATE_AVX512 = 1,      // the same, 16 lanes
+    FOVEATE_AVX512BF16 = 2,  // bfloat16 dot products
+    FOVEATE_AMX = 3,         // bfloat16 tiles
+    FOVEATE_NUM_ISAS = 4,
+};
+
+// One attention call. Strides count elements. Nothing here is owned or changed but ``out`` and ``lse``.
+struct foveate_attention {
+    const void* query;            // [T, H, D], the last dimension dense
+    const void* keys;             // [P, G, page_size, D], dense
+    const void* values;           // [P, G, page_size, D], dense
+    void* out;                    // [T, H, D], dense
+    float* lse;                   // [T, H], dense: natural log-sum-exp without sinks
+    const float* sinks;           // [H], or null
+    const int32_t* block_tables;  // [S, table_stride]
+    const int32_t* context_lens;  // [S]
+    const int32_t* query_offsets; // [S + 1]
+    // A selection, or null ``indices``: every key of the band.
+    const int32_t* indices;       // [R, selected_heads, selected_width] ascending
+    const int32_t* counts;        // [R, selected_heads]
+    const int32_t* tile_sequence; // [R]
+    const int32_t* tile_start;    // [R] first query of the tile, in the packed row
+    const int32_t* tile_count;    // [R]
+    const int32_t* tile_position; // [R] position of that query
+    int64_t query_token_stride;
+    int64_t query_head_stride;
+    int64_t table_stride;
+    int64_t selected_width;
+    int32_t num_sequences;
+    int32_t num_heads;
+    int32_t num_kv_heads;
+    int32_t head_dim;
+    int32_t page_size;
+    int32_t num_tiles;
+    int32_t selected_heads;       // G or H
+    int32_t granularity;
+    int32_t nearest;              // query i sees key j iff nearest <= i - j < farthest
+    int32_t farthest;             // INT32_MAX: no end
+    float scale;                  // > 0
+    float softcap;                // 0: none
+    int32_t dtype;
+    int32_t isa;
+    int32_t num_threads;
+};
+
+// Runs ``body(data)`` on ``num_threads`` threads, the caller's among them, and waits: the ABI of GOMP_parallel.
+typedef void (*foveate_parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
+
+// Names the thread pool to use (torch's own). Without one the kernels run on the caller's thread.
+FOVEATE_API void foveate_set_parallel(foveate_parallel parallel);
+
+// Was this instruction set compiled in, and do this CPU and its kernel have it? Asks for leave to use AMX.
+FOVEATE_API int32_t foveate_has_isa(int32_t isa);
+
+// Attention of prompt chunks. 0, or 1 when no memory was left.
+FOVEATE_API int32_t foveate_prefill(const foveate_attention* call);
+
+// Attention of one query per sequence. 0, or 1 when no memory was left.
+FOVEATE_API int32_t foveate_decode(const foveate_attention* call);
+
+// Size of ``foveate_attention``: the loader compares it with its own.
+FOVEATE_API int32_t foveate_attention_size(void);
+}

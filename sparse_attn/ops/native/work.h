@@ -1,0 +1,48 @@
+// Work items, and the functions that each instruction set offers for them.
+#pragma once
+
+#include "kernels.h"
+
+// Some queries of one sequence (or of one selection tile) for one KV head, or one query head where a selection has
+// a row for each.
+struct PrefillItem {
+    int32_t row;       // of the selection
+    int32_t sequence;
+    int32_t start;     // first query, in the packed row
+    int32_t count;
+    int32_t position;  // of the first query
+    int32_t kind;      // KV head, or query head
+};
+
+// A part of the keys of one query.
+struct DecodeItem {
+    int32_t sequence;
+    int32_t kind;
+    int64_t first;  // positions, or units of the selection row
+    int64_t last;
+};
+
+// What a decode item leaves for the merge: per head the reference of its exponents, the sum of its weights, and the
+// weighted sum of its values. ``partial`` holds ``group * (head_dim + 2)`` floats.
+struct IsaKernels {
+    // Most query rows (queries x heads of the group) of an item that the kernel wants, for the accumulators in L2.
+    int (*prefill_rows)(const foveate_attention& call);
+    int64_t (*prefill_scratch)(const foveate_attention& call, int rows);
+    void (*prefill)(const foveate_attention& call, const PrefillItem& item, void* scratch);
+    int64_t (*decode_scratch)(const foveate_attention& call);
+    void (*decode)(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch);
+    void (*decode_merge)(const foveate_attention& call, int sequence, int kind, const float* partials, int parts);
+    // Around the items of one thread.
+    void (*begin)();
+    void (*end)();
+};
+
+// First query heads of an item, and how many share its keys.
+inline int heads_per_kind(const foveate_attention& call) {
+    return call.num_heads / (call.indices ? call.selected_heads : call.num_kv_heads);
+}
+
+extern const IsaKernels* const kAvx2Kernels;
+extern const IsaKernels* const kAvx512Kernels;
+extern const IsaKernels* const kAvx512Bf16Kernels;
+extern const IsaKernels* const kAmxKernels;
