@@ -8,26 +8,59 @@ A gap ``i`` lies behind token ``i``: a chunk that ends there is followed by one 
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch.nn.functional import max_pool1d, pad
 
+Backend = Literal["reference", "torch", "triton"]
 
-def pick_boundaries(scores: torch.Tensor, limits: torch.Tensor, threshold: float, distance: int) -> torch.Tensor:
-    """Greedy one-dimensional non-maximum suppression, all rows at once.
+# Longer rows do not fit the registers of a Triton program; they are rare (``segment_tokens=0``).
+MOST_SCORES_ON_GPU = 4096
 
-    The best gap of a row is picked and every gap at most ``distance`` from it is dropped, again and
-    again. A gap that is the best of its own surroundings is picked whatever happens elsewhere, so
-    all of these are picked in one round; few rounds are needed but for scores that ascend for long.
+
+def pick_boundaries(
+    scores: torch.Tensor, limits: torch.Tensor, threshold: float, distance: int, *, backend: Backend | None = None
+) -> torch.Tensor:
+    """Greedy one-dimensional non-maximum suppression: the best gap of each row, then the best far enough from it...
 
     Args:
         scores: ``[B, L]`` float32, ``-inf`` where no boundary may be; of equal scores the lower gap is better.
-        limits: ``[B]`` integer, picks per row: the best ones stay.
+        limits: ``[B]`` integer, picks per row at most.
         threshold: Only scores above it are picked.
         distance: Two picks are further apart than this.
+        backend: For tests.
 
     Returns:
         Bool ``[B, L]``.
     """
+    short = scores.shape[1] <= MOST_SCORES_ON_GPU
+    chosen = backend or ("triton" if scores.is_cuda and short else "torch")
+    if chosen == "triton":
+        from . import boundaries_triton
+
+        return boundaries_triton.pick_boundaries(scores, limits, threshold, distance)
+    if chosen == "torch":
+        return _pick_in_rounds(scores, limits, threshold, distance)
+    return _pick_one_by_one(scores, limits, threshold, distance)
+
+
+def _pick_one_by_one(scores: torch.Tensor, limits: torch.Tensor, threshold: float, distance: int) -> torch.Tensor:
+    """The definition."""
+    picked = torch.zeros(scores.shape, dtype=torch.bool)
+    for row, (gaps, limit) in enumerate(zip(scores.tolist(), limits.tolist(), strict=True)):
+        chosen: list[int] = []
+        for gap in sorted(range(len(gaps)), key=lambda gap: (-gaps[gap], gap)):
+            far = all(abs(gap - other) > distance for other in chosen)
+            if gaps[gap] > threshold and far and len(chosen) < limit:
+                chosen.append(gap)
+        picked[row, chosen] = True
+    return picked.to(scores.device)
+
+
+def _pick_in_rounds(scores: torch.Tensor, limits: torch.Tensor, threshold: float, distance: int) -> torch.Tensor:
+    """All rows at once. A gap that is the best of its own surroundings is picked whatever happens elsewhere, so all
+    of these are picked in one round; few rounds are needed but for scores that ascend for long."""
     length = scores.shape[1]
     # Ranks instead of scores: no two are equal, and they are exact in float32.
     order = torch.sort(scores, dim=1, descending=True, stable=True).indices

@@ -34,6 +34,29 @@ Aggregate = Literal["sqrt_length", "mean"]
 SLAB_SCORES = (64 << 20) // 48
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Offer:
+    """Chunks, and what each tile may take of them.
+
+    Attributes:
+        table: The chunks of each sequence.
+        unit: Tokens per selected index, and per number below.
+        norm: ``[S, C, 1, 1]`` float32, factor from the sum of a chunk's keys to what is scored.
+        start: ``[R, C]`` first unit that may be taken of each chunk.
+        length: ``[R, C]`` units that may be taken.
+        room: ``[R]`` units that a tile takes.
+        width: Bound of ``room``.
+    """
+
+    table: Chunks
+    unit: int
+    norm: torch.Tensor
+    start: torch.Tensor
+    length: torch.Tensor
+    room: torch.Tensor
+    width: int
+
+
 @dataclass(frozen=True, slots=True)
 class DhsaOptions(SchemeOptions):
     """
@@ -180,51 +203,77 @@ class Dhsa(Scheme):
         spans = list(zip(rows.host_context_lens, rows.host_query_lens, strict=True))
         # No chunk is needed from where the last tile begins.
         ends = [(context - 1) // tiles.size * tiles.size for context, _ in spans]
-        if options.boundaries == "fixed":
-            table = _once(view, lambda: chunks.grid([0] * len(ends), ends, options.chunk_tokens, None, device))
-            sums = unit_sums(view, options.chunk_tokens)[:, : table.start.shape[1]]
-            return self._choose(query, view, tiles, table, sums, Phase.PREFILL)
 
         def lay() -> Chunks:
             segment = options.segment_tokens
+            if options.boundaries == "fixed":
+                return chunks.grid([0] * len(ends), ends, options.chunk_tokens, None, device)
             if not segment:
                 return self._by_scores(query, view, layer, rows.host_context_lens)
             opened = [(context - count) // tiles.size * tiles.size // segment * segment for context, count in spans]
             last = chunks.grid(opened, ends, options.chunk_tokens, segment, device)
             return Chunks.joined([self._by_scores(query, view, layer, ends), last]) if max(ends) >= segment else last
 
-        return self._choose_by_keys(query, view, tiles, lay, Phase.PREFILL)
+        offer = self._offer(view, tiles, lay, Phase.PREFILL)
+        if options.boundaries == "fixed":
+            sums = unit_sums(view, options.chunk_tokens)[:, : offer.table.start.shape[1]]
+        else:
+            sums = chunk_sums(view, offer.table.start, offer.table.length)
+        return self._choose(query, view, tiles, offer, sums, Phase.PREFILL)
 
     def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
         options, rows, device = self.options, view.rows, query.device
         newest = tuple(context - 1 for context in rows.host_context_lens)
         prompts = newest if rows.host_prompt_lens is None else rows.host_prompt_lens
         cuts = tuple(min(prompt, last) for prompt, last in zip(prompts, newest, strict=True))
+        fixed = options.boundaries in ("fixed", "attn_ratio")
 
-        def lay(opened: Sequence[int], *finished: Chunks) -> Chunks:
-            prompt = chunks.grid(opened, cuts, options.chunk_tokens, None, device, least=1)
-            return Chunks.joined([*finished, prompt, chunks.single(cuts, newest, device)])
-
-        if options.boundaries in ("fixed", "attn_ratio"):
-            table = _once(view, lambda: lay([0] * len(cuts)))
-            sums = cut_sums(view, options.chunk_tokens, cuts, newest)
-            return self._choose(query, view, tiles, table, sums, Phase.DECODE)
-
-        def lay_by_scores() -> Chunks:
+        def lay() -> Chunks:
             segment = options.segment_tokens
-            if not max(cuts) or max(cuts) < segment:
-                return lay([0] * len(cuts))
-            finished = self._by_scores(query, view, layer, cuts)
-            return lay([cut // segment * segment if segment else cut for cut in cuts], finished)
+            if fixed or not max(cuts) or max(cuts) < segment:
+                finished, opened = [], [0] * len(cuts)
+            else:
+                finished = [self._by_scores(query, view, layer, cuts)]
+                opened = [cut // segment * segment if segment else cut for cut in cuts]
+            rest = chunks.grid(opened, cuts, options.chunk_tokens, None, device, least=1)
+            return Chunks.joined([*finished, rest, chunks.single(cuts, newest, device)])
 
-        return self._choose_by_keys(query, view, tiles, lay_by_scores, Phase.DECODE)
+        offer = self._offer(view, tiles, lay, Phase.DECODE)
+        if fixed:
+            sums = cut_sums(view, options.chunk_tokens, cuts, newest)
+        else:
+            sums = chunk_sums(view, offer.table.start, offer.table.length)
+        return self._choose(query, view, tiles, offer, sums, Phase.DECODE)
 
-    def _choose_by_keys(
-        self, query: torch.Tensor, view: PagedView, tiles: Tiles, lay: Callable[[], Chunks], phase: Phase
-    ) -> Selection:
-        alike = self.options.share_boundaries or self.options.boundaries == "delimiter"
-        table = _once(view, lay) if alike else lay()
-        return self._choose(query, view, tiles, table, chunk_sums(view, table.start, table.length), phase)
+    def _offer(self, view: PagedView, tiles: Tiles, lay: Callable[[], Chunks], phase: Phase) -> _Offer:
+        """What ``lay`` lays, and what tiles may take of it; made once per step where it is the same in all layers."""
+        options, plans = self.options, view.rows.plans
+        fixed = options.boundaries == "fixed" or (options.boundaries == "attn_ratio" and phase is Phase.DECODE)
+        if fixed or options.share_boundaries or options.boundaries == "delimiter":
+            if "dhsa" not in plans:
+                plans["dhsa"] = self._take(view, tiles, lay(), phase)
+            found: _Offer = plans["dhsa"]
+            return found
+        return self._take(view, tiles, lay(), phase)
+
+    def _take(self, view: PagedView, tiles: Tiles, table: Chunks, phase: Phase) -> _Offer:
+        options = self.options
+        unit = self._unit(view.page_size, phase)
+        first, end = (part.long() for part in budget.free_units(tiles, self, unit, phase))
+        width = min(options.budget_tokens // unit, -(-max(view.rows.host_context_lens) // unit))
+        room = torch.full_like(first, width)
+        if options.budget_includes_kept:
+            kept = tiles.position + tiles.query_count - (end - first).clamp(min=0)
+            room = (options.budget_tokens - kept).clamp(0, width)
+        owner = tiles.sequence.long()
+        begun = (tiles.position // tiles.size * tiles.size)[:, None]
+        start, length = table.start[owner], table.length[owner]
+        live = (table.live_from[owner] <= begun) & (begun < table.live_until[owner])
+        stop = torch.minimum((start + length) // unit, end[:, None])
+        start = torch.maximum(start // unit, first[:, None])
+        count = table.length.clamp(min=1).float()[..., None, None]
+        norm = count.rsqrt() if options.aggregate == "sqrt_length" else count.reciprocal()
+        return _Offer(table, unit, norm, start, (stop - start).clamp(min=0) * live, room, width)
 
     def _by_scores(self, query: torch.Tensor, view: PagedView, layer: LayerCall, ends: Sequence[int]) -> Chunks:
         """Chunks of the keys before ``ends`` (host numbers per sequence), by the scores of the gaps."""
@@ -257,39 +306,27 @@ class Dhsa(Scheme):
         return chunks.from_scores(scores, end, cut, whole=bool(options.segment_tokens))
 
     def _choose(
-        self, query: torch.Tensor, view: PagedView, tiles: Tiles, table: Chunks, sums: torch.Tensor, phase: Phase
+        self, query: torch.Tensor, view: PagedView, tiles: Tiles, offer: _Offer, sums: torch.Tensor, phase: Phase
     ) -> Selection:
-        """Scores ``table``, whose key sums are ``sums`` ``[S, C, G, D]``, and walks it."""
+        """Scores the chunks, whose key sums are ``sums`` ``[S, C, G, D]``, and walks them."""
         options = self.options
-        unit = self._unit(view.page_size, phase)
-        first, end = (part.long() for part in budget.free_units(tiles, self, unit, phase))
-        room = torch.full_like(first, options.budget_tokens // unit)
-        if options.budget_includes_kept:
-            kept = tiles.position + tiles.query_count - (end - first).clamp(min=0)
-            room = (room - kept).clamp(min=0)
-        width = min(options.budget_tokens // unit, -(-max(view.rows.host_context_lens) // unit))
-        keys = self._aggregated(sums, table.length[..., None, None])
-        asked = self._aggregated(tile_sums(query, tiles), tiles.query_count[:, None, None])
+        keys = sums * offer.norm
+        asked = tile_sums(query, tiles)  # the norm of a tile's own length changes no order
         if options.share_heads == "all":
             keys, asked = keys.mean(2, keepdim=True), asked.mean(1, keepdim=True)
         asked = torch.unflatten(asked, 1, (keys.shape[2], -1))
         if options.share_heads == "kv_group":
             asked = asked.mean(2, keepdim=True)
-        begun = (tiles.position // tiles.size * tiles.size)[:, None]
         found = []
         step = max(1, SLAB_SCORES // max(asked[0, ..., 0].numel() * keys.shape[1], 1))
         for rows, owner, product in _slabs(tiles, step, phase):
             scores = torch.einsum(product, asked[rows], keys[owner]).flatten(1, 2)
-            live = (table.live_from[owner] <= begun[rows]) & (begun[rows] < table.live_until[owner])
-            start, length = table.start[owner], table.length[owner]
-            stop = torch.minimum((start + length) // unit, end[rows, None])
-            start = torch.maximum(start // unit, first[rows, None])
-            found.append(walk_chunks(scores, start, (stop - start).clamp(min=0) * live, room[rows], width))
-        indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True))
+            found.append(walk_chunks(scores, offer.start[rows], offer.length[rows], offer.room[rows], offer.width))
+        indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True)) if len(found) > 1 else found[0]
         if options.share_heads == "all":
             heads = view.num_kv_heads
             indices, counts = indices.expand(-1, heads, -1), counts.expand(-1, heads)
-        return Selection(indices, counts, unit, tiles)
+        return Selection(indices, counts, offer.unit, tiles)
 
     def _unit(self, page_size: int, phase: Phase) -> int:
         """Tokens per index: as many as leave budget, chunks and what is kept exact."""
@@ -298,10 +335,6 @@ class Dhsa(Scheme):
             return 1
         kept = options.sink_tokens, options.window_tokens, options.block_tokens
         return math.gcd(page_size, options.chunk_tokens, options.budget_tokens, *kept)
-
-    def _aggregated(self, sums: torch.Tensor, count: torch.Tensor) -> torch.Tensor:
-        count = count.clamp(min=1)
-        return sums / (count.sqrt() if self.options.aggregate == "sqrt_length" else count)
 
 
 def _slabs(tiles: Tiles, step: int, phase: Phase) -> Iterator[tuple[slice, slice | int, str]]:
@@ -316,12 +349,3 @@ def _slabs(tiles: Tiles, step: int, phase: Phase) -> Iterator[tuple[slice, slice
         begin, stop = stop, stop + len(list(run))
         for first in range(begin, stop, step):
             yield slice(first, min(first + step, stop)), sequence, "rkhd,ckd->rkhc"
-
-
-def _once(view: PagedView, lay: Callable[[], Chunks]) -> Chunks:
-    """Chunks that are the same in every layer of a step."""
-    plans = view.rows.plans
-    if "dhsa" not in plans:
-        plans["dhsa"] = lay()
-    found: Chunks = plans["dhsa"]
-    return found
