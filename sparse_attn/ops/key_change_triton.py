@@ -102,8 +102,8 @@ def plan(view: PagedView, window: int, segment: int, scores: torch.Tensor) -> La
     keys, tables = view.pages.keys, view.rows.block_tables
     if keys.stride(3) != 1 or tables.stride(1) != 1:
         raise ValueError("key pages and block tables need stride 1 in their last dimension")
-    # 4096 float32 of each of both windows: 64 registers a thread of 4 warps.
-    gaps = max(16, 4096 // power_of_two(view.head_dim))
+    # Few registers for the sums of both windows, since the loads of all their rows are in flight at once.
+    gaps = max(16, 2048 // power_of_two(view.head_dim))
     arguments: dict[str, Any] = {
         "keys": keys,
         "block_tables": tables,
