@@ -12,7 +12,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
-def _soft_cap(logits, CAP: tl.constexpr):
+def soft_cap(logits, CAP: tl.constexpr):
     """``CAP * tanh(logits / CAP)``; by ``exp2``, which is one instruction, and never overflows here."""
     decay = tl.exp2(tl.abs(logits) * (-2.0 * LOG2E / CAP))
     capped = CAP * (1.0 - decay) / (1.0 + decay)
@@ -70,7 +70,7 @@ def attend(
         key = tl.load(keys + where, mask=readable, other=0.0).to(query.dtype)
         logits = tl.dot(query, tl.trans(key), input_precision="ieee") * scale
         if SOFTCAP > 0:
-            logits = _soft_cap(logits, SOFTCAP)
+            logits = soft_cap(logits, SOFTCAP)
         logits = logits * LOG2E
         if MASKED:
             distance = position[:, None] - key_position[None, :]

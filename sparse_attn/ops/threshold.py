@@ -54,9 +54,11 @@ def thresholded(
     _check(query, view, plan, spec)
     chosen = backend or ("triton" if query.is_cuda else "torch")
     if chosen == "triton":
-        from . import threshold_triton
+        from . import threshold_decode_triton, threshold_prefill_triton
 
-        return threshold_triton.thresholded(query, view, plan, spec)
+        if all(count == 1 for count in view.rows.host_query_lens):
+            return threshold_decode_triton.decode(query, view, plan, spec)
+        return threshold_prefill_triton.prefill(query, view, plan, spec)
     if chosen == "torch":
         return threshold_torch.thresholded(query, view, plan, spec)
     return reference_threshold.thresholded(query, view, plan, spec)

@@ -83,6 +83,19 @@ def prefill_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> 
     return replace(full, rows=fitting, num_warps=max(4, full.num_warps * fitting // full.rows))
 
 
+def thresholded_prefill_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
+    """The same where keys are kept by their score, which takes more numbers per row and a mask per block.
+
+    Raises:
+        ValueError: the head dim is above 256.
+    """
+    full = prefill_tiling(unit, rows, head_dim, dtype)
+    narrow = replace(full, keys=min(full.keys, 16 if unit is Unit.MFMA else 32))
+    if unit is Unit.WGMMA and head_dim > 128:
+        return replace(narrow, rows=min(full.rows, 64), num_warps=8)
+    return narrow
+
+
 def decode_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
     """Sizes for decode with ``rows`` query heads per program.
 

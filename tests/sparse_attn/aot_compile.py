@@ -23,11 +23,17 @@ from triton.compiler import ASTSource, make_backend
 
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
-from foveate.sparse_attn.ops import decode_triton, prefill_triton, write_triton
+from foveate.sparse_attn.ops import (
+    decode_triton,
+    prefill_triton,
+    threshold_decode_triton,
+    threshold_prefill_triton,
+    write_triton,
+)
 from foveate.sparse_attn.ops.launch import Launch
 from foveate.sparse_attn.ops.tiling import Unit
 from foveate.sparse_attn.protocol import AttentionSpec
-from foveate.sparse_attn.selection import Band, Selection, Tiles
+from foveate.sparse_attn.selection import Band, ScoreThreshold, Selection, Tiles
 
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), Unit.MMA),
@@ -74,6 +80,22 @@ def attention(group: int, dim: int, page_size: int, granularity: int | None, pha
     return list(decode_triton.plan(*arguments))
 
 
+def thresholded(group: int, dim: int, page_size: int, phase: str, union: bool, **facts) -> list[Launch]:
+    """The launches of one thresholded call with eight KV heads and a value mean."""
+    layer = pages(8, dim, page_size)
+    rows = rows_of((8192, 8192), (4096, 4096), page_size) if phase == "prefill" else rows_of((8192,) * 4, (1,) * 4, 64)
+    query = torch.empty(rows.num_queries, 8 * group, dim, dtype=torch.bfloat16, device="meta")
+    lse = torch.empty(query.shape[:2], device="meta")
+    threshold = ScoreThreshold(lse, value_mean=True, union=union, sink_tokens=64, recent_tokens=257)
+    spec = AttentionSpec(dim**-0.5, **facts)
+    kept = torch.empty_like(lse, dtype=torch.int32)
+    arguments = (query, PagedView(layer, rows), threshold, spec)
+    if phase == "prefill":
+        out = torch.empty(query.shape, device="meta")
+        return [threshold_prefill_triton.plan(*arguments, out, lse, lse, kept)]
+    return list(threshold_decode_triton.plan(*arguments, torch.empty_like(query), lse, kept))
+
+
 def writing(kv_heads: int, dim: int) -> list[Launch]:
     key = torch.empty(8192, kv_heads, dim, dtype=torch.bfloat16, device="meta")
     slots = torch.empty(8192, dtype=torch.int64, device="meta")
@@ -93,6 +115,12 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
     yield "decode-d80-g1-window", attention(1, 80, 32, None, "decode", band=Band(0, 128))
     yield "decode-d128-g8-selected16", attention(8, 128, 32, 16, "decode")
     yield "decode-d256-g4-selected64-softcap", attention(4, 256, 64, 64, "decode", softcap=50.0)
+    yield "thresholded-prefill-d64-g3-union", thresholded(3, 64, 32, "prefill", True)
+    yield "thresholded-prefill-d128-g8-sinks", thresholded(8, 128, 32, "prefill", False, sinks=sinks)
+    yield "thresholded-prefill-d256-g4-softcap", thresholded(4, 256, 32, "prefill", False, softcap=50.0)
+    yield "thresholded-decode-d64-g8-sinks", thresholded(8, 64, 32, "decode", False, sinks=sinks)
+    yield "thresholded-decode-d128-g4-union", thresholded(4, 128, 64, "decode", True)
+    yield "thresholded-decode-d256-g4-softcap", thresholded(4, 256, 32, "decode", False, softcap=50.0)
     yield "write-d128", writing(8, 128)
 
 
@@ -149,7 +177,8 @@ def measure(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict
 
 def main() -> None:
     target, unit = TARGETS[sys.argv[1]]
-    prefill_triton.unit_of = decode_triton.unit_of = lambda device: unit
+    for module in (prefill_triton, decode_triton, threshold_prefill_triton, threshold_decode_triton):
+        module.unit_of = lambda device: unit
     results = []
     for case, launches in cases():
         for launch in launches:

@@ -26,6 +26,7 @@ SHARED = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 
 # Names in SASS: HMMA is mma.sync, HGMMA wgmma, UTC*MMA tcgen05. Sixteen rows of decode are too few for the latter two.
 PREFILL_PRODUCT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
 DECODE_PRODUCT = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
+PRODUCT = {"prefill": PREFILL_PRODUCT, "decode": DECODE_PRODUCT}
 # Scalar registers that an AMD compiler parks in lanes of a vector register, outside the loop: no memory is touched.
 MOST_LANES = 16
 
@@ -65,7 +66,16 @@ def test_products_run_on_the_tensor_core(target, compiled):
     held = {entry["case"]: entry["tensor_core"] for entry in compiled(target)}
     prefill = {case: names for case, names in held.items() if case.endswith("/prefill_kernel")}
     decode = {case: names for case, names in held.items() if case.endswith("/decode_kernel")}
+    antidiagonal = {case: names for case, names in held.items() if case.endswith("/antidiagonal_kernel")}
     assert len(prefill) == 5
     assert len(decode) == 4
+    assert len(antidiagonal) == 3
+    thresholded = {phase: [held[c] for c in held if c.endswith(f"/thresholded_{phase}_kernel")] for phase in PRODUCT}
+    assert [len(names) for names in thresholded.values()] == [3, 3]
+    for phase, product in PRODUCT.items():
+        assert all(product[target] in names for names in thresholded[phase]), thresholded
     assert all(PREFILL_PRODUCT[target] in names for names in prefill.values()), prefill
     assert all(DECODE_PRODUCT[target] in names for names in decode.values()), decode
+    # The widest tile is a tile of prefill; the others are too few rows for wgmma and tcgen05.
+    assert all(PREFILL_PRODUCT[target] in names or DECODE_PRODUCT[target] in names for names in antidiagonal.values())
+    assert PREFILL_PRODUCT[target] in antidiagonal["antidiagonal-d128-g8-s4/antidiagonal_kernel"]
