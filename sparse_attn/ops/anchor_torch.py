@@ -38,7 +38,7 @@ def scores(
             keys = gather_pages(view.pages.keys, view, sequence).to(query.dtype)
             held = sequence
         end = position + count
-        folded = query[start : start + count].unflatten(1, (kv_heads, heads // kv_heads))
+        folded = query[start : start + count].reshape(count, kv_heads, heads // kv_heads, -1)
         sinks = None if spec.sinks is None else spec.sinks.float().view(kv_heads, -1).repeat(1, count)
         for head in range(kv_heads):
             target = pooled[place, 0 if pool_all else head, :end]

@@ -29,7 +29,7 @@ def scores(
         if spec.sinks is not None:
             total = torch.logaddexp(total, spec.sinks.float()[:, None, None].expand_as(total))
         weights = torch.exp(logits - total)
-        probabilities.append(weights.unflatten(0, (1 if pool_all else kv_heads, -1)))
+        probabilities.append(weights.view(1 if pool_all else kv_heads, -1, *weights.shape[1:]))
         start = stop
     longest = max(tiles.host[row][3] + tiles.host[row][2] for row in rows)
     pooled = torch.zeros(len(rows), 1 if pool_all else kv_heads, longest, device=query.device)
