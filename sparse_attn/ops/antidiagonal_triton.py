@@ -13,7 +13,7 @@ from foveate.kv_cache.view import PagedView
 from ..selection import Tiles
 from .common_triton import LN2, LOG2E
 from .launch import Launch, last_dim_dense
-from .tiling import Tiling, power_of_two
+from .tiling import antidiagonal_tiling, power_of_two, unit_of
 
 # Log-sum-exps held at once, float32: 64 MiB. One tile may need more.
 _SLAB_SCORES = 1 << 24
@@ -118,13 +118,7 @@ def plan(
         raise ValueError("K pages need stride 1 between channels, and the table between entries")
     count, heads, runs, blocks = parts.shape
     group, dim = heads // view.num_kv_heads, query.shape[2]
-    wide = dim <= 128 and query.dtype.itemsize <= 2
-    tiling = Tiling(
-        rows=min(64 if wide else 32, max(16, power_of_two(runs * group))),
-        keys=max(runs, 64 if wide else 32),
-        num_warps=4,
-        num_stages=2,
-    )
+    tiling = antidiagonal_tiling(unit_of(query.device), runs * group, runs, dim, query.dtype)
     arguments = {
         "query": query,
         "parts": parts,

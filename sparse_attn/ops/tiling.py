@@ -106,6 +106,13 @@ def decode_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> T
     return replace(least, rows=max(least.rows, power_of_two(rows)))
 
 
+def antidiagonal_tiling(unit: Unit, rows: int, runs: int, head_dim: int, dtype: torch.dtype) -> Tiling:
+    """Sizes for antidiagonal scores: ``rows`` runs of queries share their keys, ``runs`` runs of keys make a block."""
+    short = dtype.itemsize <= 2 and head_dim <= 128
+    full = Tiling(64 if short else 32, 64 if short and unit is Unit.WGMMA else 32, 4, 1 if unit is Unit.MFMA else 2)
+    return replace(full, rows=min(full.rows, max(16, power_of_two(rows))), keys=max(full.keys, runs))
+
+
 def _pick(table: dict[int, Tiling], head_dim: int, dtype: torch.dtype) -> Tiling:
     dim = max(64, power_of_two(head_dim))
     if dim not in table:

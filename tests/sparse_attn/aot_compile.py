@@ -24,8 +24,13 @@ from triton.compiler import ASTSource, make_backend
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
 from foveate.sparse_attn.ops import (
+    antidiagonal_triton,
+    boundaries_triton,
     decode_triton,
+    key_change_triton,
+    page_bounds_triton,
     prefill_triton,
+    sums_triton,
     threshold_decode_triton,
     threshold_prefill_triton,
     write_triton,
@@ -102,6 +107,36 @@ def writing(kv_heads: int, dim: int) -> list[Launch]:
     return [write_triton.plan(key, torch.empty_like(key), pages(kv_heads, dim, 32), slots)]
 
 
+def bounds(group: int, dim: int, tile: int) -> list[Launch]:
+    layer = pages(8, dim, 16)
+    rows = rows_of((32768,) * 4, (1,) * 4, 16) if tile == 1 else rows_of((32768,), (512,), 16)
+    query = torch.empty(rows.num_queries, 8 * group, dim, dtype=torch.bfloat16, device="meta")
+    tiles = Tiles.of(rows, tile)
+    out = torch.empty(len(tiles), 8 * group, 2048, device="meta")
+    return [page_bounds_triton.plan(query, PagedView(layer, rows), tiles, out)]
+
+
+def antidiagonals(group: int, dim: int, stride: int, block: int = 128) -> list[Launch]:
+    rows = rows_of((32768,), (512,), 16)
+    query = torch.empty(512, 8 * group, dim, dtype=torch.bfloat16, device="meta")
+    tiles = Tiles.of(rows, block)
+    parts = torch.empty(len(tiles), 8 * group, block // stride, 32768 // block, device="meta")
+    return [antidiagonal_triton.plan(query, PagedView(pages(8, dim, 16), rows), tiles, stride, 0.1, 0, parts)]
+
+
+def chunking(dim: int, page_size: int) -> list[Launch]:
+    """What chunks of keys are made from and scored by."""
+    view = PagedView(pages(8, dim, page_size), rows_of((32768,) * 2, (1,) * 2, page_size))
+    run = torch.empty(2, 1024, dtype=torch.int32, device="meta")
+    scores = torch.empty(2, 32768, device="meta")
+    segments, picked = torch.empty(128, 512, device="meta"), torch.empty(128, 512, dtype=torch.int8, device="meta")
+    return [
+        sums_triton.plan(view, run, run, torch.empty(2, 1024, 8, dim, device="meta")),
+        key_change_triton.plan(view, 4, 512, scores),
+        boundaries_triton.plan(segments, run[0, :128], 1.1, 8, picked),
+    ]
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """SmolLM2 (D 64, group 3), phi-2 (80, 1), Llama 3 70B and 8B (128, 8 and 4), Gemma (256, 4), gpt-oss (64, 8)."""
     sinks = torch.empty(64, dtype=torch.bfloat16, device="meta")
@@ -122,6 +157,15 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
     yield "thresholded-decode-d128-g4-union", thresholded(4, 128, 64, "decode", True)
     yield "thresholded-decode-d256-g4-softcap", thresholded(4, 256, 32, "decode", False, softcap=50.0)
     yield "write-d128", writing(8, 128)
+    yield "bounds-d64-g3-decode", bounds(3, 64, 1)
+    yield "bounds-d128-g4-prefill", bounds(4, 128, 128)
+    yield "bounds-d256-g4-decode", bounds(4, 256, 1)
+    yield "antidiagonal-d64-g3-s16", antidiagonals(3, 64, 16)
+    yield "antidiagonal-d128-g8-s4", antidiagonals(8, 128, 4)
+    yield "antidiagonal-d256-g1-s8-block64", antidiagonals(1, 256, 8, 64)
+    yield "chunks-d64", chunking(64, 32)
+    yield "chunks-d80", chunking(80, 64)
+    yield "chunks-d256", chunking(256, 64)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
@@ -177,7 +221,9 @@ def measure(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict
 
 def main() -> None:
     target, unit = TARGETS[sys.argv[1]]
-    for module in (prefill_triton, decode_triton, threshold_prefill_triton, threshold_decode_triton):
+    for module in (
+        prefill_triton, decode_triton, antidiagonal_triton, threshold_prefill_triton, threshold_decode_triton,
+    ):  # fmt: skip
         module.unit_of = lambda device: unit
     results = []
     for case, launches in cases():
