@@ -53,8 +53,10 @@ def prefill(
 
         return attention_flashinfer.prefill(query, view, selection, spec)
     if chosen == "triton":
-        from . import prefill_triton
+        from . import gathered_triton, prefill_triton
 
+        if selection is not None and _gathers_queries(view, selection):
+            return gathered_triton.prefill(query, view, selection, spec)
         return prefill_triton.prefill(query, view, selection, spec)
     if chosen == "native":
         return attention_native.prefill(query, view, selection, spec)

@@ -10,7 +10,7 @@ from foveate.kv_cache.view import PagedView
 
 from . import block_gate_torch, reference_block_gate
 
-Backend = Literal["reference", "torch"]
+Backend = Literal["reference", "torch", "triton"]
 
 
 def gate_blocks(
@@ -56,4 +56,9 @@ def gate_blocks(
         raise ValueError(f"top_k {top_k} must be at least 1, block_tokens {block_tokens} a power of two")
     if backend == "reference":
         return reference_block_gate.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
+    if (backend or ("triton" if query.is_cuda else "torch")) == "triton":
+        from . import block_gate_triton
+
+        if top_k <= block_gate_triton.MAX_TOP_K:
+            return block_gate_triton.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
     return block_gate_torch.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)

@@ -1,4 +1,4 @@
-"""MoBA's gate on a CPU, in torch: one matrix product and one partial sort per slab of queries."""
+"""MoBA's gate in torch: one matrix product and one partial sort per slab of queries."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ def gate_blocks(
     """See ``ops.gate_blocks``. Beside the result it holds one sequence's means and 8 MiB of scores, a few times."""
     kv_heads, rows = view.num_kv_heads, view.rows
     kinds = kv_heads if pooled else query.shape[1]
-    indices = torch.full((query.shape[0], kinds, top_k), -1, dtype=torch.int32)
-    counts = torch.ones(query.shape[0], kinds, dtype=torch.int32)
+    indices = torch.full((query.shape[0], kinds, top_k), -1, dtype=torch.int32, device=query.device)
+    counts = torch.ones(query.shape[0], kinds, dtype=torch.int32, device=query.device)
     start = 0
     for sequence, (context, count) in enumerate(zip(rows.host_context_lens, rows.host_query_lens, strict=True)):
         blocks = (context - 1) // block_tokens
@@ -40,7 +40,7 @@ def gate_blocks(
             seen = (context - count + stop - 1) // block_tokens
             edges = candidates[0][part], candidates[1][part]
             _slab(query[part], means[:, :seen], top_k - 1, edges, indices[part], counts[part])
-        own = torch.arange(context - count, context, dtype=torch.int32) // block_tokens
+        own = torch.arange(context - count, context, dtype=torch.int32, device=query.device) // block_tokens
         part = slice(start, start + count)
         # The own block comes after all others: its place is the last.
         indices[part].scatter_(2, (counts[part] - 1)[..., None].long(), own[:, None, None].expand(-1, kinds, 1))
@@ -67,28 +67,39 @@ def _slab(
     asked = asked.permute(1, 0, 2, 3).reshape(kv_heads, -1, dim)
     gates = torch.bmm(asked, means.transpose(1, 2)).view(kv_heads, tokens, -1, blocks).transpose(0, 1)
     gates = gates.reshape(tokens, kinds, blocks)
-    block = torch.arange(blocks)
-    allowed = (block >= candidates[0][:, None]) & (block < candidates[1][:, None])
-    gates.masked_fill_(~allowed[:, None], float("-inf"))
-    if most < blocks:
-        least = gates.topk(most, dim=-1, sorted=False).values.amin(-1, keepdim=True)
-        chosen = (gates >= least) & allowed[:, None]
-        found = chosen.sum(-1, dtype=torch.int32)
-        tied = (found > most).any(1)
-        if bool(tied.any()):  # a few rows: only equal gates, or none worth choosing, get here
-            edges = candidates[0][tied], candidates[1][tied]
-            picked, found[tied] = top_units(gates[tied], edges, most, ties="higher")
-            exact = torch.zeros(*picked.shape[:2], blocks + 1, dtype=torch.bool)
-            exact.scatter_(2, torch.where(picked < 0, blocks, picked).long(), True)
-            chosen[tied] = exact[..., :blocks]
+    if gates.is_cuda:
+        picked, found = top_units(gates, candidates, most, ties="higher")
+        indices[..., : picked.shape[-1]] = picked
     else:
-        chosen = allowed[:, None].expand(-1, kinds, -1)
-        found = chosen.sum(-1, dtype=torch.int32)
-    row, place = chosen.reshape(-1, blocks).nonzero().unbind(1)
-    flat = found.flatten().long()
-    rank = torch.arange(len(row)) - (flat.cumsum(0) - flat)[row]
-    indices.view(tokens * kinds, -1)[row, rank] = place.int()
+        chosen, found = _best(gates, candidates, most)
+        row, place = chosen.reshape(-1, blocks).nonzero().unbind(1)
+        flat = found.flatten().long()
+        rank = torch.arange(len(row)) - (flat.cumsum(0) - flat)[row]
+        indices.view(tokens * kinds, -1)[row, rank] = place.int()
     counts += found
+
+
+def _best(
+    gates: torch.Tensor, candidates: tuple[torch.Tensor, torch.Tensor], most: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same choice as ``top_units``, in half its time: a mask ``[n, K, U]``, and how many it holds of each row."""
+    block = torch.arange(gates.shape[2])
+    allowed = ((block >= candidates[0][:, None]) & (block < candidates[1][:, None]))[:, None]
+    if most >= len(block):
+        chosen = allowed.expand_as(gates)
+        return chosen, chosen.sum(-1, dtype=torch.int32)
+    gates.masked_fill_(~allowed, float("-inf"))
+    least = gates.topk(most, dim=-1, sorted=False).values.amin(-1, keepdim=True)
+    chosen = (gates >= least) & allowed
+    found = chosen.sum(-1, dtype=torch.int32)
+    tied = (found > most).any(1)
+    if bool(tied.any()):  # few rows: several gates equal the least that is chosen
+        edges = candidates[0][tied], candidates[1][tied]
+        picked, found[tied] = top_units(gates[tied], edges, most, ties="higher")
+        exact = torch.zeros(*picked.shape[:2], len(block) + 1, dtype=torch.bool)
+        exact.scatter_(2, torch.where(picked < 0, len(block), picked).long(), True)
+        chosen[tied] = exact[..., : len(block)]
+    return chosen, found
 
 
 def block_means(view: PagedView, sequence: int, block_tokens: int, blocks: int) -> torch.Tensor:
@@ -108,5 +119,5 @@ def block_means(view: PagedView, sequence: int, block_tokens: int, blocks: int) 
         keys = keys.view(-1, per_block, view.num_kv_heads, per_page, view.page_size // per_page, view.head_dim)
         means.append(keys.mean(dim=(1, 4)).transpose(0, 1).flatten(1, 2))
     if not means:
-        return torch.zeros(view.num_kv_heads, 0, view.head_dim)
+        return torch.zeros(view.num_kv_heads, 0, view.head_dim, device=pages.device)
     return torch.cat(means, dim=1)[:, :blocks]
