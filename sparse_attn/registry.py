@@ -22,6 +22,7 @@ _SCHEMES = {
     "kascade": "foveate.sparse_attn.schemes.kascade:Kascade",
     "moba": "foveate.sparse_attn.schemes.moba:Moba",
     "dhsa": "foveate.sparse_attn.schemes.dhsa:Dhsa",
+    "dhsa_block": "foveate.sparse_attn.schemes.dhsa_block:DhsaBlock",
     "top_theta": "foveate.sparse_attn.schemes.top_theta:TopTheta",
     "quest": "foveate.sparse_attn.schemes.quest:Quest",
     "xattention": "foveate.sparse_attn.schemes.xattention:XAttention",

@@ -19,7 +19,7 @@ def key_change(
     """One minus the cosine of the mean keys of the ``window`` tokens before and behind each gap.
 
     Keys of all heads are concatenated, as in the boundary predictor of DHSA (arXiv:2510.24606),
-    whose training-free stand-in this is (ours). They are keys as the model rotated them.
+    whose training-free stand-in this is (ours), and as the model rotated them.
 
     Args:
         view: Keys of this step are written already.

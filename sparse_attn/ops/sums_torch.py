@@ -120,9 +120,11 @@ def _cut_plan(view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple[int
     logical = torch.arange(pages.shape[1], device=device)
     before = logical < first[:, None]
     behind = (logical > first[:, None]) & (logical < last[:, None])
-    edge = torch.stack([first, last], 1).clamp(max=pages.shape[1] - 1)
+    edge = torch.stack([first, last], 1)
     position = edge[..., None] * page + torch.arange(page, device=device)
     position[:, 1].masked_fill_((edge[:, 0] == edge[:, 1])[:, None], -1)  # one page, read once
+    # At the end of the last page there is no next one: no key of the page read instead has such a position.
+    edge = edge.clamp(max=pages.shape[1] - 1)
     in_unit = (position >= 0) & (position < cut[:, None, None])
     in_unit[:, 1] = False
     in_rest = (position >= cut[:, None, None]) & (position < end[:, None, None])

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import ClassVar, Literal, get_args
 
 import torch
@@ -25,6 +24,7 @@ from ..ops.walk import walk_chunks
 from ..profile import Profile
 from ..protocol import LayerCall, Phase, Scheme, SchemeOptions
 from ..selection import Selection, Tiles
+from ..slabs import by_sequence
 
 Boundaries = Literal["fixed", "key_cos", "attn_ratio", "delimiter", "predictor"]
 ShareHeads = Literal["all", "kv_group", "none"]
@@ -319,7 +319,7 @@ class Dhsa(Scheme):
             asked = asked.mean(2, keepdim=True)
         found = []
         step = max(1, SLAB_SCORES // max(asked[0, ..., 0].numel() * keys.shape[1], 1))
-        for rows, owner, product in _slabs(tiles, step, phase):
+        for rows, owner, product in by_sequence(tiles, step, phase):
             scores = torch.einsum(product, asked[rows], keys[owner]).flatten(1, 2)
             found.append(walk_chunks(scores, offer.start[rows], offer.length[rows], offer.room[rows], offer.width))
         indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True)) if len(found) > 1 else found[0]
@@ -335,17 +335,3 @@ class Dhsa(Scheme):
             return 1
         kept = options.sink_tokens, options.window_tokens, options.block_tokens
         return math.gcd(page_size, options.chunk_tokens, options.budget_tokens, *kept)
-
-
-def _slabs(tiles: Tiles, step: int, phase: Phase) -> Iterator[tuple[slice, slice | int, str]]:
-    """At most ``step`` tiles at a time: ``(tiles, their sequences, product of their scores)``."""
-    if phase is Phase.DECODE:  # one tile per sequence
-        for begin in range(0, len(tiles), step):
-            part = slice(begin, begin + step)
-            yield part, part, "rkhd,rckd->rkhc"
-        return
-    stop = 0
-    for sequence, run in groupby(tiles.host, lambda tile: tile[0]):
-        begin, stop = stop, stop + len(list(run))
-        for first in range(begin, stop, step):
-            yield slice(first, min(first + step, stop)), sequence, "rkhd,ckd->rkhc"

@@ -25,6 +25,10 @@ _TIGHT: dict[str, dict[str, object]] = {
         "budget_tokens": 20, "block_tokens": 32, "chunk_tokens": 16, "segment_tokens": 32,
         "sink_tokens": 3, "window_tokens": 5, "dense_tail_tokens": 0,
     },
+    "dhsa_block": {
+        "budget_tokens": 32, "query_block_tokens": 32, "key_block_tokens": 16,
+        "sink_tokens": 3, "window_tokens": 5, "dense_tail_tokens": 0,
+    },
     "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
     "xattention": _XATTENTION | {"tau": 0.5},
     "kascade": {"budget_tokens": 12, "tile_tokens": 16, "sink_tokens": 2, "window_tokens": 5, "dense_first_layers": 0},

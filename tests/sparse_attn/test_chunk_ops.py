@@ -111,9 +111,15 @@ def test_sums_equal_reference(size, page):
     for row, context in enumerate(view.rows.host_context_lens):
         whole = context // size
         torch.testing.assert_close(got[row, :whole], want[row, :whole])
-    for cuts, ends in (((100, 0, 90, 32), (110, 4, 90, 64)), ((17, 3, 16, 0), (111, 4, 70, 0))):
+    for cuts, ends in (
+        ((100, 0, 90, 32), (110, 4, 90, 64)),
+        ((17, 3, 16, 0), (111, 4, 70, 0)),
+    ):
         want = sums.cut_sums(view, size, cuts, ends, backend="reference")
         torch.testing.assert_close(sums.cut_sums(view, size, cuts, ends), want)
+    full, _ = make_view([128, 64], [1, 1], page, stats=[KEY_SUM])  # the cut is where the last page ends
+    want = sums.cut_sums(full, size, (128, 64), (128, 64), backend="reference")
+    torch.testing.assert_close(sums.cut_sums(full, size, (128, 64), (128, 64)), want)
 
 
 @pytest.mark.parametrize("slab", [64 << 20, 1000], ids=["one-slab", "many-slabs"])
