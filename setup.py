@@ -1,4 +1,4 @@
-"""Compiles the CPU attention kernels of ``sparse_attn/ops/native``; everything else is in pyproject.toml.
+"""Compiles the CPU kernels of ``sparse_attn/ops/native``; everything else is in pyproject.toml.
 
 Each instruction set is a source of its own with flags of its own; which one runs is decided by the CPU that it runs
 on. One that the compiler does not know is left out, and without any compiler foveate is installed all the same and
@@ -32,7 +32,12 @@ INSTRUCTION_SETS = {
     "avx512": AVX512,
     "avx512bf16": AVX512BF16,
     "amx": [*AVX512BF16, "-mamx-tile", "-mamx-bf16"],
+    "linear_avx2": AVX2,
+    "linear_avxvnni": [*AVX2, "-mavxvnni"],
+    "linear_avx512vnni": [*AVX512, "-mavx512vnni"],
+    "linear_amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
+SHARED = ("dispatch", "linear")  # sources that choose among them
 
 
 def compiler() -> str:
@@ -81,12 +86,13 @@ class BuildKernels(build_ext):
         parts = {name: target for name, target in built.items() if target}
         if not parts:
             raise CompileError("no instruction set could be compiled; attention will be computed in torch")
-        dispatch = compile_one("dispatch", [f"-DFOVEATE_BUILT_{name.upper()}" for name in parts])
+        defines = [f"-DFOVEATE_BUILT_{name.upper()}" for name in parts]
+        shared = [compile_one(name, defines) for name in SHARED]
         library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a process that runs on the old library must not see it change.
         fresh = library.with_suffix(".new")
-        run([cxx, "-shared", *parts.values(), dispatch, "-o", str(fresh)])
+        run([cxx, "-shared", *parts.values(), *shared, "-o", str(fresh)])
         fresh.replace(library)
 
 

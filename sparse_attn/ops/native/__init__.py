@@ -20,6 +20,10 @@ LIBRARY_NAME = "libfoveate_kernels.so.1"
 ISA_VARIABLE = "FOVEATE_CPU_ISA"
 # By rising speed; their places are the numbers of ``foveate_isa`` in kernels.h.
 ISAS = ("avx2", "avx512", "avx512bf16", "amx")
+# The same for quantised linear layers: ``foveate_linear_isa`` of linear.h.
+LINEAR_ISAS = ("avx2", "avxvnni", "avx512vnni", "amx")
+# The fastest of them beside an instruction set for attention, so that one variable holds both back.
+LINEAR_WITH = {"avx2": "avx2", "avx512": "avx2", "avx512bf16": "avx512vnni", "amx": "amx"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 NO_END = 2**31 - 1  # ``farthest`` of a band without end
 
@@ -43,6 +47,16 @@ class Call(ctypes.Structure):
     )
 
 
+class LinearCall(ctypes.Structure):
+    """``foveate_linear`` of linear.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input", "out", "weight", "scales", "sums", "groups", "bias")),
+        *((name, ctypes.c_int64) for name in ("input_stride", "rows", "in_channels", "out_channels")),
+        *((name, ctypes.c_int32) for name in ("weight_bits", "activation_bits", "dtype", "isa", "num_threads")),
+    )
+
+
 class Library:
     """The opened library.
 
@@ -51,6 +65,10 @@ class Library:
         isa: The one in use: the fastest, or what ``FOVEATE_CPU_ISA`` names.
         prefill: ``foveate_prefill``.
         decode: ``foveate_decode``.
+        linear_isas: Like ``isas``, for quantised linear layers.
+        linear_isa: The one of them in use, no faster a kind than ``isa``.
+        linear: ``foveate_linear_run``.
+        widen: ``foveate_linear_widen``.
 
     Raises:
         OSError: it cannot be opened, is of another version, or has no code for this CPU.
@@ -59,7 +77,10 @@ class Library:
 
     def __init__(self, path: Path) -> None:
         self._handle = ctypes.CDLL(str(path))
-        if self._handle.foveate_attention_size() != ctypes.sizeof(Call):
+        if not (
+            self._size("foveate_attention_size") == ctypes.sizeof(Call)
+            and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
+        ):
             raise OSError(f"{path} was built from other sources; install again")
         self.isas = tuple(name for number, name in enumerate(ISAS) if self._handle.foveate_has_isa(number))
         if not self.isas:
@@ -67,13 +88,25 @@ class Library:
         self.isa = os.environ.get(ISA_VARIABLE, self.isas[-1])
         if self.isa not in self.isas:
             raise ValueError(f"{ISA_VARIABLE}={self.isa}: this machine has {', '.join(self.isas)}")
-        self.prefill = self._function("foveate_prefill")
-        self.decode = self._function("foveate_decode")
+        self.prefill = self._function("foveate_prefill", Call)
+        self.decode = self._function("foveate_decode", Call)
+        self.linear_isas = tuple(
+            name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
+        )
+        fastest = LINEAR_ISAS.index(LINEAR_WITH[self.isa])
+        allowed = (name for name in reversed(self.linear_isas) if LINEAR_ISAS.index(name) <= fastest)
+        self.linear_isa = next(allowed, None)
+        self.linear = self._function("foveate_linear_run", LinearCall)
+        self.widen = self._function("foveate_linear_widen", LinearCall)
         self._share_threads()
 
-    def _function(self, name: str) -> ctypes._NamedFuncPointer:
+    def _size(self, name: str) -> int:
+        function = getattr(self._handle, name, None)  # a library of an older version lacks the newer functions
+        return -1 if function is None else int(function())
+
+    def _function(self, name: str, call: type[ctypes.Structure]) -> ctypes._NamedFuncPointer:
         function: ctypes._NamedFuncPointer = getattr(self._handle, name)
-        function.argtypes = (ctypes.POINTER(Call),)
+        function.argtypes = (ctypes.POINTER(call),)
         function.restype = ctypes.c_int32
         return function
 

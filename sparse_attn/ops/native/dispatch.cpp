@@ -8,6 +8,7 @@
 #include <new>
 #include <vector>
 
+#include "runtime.h"
 #include "work.h"
 
 #if defined(__x86_64__)
@@ -40,11 +41,6 @@ private:
     void* memory_ = nullptr;
     int64_t size_ = 0;
 };
-
-void* thread_scratch(int64_t bytes) {
-    thread_local Scratch scratch;
-    return scratch.reserve(bytes);
-}
 
 #if defined(__x86_64__)
 
@@ -140,7 +136,7 @@ int run_threads(const foveate_attention& call, const IsaKernels& kernels, int64_
     } shared{work, kernels, bytes};
     auto body = [](void* data) {
         Shared& shared = *static_cast<Shared*>(data);
-        void* scratch = thread_scratch(shared.bytes);
+        void* scratch = foveate_scratch(shared.bytes, 0);
         if (!scratch) {
             shared.failed = 1;
             return;
@@ -149,9 +145,7 @@ int run_threads(const foveate_attention& call, const IsaKernels& kernels, int64_
         shared.work(scratch);
         shared.kernels.end();
     };
-    const int64_t threads = call.num_threads < items ? call.num_threads : items;
-    if (threads > 1 && g_parallel) g_parallel(body, &shared, unsigned(threads), 0);
-    else body(&shared);
+    foveate_on_threads(body, &shared, call.num_threads < items ? call.num_threads : items);
     return shared.failed;
 }
 
@@ -176,6 +170,25 @@ int longest_run(const foveate_attention& call, const IsaKernels& kernels, int64_
 }
 
 }  // namespace
+
+bool foveate_cpu_has(int isa) {
+#if defined(__x86_64__)
+    return cpu_has(isa);
+#else
+    (void)isa;
+    return false;
+#endif
+}
+
+void foveate_on_threads(void (*body)(void*), void* data, int64_t threads) {
+    if (threads > 1 && g_parallel) g_parallel(body, data, unsigned(threads), 0);
+    else body(data);
+}
+
+void* foveate_scratch(int64_t bytes, int number) {
+    thread_local Scratch scratch[2];
+    return scratch[number].reserve(bytes);
+}
 
 extern "C" {
 

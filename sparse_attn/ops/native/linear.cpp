@@ -1,0 +1,142 @@
+// The C interface of the linear layers: chooses the instruction set, and cuts a call into work items for torch's threads.
+#include "linear.h"
+
+#include <atomic>
+
+#include "runtime.h"
+
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
+namespace {
+
+#if defined(__x86_64__)
+
+struct Features {
+    bool avx512vnni = false, avxvnni = false, amx_int8 = false;
+    Features() {
+        unsigned eax, ebx, ecx, edx;
+        if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
+        avx512vnni = ecx >> 11 & 1;
+        amx_int8 = edx >> 25 & 1;
+        if (eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) avxvnni = eax >> 4 & 1;
+    }
+};
+
+#endif
+
+// Null where it was not compiled in, or the CPU lacks it.
+const LinearKernels* kernels_for(int isa) {
+#if defined(__x86_64__)
+    static const Features features;
+    switch (isa) {
+#if defined(FOVEATE_BUILT_LINEAR_AVX2)
+        case FOVEATE_LINEAR_AVX2: return foveate_cpu_has(FOVEATE_AVX2) ? &kLinearAvx2 : nullptr;
+#endif
+#if defined(FOVEATE_BUILT_LINEAR_AVXVNNI)
+        case FOVEATE_LINEAR_AVXVNNI:
+            return foveate_cpu_has(FOVEATE_AVX2) && features.avxvnni ? &kLinearAvxVnni : nullptr;
+#endif
+#if defined(FOVEATE_BUILT_LINEAR_AVX512VNNI)
+        case FOVEATE_LINEAR_AVX512VNNI:
+            return foveate_cpu_has(FOVEATE_AVX512) && features.avx512vnni ? &kLinearAvx512Vnni : nullptr;
+#if defined(FOVEATE_BUILT_LINEAR_AMX)
+        case FOVEATE_LINEAR_AMX:
+            return foveate_cpu_has(FOVEATE_AMX) && features.avx512vnni && features.amx_int8 ? &kLinearAmx : nullptr;
+#endif
+#endif
+    }
+#endif
+    (void)isa;
+    return nullptr;
+}
+
+const LinearKernels* kernels_for(const foveate_linear& call, int64_t byte_rows) {
+    const LinearKernels* kernels = kernels_for(call.isa);
+    const bool few = kernels && (call.weight_bits == 4 || byte_rows < kernels->least_rows);
+    return few && call.isa == FOVEATE_LINEAR_AMX ? kernels_for(FOVEATE_LINEAR_AVX512VNNI) : kernels;
+}
+
+// Calls ``work(item, scratch)`` for every item, each on whichever thread is free.
+template <class Work>
+int for_items(const foveate_linear& call, const LinearKernels& kernels, int64_t bytes, int64_t items, Work work) {
+    struct Shared {
+        Work& work;
+        const LinearKernels& kernels;
+        int64_t bytes, items;
+        std::atomic<int64_t> next{0};
+        std::atomic<int> failed{0};
+    } shared{work, kernels, bytes, items};
+    auto body = [](void* data) {
+        Shared& shared = *static_cast<Shared*>(data);
+        void* scratch = shared.bytes ? foveate_scratch(shared.bytes, 0) : nullptr;
+        if (shared.bytes && !scratch) {
+            shared.failed = 1;
+            return;
+        }
+        shared.kernels.begin();
+        for (int64_t i; (i = shared.next.fetch_add(1)) < shared.items;) shared.work(i, scratch);
+        shared.kernels.end();
+    };
+    foveate_on_threads(body, &shared, call.num_threads < items ? call.num_threads : items);
+    return shared.failed;
+}
+
+constexpr int64_t kRowStep = 32;    // rows of a pair of tiles
+constexpr int64_t kMostRows = 256;  // of an item, so that its input stays in L2
+constexpr int64_t kQuantizeRows = 8;
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+extern "C" {
+
+int32_t foveate_linear_has_isa(int32_t isa) { return kernels_for(isa) != nullptr; }
+
+int32_t foveate_linear_size(void) { return int32_t(sizeof(foveate_linear)); }
+
+int32_t foveate_linear_run(const foveate_linear* call_pointer) {
+    const foveate_linear& call = *call_pointer;
+    const int planes = call.activation_bits / 8;
+    const LinearKernels& kernels = *kernels_for(call, call.rows * planes);
+    const int64_t stride = padded_to(call.in_channels, 64), room = padded_to(call.rows, kRowStep);
+    const int64_t sums = call.weight_bits == 4 ? stride / 32 : 0;
+    char* memory = static_cast<char*>(foveate_scratch(room * (planes * stride + (1 + sums) * 4), 1));
+    if (!memory) return 1;
+    Activations input;
+    input.bytes = reinterpret_cast<uint8_t*>(memory);
+    input.stride = stride;
+    input.planes = planes;
+    input.scales = reinterpret_cast<float*>(memory + room * planes * stride);
+    input.group_sums = input.scales + room;
+    for_items(call, kernels, 0, ceil_div(call.rows, kQuantizeRows), [&](int64_t item, void*) {
+        const int64_t first = item * kQuantizeRows, last = first + kQuantizeRows;
+        kernels.quantize(call, input, first, last < call.rows ? last : call.rows);
+    });
+    // Pieces of output channels wide enough to stream, and pieces of rows small enough to stay in L2, but enough of
+    // both that the threads end together.
+    const int64_t blocks = ceil_div(call.out_channels, 16), wanted = 4 * int64_t(call.num_threads);
+    int64_t width = blocks / wanted / 4 * 4;
+    if (width < 4) width = 4;
+    if (width > 16) width = 16;
+    const int64_t pieces = ceil_div(blocks, width);
+    int64_t rows = padded_to(ceil_div(call.rows, ceil_div(wanted, pieces)), kRowStep);
+    if (rows > kMostRows) rows = kMostRows;
+    const int64_t bytes = kernels.row_scratch * rows;
+    return for_items(call, kernels, bytes, pieces * ceil_div(call.rows, rows), [&](int64_t item, void* scratch) {
+        const int64_t block = item % pieces * width, row = item / pieces * rows;
+        const int64_t last_block = block + width, last_row = row + rows;
+        kernels.multiply(call, input, row, last_row < call.rows ? last_row : call.rows, block,
+                         last_block < blocks ? last_block : blocks, scratch);
+    });
+}
+
+int32_t foveate_linear_widen(const foveate_linear* call_pointer) {
+    const foveate_linear& call = *call_pointer;
+    const LinearKernels& kernels = *kernels_for(call, 1);
+    return for_items(call, kernels, 0, ceil_div(call.out_channels, 16),
+                     [&](int64_t item, void*) { kernels.widen(call, item); });
+}
+}

@@ -1,0 +1,255 @@
+// Linear layers by dot products of four bytes, for one instruction set ``Isa`` (see isa_linear_*.cpp).
+#pragma once
+
+#include "linear.h"
+#include "simd.h"
+
+namespace {
+
+constexpr int kBlock = 16;  // output channels of a block of weights
+constexpr int kGroup = 32;  // input channels that share a step in 4 bits
+// Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
+constexpr float kLevels8 = 127.0f, kLevels16 = 32512.0f;
+constexpr int kBias = 128;  // makes signed bytes unsigned
+
+// out channels first_channel.. of one row: what a vector of them stands for.
+template <class Vec, class T>
+FOVEATE_INLINE void put(const foveate_linear& call, int64_t row, int64_t channel, typename Vec::F value) {
+    if (call.bias) value = Vec::add(value, Vec::load(call.bias + channel));
+    T* out = static_cast<T*>(call.out) + row * call.out_channels + channel;
+    const int64_t left = call.out_channels - channel;
+    if (left >= Vec::W) {
+        Vec::store(out, value);
+    } else if (left > 0) {
+        T whole[Vec::W];
+        Vec::store(whole, value);
+        __builtin_memcpy(out, whole, size_t(left) * sizeof(T));
+    }
+}
+
+template <class Vec>
+FOVEATE_INLINE void put(const foveate_linear& call, int64_t row, int64_t channel, typename Vec::F value) {
+    if (call.dtype == FOVEATE_FLOAT32) put<Vec, float>(call, row, channel, value);
+    else put<Vec, bfloat16>(call, row, channel, value);
+}
+
+template <class Isa>
+struct DotLinear {
+    using Vec = typename Isa::Vec;
+    using I = typename Vec::I;
+    using F = typename Vec::F;
+    static constexpr int W = Vec::W;
+
+    // ---- input ----
+
+    template <class T>
+    static void quantize_row(const foveate_linear& call, const Activations& to, int64_t row) {
+        const T* x = static_cast<const T*>(call.input) + row * call.input_stride;
+        uint8_t* bytes = to.bytes + row * to.planes * to.stride;
+        const int64_t channels = call.in_channels, whole = channels / W * W;
+        // As integers, so that NaN is the largest.
+        I most = Vec::set_int(0);
+        for (int64_t k = 0; k < whole; k += W) most = Isa::larger_magnitude(most, Vec::load(x + k));
+        if (whole < channels) {
+            float rest[W] = {};
+            for (int64_t k = whole; k < channels; ++k) rest[k - whole] = to_float(x[k]);
+            most = Isa::larger_magnitude(most, Vec::load(rest));
+        }
+        const float largest = Isa::largest(most);
+        const float levels = to.planes == 1 ? kLevels8 : kLevels16;
+        const bool finite = largest < kInfinity;
+        // What is too small to be divided by counts as zero.
+        const float steps = finite && levels / largest < kInfinity ? levels / largest : 0.0f;
+        to.scales[row] = finite ? largest / levels : __builtin_nanf("");
+        for (int64_t k = 0; k < to.stride; k += W) {
+            F value;
+            if (k + W <= channels) {
+                value = Vec::load(x + k);
+            } else {
+                float rest[W] = {};
+                for (int64_t i = k; i < channels; ++i) rest[i - k] = to_float(x[i]);
+                value = Vec::load(rest);
+            }
+            const I q = Isa::to_int(Vec::mul(value, Vec::set(steps)));
+            if (to.planes == 1) {
+                Isa::store_bytes(bytes + k, Isa::add(q, Vec::set_int(kBias)));
+                continue;
+            }
+            const int bias = call.weight_bits == 8 ? kBias : 0;
+            const I high = Isa::template shift_right<8>(Isa::add(q, Vec::set_int(128)));
+            const I low = Isa::sub(q, Isa::template shift_left<8>(high));
+            Isa::store_bytes(bytes + k, Isa::add(high, Vec::set_int(bias)));
+            Isa::store_bytes(bytes + to.stride + k, Isa::add(low, Vec::set_int(bias)));
+        }
+        if (call.weight_bits == 8) return;
+        float* sums = to.group_sums + row * (to.stride / kGroup);
+        for (int64_t group = 0; group < to.stride / kGroup; ++group) {
+            int32_t sum = 0;
+            const int8_t* high = reinterpret_cast<const int8_t*>(bytes) + group * kGroup;
+            for (int i = 0; i < kGroup; ++i) sum += 256 * high[i] + high[to.stride + i];
+            sums[group] = float(sum);
+        }
+    }
+
+    static void quantize(const foveate_linear& call, const Activations& to, int64_t first, int64_t last) {
+        for (int64_t row = first; row < last; ++row) {
+            if (call.dtype == FOVEATE_FLOAT32) quantize_row<float>(call, to, row);
+            else quantize_row<bfloat16>(call, to, row);
+        }
+    }
+
+    // ---- 8 bits ----
+
+    // What the sums of products of one row stand for.
+    static FOVEATE_INLINE F scaled8(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel,
+                                    I high, I low) {
+        const I bias = Isa::template shift_left<7>(Vec::load_int(call.sums + channel));
+        F value = Isa::to_float(Isa::sub(high, bias));
+        if (input.planes == 2) value = Vec::fma(value, Vec::set(256.0f), Isa::to_float(Isa::sub(low, bias)));
+        return Vec::mul(value, Vec::mul(Vec::set(input.scales[row]), Vec::load(call.scales + channel)));
+    }
+
+    // kRows byte rows from that of ``row`` on, kVectors vectors of output channels from ``channel`` on.
+    template <int kRows, int kVectors>
+    static void multiply8(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel) {
+        const uint8_t* a = input.bytes + row * input.planes * input.stride;
+        const int8_t* w[kVectors];
+        for (int j = 0; j < kVectors; ++j) {
+            const int64_t c = channel + j * W;
+            w[j] = static_cast<const int8_t*>(call.weight) + c / kBlock * kBlock * input.stride + c % kBlock * 4;
+        }
+        I sums[kRows][kVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) sums[r][j] = Vec::set_int(0);
+        for (int64_t k = 0; k < input.stride; k += 4) {
+            typename Isa::Weights weights[kVectors];
+#pragma GCC unroll 8
+            for (int j = 0; j < kVectors; ++j) weights[j] = Isa::weights(w[j] + k * kBlock);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const typename Isa::Inputs inputs = Isa::inputs(a + r * input.stride + k);
+#pragma GCC unroll 8
+                for (int j = 0; j < kVectors; ++j) sums[r][j] = Isa::dot(sums[r][j], inputs, weights[j]);
+            }
+        }
+        for (int r = 0; r < kRows; r += input.planes)
+            for (int j = 0; j < kVectors; ++j) {
+                const int64_t c = channel + j * W, m = row + r / input.planes;
+                put<Vec>(call, m, c, scaled8(call, input, m, c, sums[r][j], sums[r + input.planes - 1][j]));
+            }
+    }
+
+    template <int kVectors>
+    static void rows8(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
+                      int64_t channel) {
+        constexpr int kMost = Isa::kRows;
+        const int most = kMost / input.planes;
+        for (int64_t row = first; row < last; row += most) {
+            switch (smaller<int64_t>(most, last - row) * input.planes) {
+                case 1: multiply8<1, kVectors>(call, input, row, channel); break;
+                case 2: multiply8<2, kVectors>(call, input, row, channel); break;
+                case 3: multiply8<3, kVectors>(call, input, row, channel); break;
+                case 4: multiply8<4, kVectors>(call, input, row, channel); break;
+                case 5: multiply8<(kMost < 5 ? kMost : 5), kVectors>(call, input, row, channel); break;
+                default: multiply8<kMost, kVectors>(call, input, row, channel);
+            }
+        }
+    }
+
+    // ---- 4 bits ----
+
+    // Like multiply8, for kRows rows of two planes each, and one vector of output channels.
+    template <int kRows>
+    static void multiply4(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel) {
+        const int64_t groups = input.stride / kGroup, block = channel / kBlock, lane = channel % kBlock;
+        const uint8_t* a = input.bytes + row * 2 * input.stride;
+        const uint8_t* w = static_cast<const uint8_t*>(call.weight) + block * groups * 256 + lane * 4;
+        const uint16_t* steps = call.groups + block * groups * 2 * kBlock + lane;
+        F sums[kRows];
+        for (int r = 0; r < kRows; ++r) sums[r] = Vec::zero();
+        for (int64_t g = 0; g < groups; ++g, w += 256, steps += 2 * kBlock, a += kGroup) {
+            I high[kRows], low[kRows];
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) high[r] = low[r] = Vec::set_int(0);
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; ++i) {
+                const I both = Isa::load(w + i * 64);
+                const I first = Isa::low_nibbles(both), second = Isa::high_nibbles(both);
+#pragma GCC unroll 8
+                for (int r = 0; r < kRows; ++r) {
+                    const uint8_t* x = a + r * 2 * input.stride + i * 4;
+                    high[r] = Isa::dot_nibbles(high[r], first, x);
+                    low[r] = Isa::dot_nibbles(low[r], first, x + input.stride);
+                    high[r] = Isa::dot_nibbles(high[r], second, x + 16);
+                    low[r] = Isa::dot_nibbles(low[r], second, x + input.stride + 16);
+                }
+            }
+            const F step = Vec::load(steps), zero = Vec::load(steps + kBlock);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r) {
+                const F sum = Isa::to_float(Isa::add(Isa::template shift_left<8>(high[r]), low[r]));
+                sums[r] = Vec::fma(sum, step, sums[r]);
+                sums[r] = Vec::fma(Vec::set(input.group_sums[(row + r) * groups + g]), zero, sums[r]);
+            }
+        }
+        for (int r = 0; r < kRows; ++r)
+            put<Vec>(call, row + r, channel, Vec::mul(sums[r], Vec::set(input.scales[row + r])));
+    }
+
+    static void rows4(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
+                      int64_t channel) {
+        constexpr int kMost = Isa::kRows / 2 < 4 ? Isa::kRows / 2 : 4;
+        for (int64_t row = first; row < last; row += kMost) {
+            switch (smaller<int64_t>(kMost, last - row)) {
+                case 1: multiply4<1>(call, input, row, channel); break;
+                case 2: multiply4<(kMost < 2 ? kMost : 2)>(call, input, row, channel); break;
+                default: multiply4<kMost>(call, input, row, channel);
+            }
+        }
+    }
+
+    static void multiply(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
+                         int64_t first_block, int64_t last_block, void*) {
+        int64_t channel = first_block * kBlock;
+        const int64_t end = last_block * kBlock;
+        if (call.weight_bits == 4) {
+            for (; channel < end; channel += W) rows4(call, input, first, last, channel);
+            return;
+        }
+        for (; channel + Isa::kVectors * W <= end; channel += Isa::kVectors * W)
+            rows8<Isa::kVectors>(call, input, first, last, channel);
+        for (; channel < end; channel += W) rows8<1>(call, input, first, last, channel);
+    }
+
+    template <class T>
+    static void widen_as(const foveate_linear& call, int64_t block) {
+        const int64_t groups = padded_to(call.in_channels, 2 * kGroup) / kGroup;
+        const int64_t width = padded_to(call.out_channels, kBlock);
+        for (int64_t g = 0; g * kGroup < call.in_channels; ++g)
+            for (int lane = 0; lane < kBlock; lane += W) {
+                const uint8_t* w = static_cast<const uint8_t*>(call.weight) + (block * groups + g) * 256 + lane * 4;
+                const uint16_t* steps = call.groups + (block * groups + g) * 2 * kBlock + lane;
+                const F step = Vec::load(steps), zero = Vec::load(steps + kBlock);
+                T* out = static_cast<T*>(call.out) + g * kGroup * width + block * kBlock + lane;
+                const int64_t left = call.in_channels - g * kGroup;
+                for (int i = 0; i < kGroup; ++i) {
+                    if (i >= left) break;
+                    const I bytes = Isa::load(w + i % 16 / 4 * 64);
+                    const I nibble = Isa::nibble(bytes, i % 4 * 8 + i / 16 * 4);
+                    Vec::store(out + i * width, Vec::fma(Isa::to_float(nibble), step, zero));
+                }
+            }
+    }
+
+    static void widen(const foveate_linear& call, int64_t block) {
+        if (call.dtype == FOVEATE_FLOAT32) widen_as<float>(call, block);
+        else widen_as<bfloat16>(call, block);
+    }
+
+    static void nothing() {}
+    static constexpr LinearKernels table() { return {quantize, multiply, widen, 0, 1, nothing, nothing}; }
+};
+
+}  // namespace

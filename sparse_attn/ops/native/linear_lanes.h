@@ -1,0 +1,146 @@
+// Bytes and their dot products in 8 lanes (AVX2, AVX-VNNI) and 16 (AVX512-VNNI), for linear_dot.h.
+#pragma once
+
+#include "simd.h"
+
+namespace {
+
+FOVEATE_INLINE int32_t four_bytes(const void* p) {
+    int32_t value;
+    __builtin_memcpy(&value, p, 4);
+    return value;
+}
+
+// 8 lanes; ``Dot`` says how four bytes are multiplied.
+template <class Dot>
+struct Lanes8 : Dot {
+    using Vec = Vec8;
+    using I = __m256i;
+    static constexpr int kVectors = 2;
+
+    static FOVEATE_INLINE I load(const void* p) { return _mm256_loadu_si256(static_cast<const I*>(p)); }
+    static FOVEATE_INLINE I add(I a, I b) { return _mm256_add_epi32(a, b); }
+    static FOVEATE_INLINE I sub(I a, I b) { return _mm256_sub_epi32(a, b); }
+    template <int kBits>
+    static FOVEATE_INLINE I shift_left(I a) { return _mm256_slli_epi32(a, kBits); }
+    template <int kBits>
+    static FOVEATE_INLINE I shift_right(I a) { return _mm256_srai_epi32(a, kBits); }
+    static FOVEATE_INLINE I to_int(__m256 x) { return _mm256_cvtps_epi32(x); }
+    static FOVEATE_INLINE __m256 to_float(I x) { return _mm256_cvtepi32_ps(x); }
+    static FOVEATE_INLINE I larger_magnitude(I most, __m256 x) {
+        return _mm256_max_epu32(most, _mm256_and_si256(_mm256_castps_si256(x), _mm256_set1_epi32(0x7fffffff)));
+    }
+    static FOVEATE_INLINE float largest(I most) {
+        uint32_t lanes[8], top = 0;
+        _mm256_storeu_si256(reinterpret_cast<I*>(lanes), most);
+        for (uint32_t lane : lanes) top = larger(top, lane);
+        float result;
+        __builtin_memcpy(&result, &top, 4);
+        return result;
+    }
+    static FOVEATE_INLINE void store_bytes(uint8_t* p, I x) {
+        const I order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
+                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+        const I bytes = _mm256_shuffle_epi8(x, order);
+        const int32_t halves[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
+        __builtin_memcpy(p, halves, 8);
+    }
+    static FOVEATE_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
+    static FOVEATE_INLINE I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
+    static FOVEATE_INLINE I nibble(I x, int shift) {
+        return _mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+    }
+};
+
+
+// AVX2's own product of bytes saturates at 16 bits; products of words do not.
+struct WordDot {
+    static constexpr int kRows = 4;
+    struct Pairs {
+        __m256i even, odd;
+    };
+    using Weights = Pairs;
+    using Inputs = Pairs;
+    static FOVEATE_INLINE Weights weights(const void* p) {
+        const __m256i w = _mm256_loadu_si256(static_cast<const __m256i*>(p));
+        return {_mm256_srai_epi16(_mm256_slli_epi16(w, 8), 8), _mm256_srai_epi16(w, 8)};
+    }
+    static FOVEATE_INLINE Inputs inputs(const uint8_t* p) {
+        const __m256i a = _mm256_set1_epi32(four_bytes(p));
+        return {_mm256_and_si256(a, _mm256_set1_epi16(255)), _mm256_srli_epi16(a, 8)};
+    }
+    static FOVEATE_INLINE __m256i dot(__m256i sum, Inputs a, Weights w) {
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(a.even, w.even));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(a.odd, w.odd));
+    }
+    static FOVEATE_INLINE __m256i dot_nibbles(__m256i sum, __m256i w, const uint8_t* p) {
+        // 15 * 128 * 2 does not saturate.
+        const __m256i words = _mm256_maddubs_epi16(w, _mm256_set1_epi32(four_bytes(p)));
+        return _mm256_add_epi32(sum, _mm256_madd_epi16(words, _mm256_set1_epi16(1)));
+    }
+};
+
+#if defined(__AVXVNNI__)
+
+struct VnniDot8 {
+    static constexpr int kRows = 4;
+    using Weights = __m256i;
+    using Inputs = __m256i;
+    static FOVEATE_INLINE Weights weights(const void* p) {
+        return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+    }
+    static FOVEATE_INLINE Inputs inputs(const uint8_t* p) { return _mm256_set1_epi32(four_bytes(p)); }
+    static FOVEATE_INLINE __m256i dot(__m256i sum, Inputs a, Weights w) {
+        return _mm256_dpbusd_avx_epi32(sum, a, w);
+    }
+    static FOVEATE_INLINE __m256i dot_nibbles(__m256i sum, __m256i w, const uint8_t* p) {
+        return _mm256_dpbusd_avx_epi32(sum, w, inputs(p));
+    }
+};
+
+#endif
+
+#if defined(__AVX512VNNI__)
+
+struct Lanes16 {
+    using Vec = Vec16;
+    using I = __m512i;
+    using Weights = I;
+    using Inputs = I;
+    static constexpr int kVectors = 4, kRows = 6;
+
+    static FOVEATE_INLINE I load(const void* p) { return _mm512_loadu_si512(p); }
+    static FOVEATE_INLINE I add(I a, I b) { return _mm512_add_epi32(a, b); }
+    static FOVEATE_INLINE I sub(I a, I b) { return _mm512_sub_epi32(a, b); }
+    template <int kBits>
+    static FOVEATE_INLINE I shift_left(I a) { return _mm512_slli_epi32(a, kBits); }
+    template <int kBits>
+    static FOVEATE_INLINE I shift_right(I a) { return _mm512_srai_epi32(a, kBits); }
+    static FOVEATE_INLINE I to_int(__m512 x) { return _mm512_cvtps_epi32(x); }
+    static FOVEATE_INLINE __m512 to_float(I x) { return _mm512_cvtepi32_ps(x); }
+    static FOVEATE_INLINE I larger_magnitude(I most, __m512 x) {
+        return _mm512_max_epu32(most, _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0x7fffffff)));
+    }
+    static FOVEATE_INLINE float largest(I most) {
+        const uint32_t top = _mm512_reduce_max_epu32(most);
+        float result;
+        __builtin_memcpy(&result, &top, 4);
+        return result;
+    }
+    static FOVEATE_INLINE void store_bytes(uint8_t* p, I x) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+    }
+    static FOVEATE_INLINE I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
+    static FOVEATE_INLINE I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
+    static FOVEATE_INLINE I nibble(I x, int shift) {
+        return _mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15));
+    }
+    static FOVEATE_INLINE Weights weights(const void* p) { return _mm512_loadu_si512(p); }
+    static FOVEATE_INLINE Inputs inputs(const uint8_t* p) { return _mm512_set1_epi32(four_bytes(p)); }
+    static FOVEATE_INLINE I dot(I sum, Inputs a, Weights w) { return _mm512_dpbusd_epi32(sum, a, w); }
+    static FOVEATE_INLINE I dot_nibbles(I sum, I w, const uint8_t* p) { return _mm512_dpbusd_epi32(sum, w, inputs(p)); }
+};
+
+#endif
+
+}  // namespace

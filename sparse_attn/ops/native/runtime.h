@@ -1,0 +1,13 @@
+// What every kernel of the library shares: the CPU's features, torch's threads, and scratch memory.
+#pragma once
+
+#include <cstdint>
+
+// Do this CPU and its kernel have it? ``isa`` as in kernels.h. Asks for leave to use AMX.
+bool foveate_cpu_has(int isa);
+
+// Runs ``body(data)`` on that many of torch's threads, the caller's among them, and waits.
+void foveate_on_threads(void (*body)(void*), void* data, int64_t threads);
+
+// This thread's scratch memory number 0 or 1, kept between calls; null when no memory was left.
+void* foveate_scratch(int64_t bytes, int number);
