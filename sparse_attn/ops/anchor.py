@@ -63,8 +63,9 @@ def anchor_scores(
         from . import anchor_triton
 
         return anchor_triton.scores(query, view, tiles, spec, rows, pool == "all")
-    path = anchor_torch if chosen == "torch" else reference_anchor
-    return path.scores(query, view, tiles, spec, rows, pool == "all")
+    if chosen == "torch":
+        return anchor_torch.scores(query, view, tiles, spec, rows, pool == "all")
+    return reference_anchor.scores(query, view, tiles, spec, rows, pool == "all")
 
 
 def pooled_topk(

@@ -24,6 +24,7 @@ from triton.compiler import ASTSource, make_backend
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
 from foveate.sparse_attn.ops import (
+    anchor_triton,
     antidiagonal_triton,
     boundaries_triton,
     decode_triton,
@@ -124,6 +125,18 @@ def antidiagonals(group: int, dim: int, stride: int, block: int = 128) -> list[L
     return [antidiagonal_triton.plan(query, PagedView(pages(8, dim, 16), rows), tiles, stride, 0.1, 0, parts)]
 
 
+def anchoring(group: int, dim: int, tile: int, **facts) -> list[Launch]:
+    """Both passes of anchor scores over one slab, with eight KV heads."""
+    rows = rows_of((32768,) * 4, (1,) * 4, 32) if tile == 1 else rows_of((32768,), (512,), 32)
+    query = torch.empty(rows.num_queries, 8 * group, dim, dtype=torch.bfloat16, device="meta")
+    tiles = Tiles.of(rows, tile)
+    parts = torch.empty(*query.shape[:2], 16 if tile == 1 else 1, device="meta")
+    out = torch.empty(len(tiles), 8, 32768, device="meta")
+    spec = AttentionSpec(dim**-0.5, **facts)
+    view = PagedView(pages(8, dim, 32), rows)
+    return list(anchor_triton.plan(query, view, tiles, spec, range(len(tiles)), parts, parts[..., 0], out))
+
+
 def chunking(dim: int, page_size: int) -> list[Launch]:
     """What chunks of keys are made from and scored by."""
     view = PagedView(pages(8, dim, page_size), rows_of((32768,) * 2, (1,) * 2, page_size))
@@ -163,6 +176,9 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
     yield "antidiagonal-d64-g3-s16", antidiagonals(3, 64, 16)
     yield "antidiagonal-d128-g8-s4", antidiagonals(8, 128, 4)
     yield "antidiagonal-d256-g1-s8-block64", antidiagonals(1, 256, 8, 64)
+    yield "anchor-d64-g3-decode", anchoring(3, 64, 1)
+    yield "anchor-d128-g4-prefill", anchoring(4, 128, 32)
+    yield "anchor-d256-g4-prefill-softcap", anchoring(4, 256, 32, softcap=50.0)
     yield "chunks-d64", chunking(64, 32)
     yield "chunks-d80", chunking(80, 64)
     yield "chunks-d256", chunking(256, 64)
@@ -222,7 +238,8 @@ def measure(compiled: triton.compiler.CompiledKernel, target: GPUTarget) -> dict
 def main() -> None:
     target, unit = TARGETS[sys.argv[1]]
     for module in (
-        prefill_triton, decode_triton, antidiagonal_triton, threshold_prefill_triton, threshold_decode_triton,
+        prefill_triton, decode_triton, anchor_triton, antidiagonal_triton, threshold_prefill_triton,
+        threshold_decode_triton,
     ):  # fmt: skip
         module.unit_of = lambda device: unit
     results = []

@@ -76,6 +76,10 @@ def test_products_run_on_the_tensor_core(target, compiled):
         assert all(product[target] in names for names in thresholded[phase]), thresholded
     assert all(PREFILL_PRODUCT[target] in names for names in prefill.values()), prefill
     assert all(DECODE_PRODUCT[target] in names for names in decode.values()), decode
+    anchored = {phase: [held[case] for case in held if "anchor-" in case and phase in case] for phase in PRODUCT}
+    assert [len(names) for names in anchored.values()] == [4, 2]
+    for phase, product in PRODUCT.items():
+        assert all(product[target] in names for names in anchored[phase]), anchored
     # The widest tile is a tile of prefill; the others are too few rows for wgmma and tcgen05.
     assert all(PREFILL_PRODUCT[target] in names or DECODE_PRODUCT[target] in names for names in antidiagonal.values())
     assert PREFILL_PRODUCT[target] in antidiagonal["antidiagonal-d128-g8-s4/antidiagonal_kernel"]
