@@ -113,8 +113,10 @@ def cut_sums(
         return reference_sums.cut_sums(view, size, cuts, ends)
     if size % view.page_size == 0:
         return sums_torch.cut_page_sums(view, size, cuts, ends)
+    if (backend or _default_backend(view)) == "torch":
+        return sums_torch.cut_part_sums(view, size, cuts, ends)
     start, length = sums_torch.cut_ranges(view, size, cuts, ends)
-    return chunk_sums(view, start, length, backend=backend)
+    return chunk_sums(view, start, length, backend="triton")
 
 
 def _default_backend(view: PagedView) -> Backend:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 
 from foveate.kv_cache.stats import KEY_SUM
@@ -11,6 +13,8 @@ from ..selection import Tiles
 
 # Bytes of float32 keys that are gathered at a time.
 SLAB_BYTES = 64 << 20
+# A run of pages saves copies, but costs a call of its own.
+MIN_PAGES_PER_RUN = 4
 
 
 def tile_sums(query: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -33,16 +37,53 @@ def whole_page_sums(view: PagedView, size: int) -> torch.Tensor:
 
 
 def part_page_sums(view: PagedView, size: int) -> torch.Tensor:
-    """See ``ops.sums.unit_sums``; ``size`` divides the page size."""
-    keys, table = view.pages.keys, view.rows.block_tables.long()
+    """See ``ops.sums.unit_sums``; ``size`` divides the page size. Pages that lie side by side are not copied."""
+    keys = view.pages.keys
     _, heads, page, dim = keys.shape
-    flat = table.flatten()
-    sums = torch.empty(len(flat), page // size, heads, dim, device=keys.device)
-    step = max(1, SLAB_BYTES // (heads * page * dim * 4))
-    for first in range(0, len(flat), step):
-        part = keys[flat[first : first + step]].view(-1, heads, page // size, size, dim)
-        sums[first : first + step] = part.sum(3, dtype=torch.float32).transpose(1, 2)
-    return sums.view(table.shape[0], -1, heads, dim)
+    pages = view.rows.block_tables.shape[1]
+    sums = torch.empty(view.rows.num_sequences, pages, heads, page // size, dim, device=keys.device)
+    for sequence, place, first, count in _runs(view, max(1, SLAB_BYTES // (heads * page * dim * 4))):
+        if first is None:
+            part = keys[view.rows.block_tables[sequence, place : place + count].long()]
+        else:
+            part = keys[first : first + count]
+        split = part.view(count, heads, page // size, size, dim)
+        torch.sum(split, 3, dtype=torch.float32, out=sums[sequence, place : place + count])
+    return sums.transpose(2, 3).flatten(1, 2)
+
+
+def _runs(view: PagedView, most: int) -> list[tuple[int, int, int | None, int]]:
+    """``(sequence, logical page, physical page, pages)`` of what is read at a time; ``None`` where pages are scattered.
+
+    At most ``most`` scattered pages come together, since they are copied.
+    """
+    key = ("runs", most)
+    if key not in view.rows.plans:
+        found: list[tuple[int, int, int | None, int]] = []
+        for sequence, pages in enumerate(view.rows.host_block_tables):
+            breaks = [place for place in range(1, len(pages)) if pages[place] != pages[place - 1] + 1]
+            if (len(breaks) + 1) * MIN_PAGES_PER_RUN <= len(pages):
+                edges = [0, *breaks, len(pages)]
+                found += [(sequence, a, pages[a], b - a) for a, b in itertools.pairwise(edges)]
+            else:
+                found += [(sequence, a, None, min(most, len(pages) - a)) for a in range(0, len(pages), most)]
+        view.rows.plans[key] = found
+    runs: list[tuple[int, int, int | None, int]] = view.rows.plans[key]
+    return runs
+
+
+def cut_part_sums(view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple[int, ...]) -> torch.Tensor:
+    """See ``ops.sums.cut_sums``; ``size`` divides the page size."""
+    whole = part_page_sums(view, size)[:, : _units(cuts, size)]
+    cut, end = torch.tensor([cuts, ends])[..., None]
+    unit = torch.arange(whole.shape[1])
+    # What lies behind the cut may never have been written.
+    sums = torch.where((unit < cut // size)[..., None, None], whole, 0.0)
+    first = cut // size * size
+    edges = chunk_sums(view, torch.cat([first, cut], 1), torch.cat([cut - first, end - cut], 1))
+    place = (cut // size).clamp(max=whole.shape[1] - 1)[..., None, None]
+    sums.scatter_add_(1, place.expand(-1, -1, *sums.shape[2:]), edges[:, :1])
+    return torch.cat([sums, edges[:, 1:]], 1)
 
 
 def chunk_sums(view: PagedView, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:

@@ -71,10 +71,12 @@ class DhsaOptions(SchemeOptions):
             keys on both sides differ most (ours). ``attn_ratio``: where the attention of the last
             queries differs most on both sides; in decode as ``fixed``. ``delimiter``: behind
             ``delimiter_ids``. ``predictor``: by the paper's network, read from a profile.
-        chunk_tokens: Length of fixed chunks, a power of two. Chunks of whole pages are scored from
-            page sums; smaller ones read every key.
+        chunk_tokens: Length of fixed chunks, a power of two; 16 is the mean length in the paper's code.
+            Chunks of whole pages are scored from page sums, smaller ones read every key; but long
+            chunks hide what stands in them, above all from the single query of decode.
         share_heads: Which heads choose together: ``kv_group``, the query heads on one KV head;
-            ``all``, as in the paper; ``none``.
+            ``all``, as in the paper's code, where heads that retrieve are outvoted; ``none``, the
+            dearest, since every query head then reads keys of its own.
         aggregate: ``sqrt_length``: chunks and tiles are sums over the root of their length, as in the
             paper; ``mean``: plain means.
         min_chunk_tokens: Least tokens between boundaries.
@@ -97,7 +99,7 @@ class DhsaOptions(SchemeOptions):
     budget_includes_kept: bool = False
     block_tokens: int = 128
     boundaries: Boundaries = "fixed"
-    chunk_tokens: int = 64
+    chunk_tokens: int = 16
     share_heads: ShareHeads = "kv_group"
     aggregate: Aggregate = "sqrt_length"
     min_chunk_tokens: int = 8

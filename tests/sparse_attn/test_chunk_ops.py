@@ -103,9 +103,10 @@ def test_change_of_keys_equals_reference(window, segment, segments, slab, monkey
     assert bool(torch.isfinite(want).any())
 
 
+@pytest.mark.parametrize("scattered", [True, False], ids=["pages-scattered", "pages-side-by-side"])
 @pytest.mark.parametrize(("size", "page"), [(8, 16), (16, 16), (64, 16), (16, 64)], ids=str)
-def test_sums_equal_reference(size, page):
-    view, _ = make_view([111, 5, 90, 64], [1] * 4, page, stats=[KEY_SUM])
+def test_sums_equal_reference(size, page, scattered):
+    view, _ = make_view([111, 5, 90, 64], [1] * 4, page, stats=[KEY_SUM], scattered=scattered)
     want = sums.unit_sums(view, size, backend="reference")
     got = sums.unit_sums(view, size)
     for row, context in enumerate(view.rows.host_context_lens):
@@ -117,7 +118,9 @@ def test_sums_equal_reference(size, page):
     ):
         want = sums.cut_sums(view, size, cuts, ends, backend="reference")
         torch.testing.assert_close(sums.cut_sums(view, size, cuts, ends), want)
-    full, _ = make_view([128, 64], [1, 1], page, stats=[KEY_SUM])  # the cut is where the last page ends
+    full, _ = make_view(
+        [128, 64], [1, 1], page, stats=[KEY_SUM], scattered=scattered
+    )  # the cut is where the last page ends
     want = sums.cut_sums(full, size, (128, 64), (128, 64), backend="reference")
     torch.testing.assert_close(sums.cut_sums(full, size, (128, 64), (128, 64)), want)
 

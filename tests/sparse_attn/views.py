@@ -13,13 +13,16 @@ CPU = torch.device("cpu")
 HEADS, KV_HEADS, DIM = 4, 2, 16
 
 
-def make_view(contexts, queries, page=16, kv_heads=KV_HEADS, dim=DIM, stats=(), prompts=None, ids=None, seed=0):
-    """A pool of NaN with random keys where sequences have tokens, pages in shuffled order."""
+def make_view(
+    contexts, queries, page=16, kv_heads=KV_HEADS, dim=DIM, stats=(), prompts=None, ids=None, seed=0, scattered=True
+):
+    """A pool of NaN with random keys where sequences have tokens, pages in shuffled order or side by side."""
     generator = torch.Generator().manual_seed(seed)
     needed = [-(-context // page) for context in contexts]
     pool = PagePool(CacheGeometry(1, kv_heads, dim, page, sum(needed) + 2), stats)
     pool.keys.fill_(float("nan"))
     order = torch.randperm(sum(needed) + 2, generator=generator).tolist()
+    order = order if scattered else sorted(order, reverse=True)
     tables = [[order.pop() for _ in range(count)] for count in needed]
     keys = []
     for table, context in zip(tables, contexts, strict=True):
