@@ -35,7 +35,7 @@ INSTRUCTION_SETS = {
     "linear_avx2": AVX2,
     "linear_avxvnni": [*AVX2, "-mavxvnni"],
     "linear_avx512vnni": [*AVX512, "-mavx512vnni"],
-    "linear_amx": [*AVX512, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
+    "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
 SHARED = ("dispatch", "linear")  # sources that choose among them
 

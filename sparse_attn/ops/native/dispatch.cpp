@@ -159,6 +159,14 @@ void split(std::vector<PrefillItem>& items, int row, int sequence, int start, in
     }
 }
 
+// Do so few query rows share their keys that packing these would cost more than reading them once per query?
+bool alone(const foveate_attention& call) {
+    constexpr int64_t kLeastRows = 8;
+    int64_t queries = 0;
+    for (int row = 0; row < call.num_tiles; ++row) queries += call.tile_count[row];
+    return queries * heads_per_kind(call) < kLeastRows * call.num_tiles;
+}
+
 // Longest run of queries for an item: what fits in L2, or less where there would be too few items for the threads.
 int longest_run(const foveate_attention& call, const IsaKernels& kernels, int64_t queries, int kinds) {
     const int group = heads_per_kind(call);
@@ -167,6 +175,66 @@ int longest_run(const foveate_attention& call, const IsaKernels& kernels, int64_
     const int64_t least = 128 / group;  // below this, packing K and V costs more than idle threads
     const int64_t longest = even < least ? least : even;
     return int(longest < fits ? (longest > 0 ? longest : 1) : (fits > 0 ? fits : 1));
+}
+
+// A query that is computed on its own: its selection row, sequence, place in the packed row, and position.
+struct OneQuery {
+    int32_t row, sequence, query, position;
+};
+
+// The decode kernel over some queries. The keys of a query are split where there are too few queries for the threads.
+int run_queries(const foveate_attention& call, const IsaKernels& kernels, const std::vector<OneQuery>& queries) {
+    const int group = heads_per_kind(call), kinds = call.num_heads / group;
+    const int64_t rows = int64_t(queries.size()) * kinds;
+    if (rows == 0) return 0;
+    // Parts of at least this many keys: a shorter one does not pay for its share of the merge.
+    constexpr int64_t kLeastKeys = 256;
+    const int64_t wanted = (4 * int64_t(call.num_threads) + rows - 1) / rows;
+    struct Row {
+        int64_t partial;  // place of its first part among the partial results
+        int32_t parts;
+    };
+    std::vector<DecodeItem> items;
+    std::vector<Row> split(static_cast<size_t>(rows));
+    items.reserve(size_t(rows * wanted));
+    int64_t partial_count = 0;
+    for (int64_t row = 0; row < rows; ++row) {
+        const OneQuery& one = queries[size_t(row / kinds)];
+        const int kind = int(row % kinds);
+        int64_t first = 0, last, unit = 1;
+        if (call.indices) {
+            last = call.counts[int64_t(one.row) * call.selected_heads + kind];
+            unit = call.granularity;
+        } else {
+            const int64_t begin = int64_t(one.position) - call.farthest + 1, end = int64_t(one.position) - call.nearest + 1;
+            first = begin > 0 ? begin : 0;
+            last = end > first ? end : first;
+        }
+        int64_t parts = (last - first) * unit / kLeastKeys;
+        parts = parts > wanted ? wanted : parts < 1 ? 1 : parts;
+        split[size_t(row)] = {partial_count, int32_t(parts)};
+        if (parts > 1) partial_count += parts;
+        for (int64_t p = 0; p < parts; ++p)
+            items.push_back({row, p, one.row, one.sequence, one.query, kind, one.position,
+                             first + (last - first) * p / parts, first + (last - first) * (p + 1) / parts});
+    }
+    const int64_t count = int64_t(items.size()), size = int64_t(group) * (call.head_dim + 2);
+    std::vector<float> partials(size_t(partial_count * size));
+    std::vector<std::atomic<int32_t>> done(static_cast<size_t>(rows));
+    const int64_t bytes = kernels.decode_scratch(call);
+    std::atomic<int64_t> next{0};
+    return run_threads(call, kernels, bytes + size * 4, count, [&](void* scratch) {
+        for (int64_t i; (i = next.fetch_add(1)) < count;) {
+            const DecodeItem& item = items[size_t(i)];
+            const Row& row = split[size_t(item.whole)];
+            // A query in one part needs no partial result that outlives its item.
+            float* first = row.parts == 1 ? reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes)
+                                          : partials.data() + row.partial * size;
+            kernels.decode(call, item, first + item.part * size, scratch);
+            if (done[size_t(item.whole)].fetch_add(1) + 1 == row.parts)  // whoever ends last merges
+                kernels.decode_merge(call, item.query, item.kind, first, row.parts);
+        }
+    });
 }
 
 }  // namespace
@@ -204,6 +272,14 @@ int32_t foveate_prefill(const foveate_attention* call_pointer) try {
     const int kinds = call.indices ? call.selected_heads : call.num_kv_heads;
     const int64_t queries = call.query_offsets[call.num_sequences];
     const int longest = longest_run(call, kernels, queries, kinds);
+    if (call.indices && alone(call)) {
+        std::vector<OneQuery> ones;
+        ones.reserve(size_t(queries));
+        for (int row = 0; row < call.num_tiles; ++row)
+            for (int i = 0; i < call.tile_count[row]; ++i)
+                ones.push_back({row, call.tile_sequence[row], call.tile_start[row] + i, call.tile_position[row] + i});
+        return run_queries(call, kernels, ones);
+    }
     std::vector<PrefillItem> items;
     if (call.indices) {
         for (int row = 0; row < call.num_tiles; ++row)
@@ -227,49 +303,10 @@ int32_t foveate_prefill(const foveate_attention* call_pointer) try {
 
 int32_t foveate_decode(const foveate_attention* call_pointer) try {
     const foveate_attention& call = *call_pointer;
-    const IsaKernels& kernels = *kernels_for(call);
-    const int group = heads_per_kind(call), kinds = call.num_heads / group;
-    const int64_t rows = int64_t(call.num_sequences) * kinds;
-    // Parts of at least this many keys: a shorter one does not pay for its share of the merge.
-    constexpr int64_t kLeastKeys = 256;
-    const int64_t wanted = (4 * int64_t(call.num_threads) + rows - 1) / (rows > 0 ? rows : 1);
-    std::vector<DecodeItem> items;
-    std::vector<int64_t> first_item(size_t(rows) + 1);
-    items.reserve(size_t(rows * wanted));
-    for (int64_t row = 0; row < rows; ++row) {
-        const int s = int(row / kinds), kind = int(row % kinds);
-        int64_t first, last, unit = 1;
-        if (call.indices) {
-            first = 0;
-            last = call.counts[row];
-            unit = call.granularity;
-        } else {
-            const int64_t position = int64_t(call.context_lens[s]) - 1;
-            first = position - call.farthest + 1 > 0 ? position - call.farthest + 1 : 0;
-            last = position - call.nearest + 1 > first ? position - call.nearest + 1 : first;
-        }
-        int64_t parts = (last - first) * unit / kLeastKeys;
-        if (parts > wanted) parts = wanted;
-        if (parts < 1) parts = 1;
-        first_item[size_t(row)] = int64_t(items.size());
-        for (int64_t p = 0; p < parts; ++p)
-            items.push_back({s, kind, first + (last - first) * p / parts, first + (last - first) * (p + 1) / parts});
-    }
-    first_item[size_t(rows)] = int64_t(items.size());
-    const int64_t count = int64_t(items.size()), size = int64_t(group) * (call.head_dim + 2);
-    std::vector<float> partials(size_t(count * size));
-    std::vector<std::atomic<int32_t>> done(static_cast<size_t>(rows));
-    std::atomic<int64_t> next{0};
-    return run_threads(call, kernels, kernels.decode_scratch(call), count, [&](void* scratch) {
-        for (int64_t i; (i = next.fetch_add(1)) < count;) {
-            const DecodeItem& item = items[size_t(i)];
-            kernels.decode(call, item, partials.data() + i * size, scratch);
-            const size_t row = size_t(int64_t(item.sequence) * kinds + item.kind);
-            const int parts = int(first_item[row + 1] - first_item[row]);
-            if (done[row].fetch_add(1) + 1 == parts)  // whoever ends last merges
-                kernels.decode_merge(call, item.sequence, item.kind, partials.data() + first_item[row] * size, parts);
-        }
-    });
+    std::vector<OneQuery> queries;
+    queries.reserve(size_t(call.num_sequences));
+    for (int s = 0; s < call.num_sequences; ++s) queries.push_back({s, s, s, call.context_lens[s] - 1});
+    return run_queries(call, *kernels_for(call), queries);
 } catch (const std::bad_alloc&) {
     return 1;
 }

@@ -1,9 +1,11 @@
-// Tiles for prefill only: decode waits for memory, and dot products keep up with it.
 #include "amx_engine.h"
-#include "decode.h"
+#include "decode_tiles.h"
 
 namespace {
 void release_tiles() { _tile_release(); }
-const IsaKernels kTable = kernels_of<AmxEngine, DotRows>(configure_tiles, release_tiles);
+const IsaKernels kTable = {
+    prefill_rows<AmxEngine>, prefill_scratch<AmxEngine>, prefill_item<AmxEngine>,   decode_scratch_on_tiles,
+    decode_item_on_tiles,    decode_merge<DotProducts>,  configure_tiles,           release_tiles,
+};
 }
 extern const IsaKernels* const kAmxKernels = &kTable;

@@ -3,6 +3,6 @@
 #include "fma_engine.h"
 
 namespace {
-const IsaKernels kTable = kernels_of<DotEngine, DotRows>();
+const IsaKernels kTable = kernels_of<DotEngine, VectorProducts<DotRows>>();
 }
 extern const IsaKernels* const kAvx512Bf16Kernels = &kTable;

@@ -11,8 +11,8 @@ namespace {
 using Dot = DotLinear<Lanes16>;
 
 constexpr int kTileBytes = 1024;
-constexpr int kDepth = 64;       // input channels of a tile
-constexpr int kMostDepth = 1024;  // of a chunk
+constexpr int kDepth = 64;  // input channels of a tile
+constexpr int kMostDepth = 640;  // of a chunk: two blocks of it and the rows' part fill L1
 
 // Two tiles of byte rows: rows m..m+31, or both planes of rows m..m+15.
 struct RowPair {
@@ -58,19 +58,41 @@ FOVEATE_INLINE void multiply_tiles(const RowPair& rows, int64_t from, int64_t st
     _tile_stored(3, sums + 768, 64);
 }
 
-// Writes what four tiles of sums stand for; ``columns`` is 1 or 2 blocks of output channels.
-void finish(const foveate_linear& call, const Activations& input, int64_t row, int64_t last, int64_t channel,
-            int columns, const int32_t* sums) {
-    const int rows = int(smaller<int64_t>(last - row, 32 / input.planes));
-    for (int r = 0; r < rows; ++r)
-        for (int j = 0; j < columns; ++j) {
-            // One plane: rows 16 on are in the second pair of tiles. Two: the second pair is the low plane.
-            const int32_t* high = sums + (r / 16 * 2 + j) * 256 + r % 16 * 16;
-            const int32_t* low = high + (input.planes - 1) * 512;
-            const int64_t c = channel + j * kBlock;
-            put<Vec16>(call, row + r, c,
-                       Dot::scaled8(call, input, row + r, c, Vec16::load_int(high), Vec16::load_int(low)));
-        }
+template <class T>
+FOVEATE_INLINE void store(T* out, __m512 value);
+template <>
+FOVEATE_INLINE void store(float* out, __m512 value) { _mm512_storeu_ps(out, value); }
+template <>
+FOVEATE_INLINE void store(bfloat16* out, __m512 value) {
+    const __m256bh rounded = _mm512_cvtneps_pbh(value);
+    __builtin_memcpy(out, &rounded, sizeof(rounded));
+}
+
+// Writes what the tiles of sums of ``rows`` rows and one block of output channels stand for. With one plane, rows 16
+// on are in the second pair of tiles; with two, that pair is the low plane.
+template <class T, int kPlanes>
+void finish(const foveate_linear& call, const Activations& input, int64_t row, int rows, int64_t channel,
+            const int32_t* sums) {
+    const Columns<Vec16> held = Dot::columns(call, channel);
+    const __m512 bias = call.bias ? _mm512_loadu_ps(call.bias + channel) : _mm512_setzero_ps();
+    T* out = static_cast<T*>(call.out) + row * call.out_channels + channel;
+    const float* scales = input.scales + row;
+    const bool whole = channel + kBlock <= call.out_channels;
+    for (int r = 0; r < rows; ++r, out += call.out_channels) {
+        const int32_t* high = sums + r / 16 * 512 + r % 16 * 16;
+        const __m512i low = kPlanes == 2 ? Vec16::load_int(high + 512) : _mm512_setzero_si512();
+        const __m512 value =
+            _mm512_add_ps(Dot::template scaled8<kPlanes>(held, scales[r], Vec16::load_int(high), low), bias);
+        if (whole) store(out, value);
+        else put_as<Vec16, T>(call, row + r, channel, value);
+    }
+}
+
+using Finish = void (*)(const foveate_linear&, const Activations&, int64_t, int, int64_t, const int32_t*);
+
+Finish finish_of(const foveate_linear& call, int planes) {
+    if (call.dtype == FOVEATE_FLOAT32) return planes == 1 ? finish<float, 1> : finish<float, 2>;
+    return planes == 1 ? finish<bfloat16, 1> : finish<bfloat16, 2>;
 }
 
 void multiply(const foveate_linear& call, const Activations& input, int64_t first, int64_t last, int64_t first_block,
@@ -80,6 +102,7 @@ void multiply(const foveate_linear& call, const Activations& input, int64_t firs
     const int64_t steps = input.stride / kDepth, rows = 32 / input.planes;
     const int64_t chunks = (input.stride + kMostDepth - 1) / kMostDepth;
     const int8_t* weight = static_cast<const int8_t*>(call.weight);
+    const Finish write = finish_of(call, input.planes);
     for (int64_t block = first_block; block < last_block; block += 2) {
         const int columns = int(smaller<int64_t>(2, last_block - block));
         const int8_t* w0 = weight + block * kBlock * input.stride;
@@ -89,7 +112,9 @@ void multiply(const foveate_linear& call, const Activations& input, int64_t firs
             int32_t* at = sums;
             for (int64_t row = first; row < last; row += rows, at += 1024) {
                 multiply_tiles(pair_of(input, row), from, to - from, w0, w1, at);
-                if (chunk + 1 == chunks) finish(call, input, row, last, block * kBlock, columns, at);
+                if (chunk + 1 < chunks) continue;
+                const int held = int(smaller<int64_t>(last - row, rows));
+                for (int j = 0; j < columns; ++j) write(call, input, row, held, (block + j) * kBlock, at + j * 256);
             }
         }
     }

@@ -10,12 +10,17 @@ constexpr int kBlock = 16;  // output channels of a block of weights
 constexpr int kGroup = 32;  // input channels that share a step in 4 bits
 // Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
 constexpr float kLevels8 = 127.0f, kLevels16 = 32512.0f;
-constexpr int kBias = 128;  // makes signed bytes unsigned
 
-// out channels first_channel.. of one row: what a vector of them stands for.
+// What belongs to a vector of output channels of an 8-bit layer.
+template <class Vec>
+struct Columns {
+    typename Vec::F scale;
+    typename Vec::I bias;  // what the sums are too high by
+    int64_t channel;
+};
+
 template <class Vec, class T>
-FOVEATE_INLINE void put(const foveate_linear& call, int64_t row, int64_t channel, typename Vec::F value) {
-    if (call.bias) value = Vec::add(value, Vec::load(call.bias + channel));
+FOVEATE_INLINE void put_as(const foveate_linear& call, int64_t row, int64_t channel, typename Vec::F value) {
     T* out = static_cast<T*>(call.out) + row * call.out_channels + channel;
     const int64_t left = call.out_channels - channel;
     if (left >= Vec::W) {
@@ -29,8 +34,9 @@ FOVEATE_INLINE void put(const foveate_linear& call, int64_t row, int64_t channel
 
 template <class Vec>
 FOVEATE_INLINE void put(const foveate_linear& call, int64_t row, int64_t channel, typename Vec::F value) {
-    if (call.dtype == FOVEATE_FLOAT32) put<Vec, float>(call, row, channel, value);
-    else put<Vec, bfloat16>(call, row, channel, value);
+    if (call.bias) value = Vec::add(value, Vec::load(call.bias + channel));
+    if (call.dtype == FOVEATE_FLOAT32) put_as<Vec, float>(call, row, channel, value);
+    else put_as<Vec, bfloat16>(call, row, channel, value);
 }
 
 template <class Isa>
@@ -61,25 +67,28 @@ struct DotLinear {
         // What is too small to be divided by counts as zero.
         const float steps = finite && levels / largest < kInfinity ? levels / largest : 0.0f;
         to.scales[row] = finite ? largest / levels : __builtin_nanf("");
-        for (int64_t k = 0; k < to.stride; k += W) {
-            F value;
-            if (k + W <= channels) {
-                value = Vec::load(x + k);
-            } else {
-                float rest[W] = {};
-                for (int64_t i = k; i < channels; ++i) rest[i - k] = to_float(x[i]);
-                value = Vec::load(rest);
+        // Four vectors at a time; rows of bytes are padded to that.
+        for (int64_t k = 0; k < to.stride; k += 4 * W) {
+            T rest[4 * W];
+            const T* from = x + k;
+            if (k + 4 * W > channels) {
+                const int64_t held = larger<int64_t>(0, channels - k);
+                __builtin_memset(rest, 0, sizeof(rest));
+                __builtin_memcpy(rest, from, size_t(held) * sizeof(T));
+                from = rest;
             }
-            const I q = Isa::to_int(Vec::mul(value, Vec::set(steps)));
+            I high[4], low[4];
+            for (int i = 0; i < 4; ++i) low[i] = Isa::to_int(Vec::mul(Vec::load(from + i * W), Vec::set(steps)));
             if (to.planes == 1) {
-                Isa::store_bytes(bytes + k, Isa::add(q, Vec::set_int(kBias)));
+                Isa::store_bytes(bytes + k, low, true);
                 continue;
             }
-            const int bias = call.weight_bits == 8 ? kBias : 0;
-            const I high = Isa::template shift_right<8>(Isa::add(q, Vec::set_int(128)));
-            const I low = Isa::sub(q, Isa::template shift_left<8>(high));
-            Isa::store_bytes(bytes + k, Isa::add(high, Vec::set_int(bias)));
-            Isa::store_bytes(bytes + to.stride + k, Isa::add(low, Vec::set_int(bias)));
+            for (int i = 0; i < 4; ++i) {
+                high[i] = Isa::template shift_right<8>(Isa::add(low[i], Vec::set_int(128)));
+                low[i] = Isa::sub(low[i], Isa::template shift_left<8>(high[i]));
+            }
+            Isa::store_bytes(bytes + k, high, call.weight_bits == 8);
+            Isa::store_bytes(bytes + to.stride + k, low, call.weight_bits == 8);
         }
         if (call.weight_bits == 8) return;
         float* sums = to.group_sums + row * (to.stride / kGroup);
@@ -100,62 +109,81 @@ struct DotLinear {
 
     // ---- 8 bits ----
 
-    // What the sums of products of one row stand for.
-    static FOVEATE_INLINE F scaled8(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel,
-                                    I high, I low) {
-        const I bias = Isa::template shift_left<7>(Vec::load_int(call.sums + channel));
-        F value = Isa::to_float(Isa::sub(high, bias));
-        if (input.planes == 2) value = Vec::fma(value, Vec::set(256.0f), Isa::to_float(Isa::sub(low, bias)));
-        return Vec::mul(value, Vec::mul(Vec::set(input.scales[row]), Vec::load(call.scales + channel)));
+    static FOVEATE_INLINE Columns<Vec> columns(const foveate_linear& call, int64_t channel) {
+        // Unsigned inputs are 128 too high each.
+        return {Vec::load(call.scales + channel), Isa::template shift_left<7>(Vec::load_int(call.sums + channel)),
+                channel};
     }
 
-    // kRows byte rows from that of ``row`` on, kVectors vectors of output channels from ``channel`` on.
-    template <int kRows, int kVectors>
+    // What the sums of products of one row stand for.
+    template <int kPlanes>
+    static FOVEATE_INLINE F scaled8(const Columns<Vec>& columns, float scale, I high, I low) {
+        F value = Isa::to_float(Isa::sub(high, columns.bias));
+        if (kPlanes == 2)
+            value = Vec::fma(value, Vec::set(256.0f), Isa::to_float(Isa::sub(low, columns.bias)));
+        return Vec::mul(value, Vec::mul(Vec::set(scale), columns.scale));
+    }
+
+    // kRows rows of kPlanes byte rows each, kVectors vectors of output channels from ``channel`` on.
+    template <int kRows, int kPlanes, int kVectors>
     static void multiply8(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel) {
-        const uint8_t* a = input.bytes + row * input.planes * input.stride;
+        constexpr int kByteRows = kRows * kPlanes;
+        const int64_t stride = input.stride;
+        const uint8_t* a = input.bytes + row * kPlanes * stride;
         const int8_t* w[kVectors];
         for (int j = 0; j < kVectors; ++j) {
             const int64_t c = channel + j * W;
-            w[j] = static_cast<const int8_t*>(call.weight) + c / kBlock * kBlock * input.stride + c % kBlock * 4;
+            w[j] = static_cast<const int8_t*>(call.weight) + c / kBlock * kBlock * stride + c % kBlock * 4;
         }
-        I sums[kRows][kVectors];
+        I sums[kByteRows][kVectors];
 #pragma GCC unroll 8
-        for (int r = 0; r < kRows; ++r)
+        for (int r = 0; r < kByteRows; ++r)
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) sums[r][j] = Vec::set_int(0);
-        for (int64_t k = 0; k < input.stride; k += 4) {
+        for (int64_t k = 0; k < stride; k += 4) {
             typename Isa::Weights weights[kVectors];
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) weights[j] = Isa::weights(w[j] + k * kBlock);
 #pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-                const typename Isa::Inputs inputs = Isa::inputs(a + r * input.stride + k);
+            for (int r = 0; r < kByteRows; ++r) {
+                const typename Isa::Inputs inputs = Isa::inputs(a + r * stride + k);
 #pragma GCC unroll 8
                 for (int j = 0; j < kVectors; ++j) sums[r][j] = Isa::dot(sums[r][j], inputs, weights[j]);
             }
         }
-        for (int r = 0; r < kRows; r += input.planes)
-            for (int j = 0; j < kVectors; ++j) {
-                const int64_t c = channel + j * W, m = row + r / input.planes;
-                put<Vec>(call, m, c, scaled8(call, input, m, c, sums[r][j], sums[r + input.planes - 1][j]));
-            }
+#pragma GCC unroll 8
+        for (int j = 0; j < kVectors; ++j) {
+            const Columns<Vec> held = columns(call, channel + j * W);
+#pragma GCC unroll 8
+            for (int r = 0; r < kRows; ++r)
+                put<Vec>(call, row + r, held.channel,
+                         scaled8<kPlanes>(held, input.scales[row + r], sums[r * kPlanes][j],
+                                          sums[r * kPlanes + kPlanes - 1][j]));
+        }
     }
 
-    template <int kVectors>
+    template <int kPlanes, int kVectors>
     static void rows8(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                       int64_t channel) {
-        constexpr int kMost = Isa::kRows;
-        const int most = kMost / input.planes;
-        for (int64_t row = first; row < last; row += most) {
-            switch (smaller<int64_t>(most, last - row) * input.planes) {
-                case 1: multiply8<1, kVectors>(call, input, row, channel); break;
-                case 2: multiply8<2, kVectors>(call, input, row, channel); break;
-                case 3: multiply8<3, kVectors>(call, input, row, channel); break;
-                case 4: multiply8<4, kVectors>(call, input, row, channel); break;
-                case 5: multiply8<(kMost < 5 ? kMost : 5), kVectors>(call, input, row, channel); break;
-                default: multiply8<kMost, kVectors>(call, input, row, channel);
+        constexpr int kMost = Isa::kRows / kPlanes;
+        for (int64_t row = first; row < last; row += kMost) {
+            switch (smaller<int64_t>(kMost, last - row)) {
+                case 1: multiply8<1, kPlanes, kVectors>(call, input, row, channel); break;
+                case 2: multiply8<(kMost < 2 ? kMost : 2), kPlanes, kVectors>(call, input, row, channel); break;
+                case 3: multiply8<(kMost < 3 ? kMost : 3), kPlanes, kVectors>(call, input, row, channel); break;
+                case 4: multiply8<(kMost < 4 ? kMost : 4), kPlanes, kVectors>(call, input, row, channel); break;
+                case 5: multiply8<(kMost < 5 ? kMost : 5), kPlanes, kVectors>(call, input, row, channel); break;
+                default: multiply8<kMost, kPlanes, kVectors>(call, input, row, channel);
             }
         }
+    }
+
+    template <int kPlanes>
+    static void blocks8(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
+                        int64_t channel, int64_t end) {
+        for (; channel + Isa::kVectors * W <= end; channel += Isa::kVectors * W)
+            rows8<kPlanes, Isa::kVectors>(call, input, first, last, channel);
+        for (; channel < end; channel += W) rows8<kPlanes, 1>(call, input, first, last, channel);
     }
 
     // ---- 4 bits ----
@@ -218,9 +246,8 @@ struct DotLinear {
             for (; channel < end; channel += W) rows4(call, input, first, last, channel);
             return;
         }
-        for (; channel + Isa::kVectors * W <= end; channel += Isa::kVectors * W)
-            rows8<Isa::kVectors>(call, input, first, last, channel);
-        for (; channel < end; channel += W) rows8<1>(call, input, first, last, channel);
+        if (input.planes == 1) blocks8<1>(call, input, first, last, channel, end);
+        else blocks8<2>(call, input, first, last, channel, end);
     }
 
     template <class T>

@@ -38,12 +38,12 @@ struct Lanes8 : Dot {
         __builtin_memcpy(&result, &top, 4);
         return result;
     }
-    static FOVEATE_INLINE void store_bytes(uint8_t* p, I x) {
-        const I order = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                         0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-        const I bytes = _mm256_shuffle_epi8(x, order);
-        const int32_t halves[2] = {_mm256_extract_epi32(bytes, 0), _mm256_extract_epi32(bytes, 4)};
-        __builtin_memcpy(p, halves, 8);
+    // Four vectors of signed bytes, or the same plus 128.
+    static FOVEATE_INLINE void store_bytes(uint8_t* p, const I (&x)[4], bool biased) {
+        const I packed = _mm256_packs_epi16(_mm256_packs_epi32(x[0], x[1]), _mm256_packs_epi32(x[2], x[3]));
+        const I ordered = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+        const I bytes = _mm256_xor_si256(ordered, _mm256_set1_epi8(biased ? char(0x80) : char(0)));
+        _mm256_storeu_si256(reinterpret_cast<I*>(p), bytes);
     }
     static FOVEATE_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
     static FOVEATE_INLINE I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
@@ -127,8 +127,12 @@ struct Lanes16 {
         __builtin_memcpy(&result, &top, 4);
         return result;
     }
-    static FOVEATE_INLINE void store_bytes(uint8_t* p, I x) {
-        _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(x));
+    static FOVEATE_INLINE void store_bytes(uint8_t* p, const I (&x)[4], bool biased) {
+        const I order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+        const I packed = _mm512_packs_epi16(_mm512_packs_epi32(x[0], x[1]), _mm512_packs_epi32(x[2], x[3]));
+        const I bytes = _mm512_xor_si512(_mm512_permutexvar_epi32(order, packed),
+                                         _mm512_set1_epi8(biased ? char(0x80) : char(0)));
+        _mm512_storeu_si512(p, bytes);
     }
     static FOVEATE_INLINE I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
     static FOVEATE_INLINE I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }

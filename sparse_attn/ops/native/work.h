@@ -16,8 +16,13 @@ struct PrefillItem {
 
 // A part of the keys of one query.
 struct DecodeItem {
+    int64_t whole;  // number of the query and kind that it is a part of
+    int64_t part;
+    int32_t row;  // of the selection
     int32_t sequence;
+    int32_t query;  // in the packed row
     int32_t kind;
+    int64_t position;
     int64_t first;  // positions, or units of the selection row
     int64_t last;
 };
@@ -31,7 +36,7 @@ struct IsaKernels {
     void (*prefill)(const foveate_attention& call, const PrefillItem& item, void* scratch);
     int64_t (*decode_scratch)(const foveate_attention& call);
     void (*decode)(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch);
-    void (*decode_merge)(const foveate_attention& call, int sequence, int kind, const float* partials, int parts);
+    void (*decode_merge)(const foveate_attention& call, int query, int kind, const float* partials, int parts);
     // Around the items of one thread.
     void (*begin)();
     void (*end)();
