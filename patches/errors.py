@@ -4,6 +4,7 @@ PatchError
 ├── UnsupportedModel     its attention is not one that pages can serve; the message says why
 │   └── UnsupportedRotary    its rotary embedding is of an unknown kind
 ├── UnsupportedCall      this forward pass asks for something that paged attention does not do
+├── QuantizationError    its weights cannot be quantised so
 ├── AttachError          attached already, or used after detaching
 └── CacheExhausted       the KV pool is full (also an ``OutOfPages``); the message says what to pass
 """
@@ -27,6 +28,10 @@ class UnsupportedRotary(UnsupportedModel):
 
 class UnsupportedCall(PatchError, ValueError):
     """A forward pass asks for something that paged attention does not do."""
+
+
+class QuantizationError(PatchError, ValueError):
+    """The model's weights cannot be quantised so."""
 
 
 class AttachError(PatchError, RuntimeError):

@@ -14,13 +14,19 @@ from .families import facts
 # Values of each weight that enter the hash: enough to tell checkpoints apart, milliseconds for a 0.5B model.
 SAMPLES = 64
 
+_KEPT = "_foveate_fingerprint"
+
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
     """Shape, rotary parameters, and a hash over samples of the weights, as plain JSON values.
 
     The element type is left out: a profile made in bfloat16 serves float32 and the other way. So
-    samples are rounded to bfloat16 before they are hashed.
+    samples are rounded to bfloat16 before they are hashed. A model whose weights were quantised since has the one that
+    ``keep_fingerprint`` gave it.
     """
+    kept: dict[str, Any] | None = getattr(model, _KEPT, None)
+    if kept is not None:
+        return dict(kept)
     found = facts(model.config)
     text = model.config.get_text_config()
     rotary = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None)
@@ -33,6 +39,11 @@ def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
         "rope": json.loads(json.dumps(rotary, sort_keys=True, default=str)),
         "weights": _hash(model),
     }
+
+
+def keep_fingerprint(model: PreTrainedModel, known: dict[str, Any]) -> None:
+    """Makes ``known`` the model's fingerprint from now on, whatever becomes of its weights."""
+    setattr(model, _KEPT, known)
 
 
 @torch.inference_mode()

@@ -15,6 +15,7 @@ from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.patches.attach import Attached, attach_engine
 from foveate.patches.families import VERIFIED, facts
 from foveate.patches.fingerprint import fingerprint
+from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.verify import verify
 from foveate.sparse_attn.profile import Profile
@@ -71,6 +72,7 @@ def load(options: EngineOptions) -> LoadedModel:
     Raises:
         OSError: nothing can be loaded under that name.
         UnsupportedModel: the model's attention cannot be ours; the message says why.
+        QuantizationError: its weights cannot be quantised so, or it is not on a CPU.
         InvalidRequest: an option does not fit the model.
         ProfileError: a profile cannot be read, or was made for another model.
     """
@@ -94,6 +96,8 @@ def load(options: EngineOptions) -> LoadedModel:
     if found.model_type not in VERIFIED:
         log.info("%s is not a verified family: comparing its logits with stock attention", found.model_type)
         verify(model).raise_on_failure()
+    if options.quantization != "none":
+        quantize(model, options.quantization)
     context = options.max_context or found.context_length
     if context > found.context_length:
         raise InvalidRequest(

@@ -18,6 +18,7 @@ from foveate.sparse_attn import registry
 ENGINE_FIELDS = (
     "dtype",
     "device",
+    "quantization",
     "page_size",
     "kv_cache_gib",
     "max_context",
@@ -50,6 +51,11 @@ class Settings(BaseSettings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="element type of the model")
     device: str = Field("auto", description="torch device, such as cpu or cuda:0")
+    quantization: Literal["none", "int8", "int8wo", "int4wo"] = Field(
+        "none",
+        description="weights of the linear layers in fewer bits, on a CPU: int8 (activations too), int8wo and int4wo "
+        "(weights only)",
+    )
     page_size: int | None = Field(None, description="tokens per KV page: 16, 32, 64 or 128; by device if unset")
     kv_cache_gib: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="memory of the KV cache in GiB; a share of what is free if unset"

@@ -1,0 +1,129 @@
+"""Quantised weights: replaces the linear layers of a model by ones with 8 or 4 bits per weight, on a CPU.
+
+- ``int8``: weights of 8 bits with a scale per output channel, activations of 8 bits with a scale per token, sums in
+  int32 (W8A8; LLM.int8(), arXiv:2208.07339, section 2.1, vector-wise). Faster in prefill and in decode.
+- ``int8wo``: the same weights; activations of 16 bits, which is finer than bfloat16. For decode, which waits for
+  the bytes of the weights.
+- ``int4wo``: weights of 4 bits in groups of 32 input channels, rounded to nearest.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from . import linear_native, linear_torch
+from .errors import QuantizationError
+from .fingerprint import fingerprint, keep_fingerprint
+from .linear_weights import BLOCK, Int4Weight, Int8Weight
+
+log = logging.getLogger(__name__)
+
+# Kind -> type of the weights, bits of the activations.
+KINDS: dict[str, tuple[type[Int8Weight] | type[Int4Weight], int]] = {
+    "int8": (Int8Weight, 8),
+    "int8wo": (Int8Weight, 16),
+    "int4wo": (Int4Weight, 16),
+}
+# Kind of the output layer: its logits decide the next token, and it works on few rows.
+HEAD_KIND = "int8wo"
+# Sums of this many products of bytes fit 32 bits.
+MOST_CHANNELS = 65536
+# What configs call the number of experts: a linear layer of that many outputs chooses among them, and stays exact.
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+class QuantizedLinear(nn.Module):
+    """Stands in for an ``nn.Linear``, from whose weight it is made; for inference.
+
+    Args:
+        linear: Not kept.
+        kind: A key of ``KINDS``.
+    """
+
+    def __init__(self, linear: nn.Linear, kind: str) -> None:
+        super().__init__()
+        made, self.activation_bits = KINDS[kind]
+        self.kind = kind
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.quantized = made.of(linear.weight)
+        self.bias = None if linear.bias is None else _padded(linear.bias)
+        self._linear = linear_native.linear if linear_native.supports(self.quantized) else linear_torch.linear
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., K]`` to ``[..., N]``, in its type."""
+        out = self._linear(x.reshape(-1, self.in_features), self.quantized, self.bias, self.activation_bits)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the weight, its scales and the bias."""
+        names = ("values", "scales", "sums", "groups")
+        held = [getattr(self.quantized, name, None) for name in names]
+        return sum(tensor.nbytes for tensor in (*held, self.bias) if tensor is not None)
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+def quantize(model: PreTrainedModel, kind: str) -> None:
+    """Replaces, in place, the linear layers of every decoder layer, and the output layer by one of 8 bits.
+
+    Embeddings and norms stay as they are, also where the output layer shared the embedding's weight. The model keeps
+    the fingerprint that it had.
+
+    Raises:
+        QuantizationError: no such kind, the model is not on a CPU, or it has no linear layers that can be replaced.
+    """
+    if kind not in KINDS:
+        raise QuantizationError(f"no such quantization: {kind!r}; there are {', '.join(KINDS)}")
+    if model.device.type != "cpu":
+        raise QuantizationError(f"quantization {kind} runs on a CPU only, and the model is on {model.device}")
+    found = list(_decoder_linears(model))
+    if not found:
+        raise QuantizationError(f"{type(model).__name__} has no linear layers in its decoder layers to quantize")
+    before = _bytes(model)
+    keep_fingerprint(model, fingerprint(model))
+    fallback = False
+    while found:  # each is let go before the next is made
+        parent, name, linear = found.pop()
+        replacement = QuantizedLinear(linear, kind)
+        fallback = fallback or not linear_native.supports(replacement.quantized)
+        setattr(parent, name, replacement)
+        del linear
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and head.in_features <= MOST_CHANNELS:
+        model.set_output_embeddings(QuantizedLinear(head, HEAD_KIND))
+    log.info("weights quantized to %s: %.0f MB of memory instead of %.0f", kind, _bytes(model) / 1e6, before / 1e6)
+    if fallback:
+        log.warning("no compiled kernels for quantized weights on this machine: they save memory, but cost time")
+
+
+def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
+    """Each linear layer inside a decoder layer, with its parent and its name there."""
+    config = model.config.get_text_config()
+    experts = {getattr(config, name, None) for name in EXPERTS}
+    for layers in model.modules():
+        if not isinstance(layers, nn.ModuleList):
+            continue
+        for layer in layers:
+            if not any(isinstance(getattr(inner, "layer_idx", None), int) for inner in layer.modules()):
+                continue
+            for parent in layer.modules():
+                for name, child in parent.named_children():
+                    fits = type(child) is nn.Linear and child.in_features <= MOST_CHANNELS
+                    if fits and child.out_features not in experts:
+                        yield parent, name, child
+
+
+def _bytes(model: nn.Module) -> int:
+    quantized = sum(module.nbytes for module in model.modules() if isinstance(module, QuantizedLinear))
+    return quantized + sum(parameter.nbytes for parameter in model.parameters())
+
+
+def _padded(bias: torch.Tensor) -> torch.Tensor:
+    return nn.functional.pad(bias.detach().float(), (0, -len(bias) % BLOCK))
