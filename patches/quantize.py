@@ -4,7 +4,7 @@
   int32 (W8A8; LLM.int8(), arXiv:2208.07339, section 2.1, vector-wise). Faster in prefill and in decode.
 - ``int8wo``: the same weights; activations of 16 bits, which is finer than bfloat16. For decode, which waits for
   the bytes of the weights.
-- ``int4wo``: weights of 4 bits in groups of 32 input channels, rounded to nearest.
+- ``int4wo``: weights of 4 bits in groups of 32 input channels; those of keys and values as in ``int8wo``.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ KINDS: dict[str, tuple[type[Int8Weight] | type[Int4Weight], int]] = {
 }
 # Kind of the output layer: its logits decide the next token, and it works on few rows.
 HEAD_KIND = "int8wo"
+# Layers that 4 bits spare: few weights, on which every head of a group depends. Gemma 3 270M lost a third less.
+SPARED = ("k_proj", "v_proj")
 # Sums of this many products of bytes fit 32 bits.
 MOST_CHANNELS = 65536
 # What configs call the number of experts: a linear layer of that many outputs chooses among them, and stays exact.
@@ -91,7 +93,7 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     fallback = False
     while found:  # each is let go before the next is made
         parent, name, linear = found.pop()
-        replacement = QuantizedLinear(linear, kind)
+        replacement = QuantizedLinear(linear, "int8wo" if kind == "int4wo" and name in SPARED else kind)
         fallback = fallback or not linear_native.supports(replacement.quantized)
         setattr(parent, name, replacement)
         del linear
