@@ -117,29 +117,33 @@ class Runner:
                 )
                 continue
             scheme = request.scheme.for_phase(Phase.PREFILL)
-            spans = [
-                ((None if dense else scheme, Phase.PREFILL), _Part(owner, chunk, start, stop - start))
-                for start, stop, dense in budget.spans(
-                    chunk.start, chunk.start + chunk.count, prompt_tokens, scheme.options
-                )
-            ]
+            spans: list[tuple[tuple[Scheme | None, Phase], list[_Part]]] = []
+            for start, stop, dense in budget.spans(
+                chunk.start, chunk.start + chunk.count, prompt_tokens, scheme.options
+            ):
+                if start >= prompt_tokens:  # a preempted answer is read again as it was: token by token
+                    answer = [_Part(owner, chunk, position, 1) for position in range(start, stop)]
+                    spans.append(((request.scheme.for_phase(Phase.DECODE), Phase.DECODE), answer))
+                else:
+                    reader = None if dense else scheme
+                    spans.append(((reader, Phase.PREFILL), [_Part(owner, chunk, start, stop - start)]))
             if len(spans) == 1:
-                members[spans[0][0]].append(spans[0][1])
+                members[spans[0][0]] += spans[0][1]
             else:  # side by side, so that a page which two of them write is one run for `write_kv`
-                split += [(key, [part]) for key, part in spans]
-        groups, parts, start = [], [], 0
-        for (reader, phase), group in [*members.items(), *split]:
+                split += spans
+        groups, parts, first = [], [], 0
+        for (policy, phase), group in [*members.items(), *split]:
             rows = Rows.build(
                 [_pages(part) for part in group],
                 [part.start + part.count for part in group],
                 [part.count for part in group],
                 self.loaded.device,
                 [len(part.chunk.sequence.group.request.prompt_token_ids) for part in group],
-                [part.chunk.sequence.tokens for part in group] if reader and reader.needs_token_ids else None,
+                [part.chunk.sequence.tokens for part in group] if policy and policy.needs_token_ids else None,
             )
-            groups.append(StepGroup(reader, phase, start, rows, tuple(part.owner for part in group)))
+            groups.append(StepGroup(policy, phase, first, rows, tuple(part.owner for part in group)))
             parts += group
-            start += rows.num_queries
+            first += rows.num_queries
         return groups, parts
 
 
