@@ -1,0 +1,190 @@
+"""Quantised linear layers: kernels against the reference of the same rounding, and models against themselves before."""
+
+from __future__ import annotations
+
+import copy
+import logging
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional
+
+from foveate.patches import linear_native, linear_torch
+from foveate.patches.errors import QuantizationError
+from foveate.patches.fingerprint import fingerprint
+from foveate.patches.linear_weights import BLOCK, Int4Weight, Int8Weight
+from foveate.patches.quantize import KINDS, QuantizedLinear, quantize
+from foveate.sparse_attn.ops import native
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# (rows, K, N): one row, few, more than a tile, and every remainder by 4, 16, 32 and 64 channels.
+SHAPES = {
+    "decode": (1, 576, 576),
+    "batch": (5, 192, 70),
+    "odd": (3, 100, 33),
+    "tiles": (33, 96, 80),
+    "chunks": (70, 1536, 48),
+    "long": (300, 64, 17),
+    "wide": (40, 4864, 32),
+}
+# Largest error against the reference, of outputs around 1. Sums of many products round in float32; 2^-8 is half a
+# step of bfloat16 at 2 to 4.
+TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 2**-6}
+# Root mean square error against the unquantised layer, relative to its output. Uniform rounding of normal weights by
+# 1/254 and 1/30 of about 6 deviations, and of activations by 1/254 of about 6, gives 0.007, 0.058 and 0.007.
+RELATIVE_ERROR = {"int8": 0.016, "int8wo": 0.011, "int4wo": 0.085}
+
+
+def made(rows: int, depth: int, channels: int, dtype: torch.dtype = torch.float32):
+    generator = torch.Generator().manual_seed(rows + depth + channels)
+    x = torch.randn(rows, depth, generator=generator).to(dtype)
+    weight = torch.randn(channels, depth, generator=generator) / depth**0.5
+    bias = functional.pad(torch.randn(channels, generator=generator), (0, -channels % BLOCK))
+    return x, weight, bias
+
+
+@pytest.fixture(params=native.LINEAR_ISAS)
+def isa(request):
+    kernels = native.library()
+    if kernels is None or request.param not in kernels.linear_isas:
+        pytest.skip(f"no kernels for {request.param} on this machine")
+    return request.param
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("biased", [True, False], ids=["bias", "no-bias"])
+def test_kernels_equal_the_reference(isa, kind, shape, dtype, biased):
+    x, weight, bias = made(*shape, dtype)
+    form, bits = KINDS[kind]
+    quantized = form.of(weight)
+    got = linear_native.linear(x, quantized, bias if biased else None, bits, isa=isa)
+    if kind == "int4wo" and len(x) >= linear_native.WIDEN_ROWS:  # x is not rounded then
+        want = functional.linear(x.float(), quantized.exact(), bias[: len(weight)] if biased else None).to(dtype)
+    else:
+        want = linear_torch.linear(x, quantized, bias if biased else None, bits)
+    assert got.dtype == dtype
+    torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+def test_sums_of_8_bits_are_exact(isa):
+    """Scales that are powers of two leave whole numbers, so nothing may be rounded."""
+    generator = torch.Generator().manual_seed(1)
+    x, weight = (torch.randint(-127, 128, (40, 512), generator=generator).float() for _ in range(2))
+    x[:, 0] = weight[:, 0] = 127
+    got = linear_native.linear(x, Int8Weight.of(weight), None, 8, isa=isa)
+    assert torch.equal(got, x @ weight.T)
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("kind", KINDS)
+def test_rows_of_a_larger_tensor_and_zeros_and_nan(isa, kind, rows):
+    x, weight, _ = made(rows, 128, 32)
+    x = torch.cat([x, x], dim=1)[:, 64:192]
+    x[0], x[1, 5] = 0, torch.nan
+    form, bits = KINDS[kind]
+    got = linear_native.linear(x, form.of(weight), None, bits, isa=isa)
+    assert bool((got[0] == 0).all())
+    assert bool(got[1].isnan().all())
+    assert bool(got[2:].isfinite().all())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_infinity_shows(isa, kind):
+    x, weight, _ = made(3, 64, 16)
+    x[1, 7] = -torch.inf
+    form, bits = KINDS[kind]
+    got = linear_native.linear(x, form.of(weight), None, bits, isa=isa)
+    assert not bool(got[1].isfinite().any())
+    assert bool(got[[0, 2]].isfinite().all())
+
+
+def test_widened_weight_is_the_exact_one(isa):
+    weight = Int4Weight.of(made(1, 100, 33)[1])
+    assert torch.equal(linear_native.widen(weight, torch.float32, isa=isa).T, weight.exact())
+
+
+@settings(deadline=None, max_examples=50)
+@given(channels=st.integers(1, 40), depth=st.integers(1, 140), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
+def test_weights_are_rounded_by_less_than_a_step(channels, depth, scale, seed):
+    weight = torch.randn(channels, depth, generator=torch.Generator().manual_seed(seed)) * scale
+    eight, four = Int8Weight.of(weight).exact(), Int4Weight.of(weight).exact()
+    assert eight.shape == four.shape == weight.shape
+    step8 = weight.abs().amax(1, keepdim=True) / 127
+    assert bool(((eight - weight).abs() <= 0.501 * step8).all())
+    grouped = functional.pad(weight, (0, -depth % 64)).view(channels, -1, 32)
+    # The fit may leave the ends of a group outside of its steps; bfloat16 takes up to 2^-8 of the lowest weight.
+    step4 = (grouped.amax(2) - grouped.amin(2)) / 15
+    error = functional.pad(four - weight, (0, -depth % 64)).view(channels, -1, 32).abs().amax(2)
+    assert bool((error <= 1.5 * step4 + 2**-8 * grouped.abs().amax(2)).all())
+
+
+@pytest.mark.parametrize("rows", [1, 512])
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_against_the_unquantised_layer(kind, rows):
+    x, weight, bias = made(rows, 576, 256)
+    layer = nn.Linear(576, 256)
+    with torch.no_grad():
+        layer.weight.copy_(weight)
+        layer.bias.copy_(bias[:256])
+        want = layer(x)
+        got = QuantizedLinear(layer, kind)(x[None])[0]
+    error = (got - want).square().mean().sqrt() / want.square().mean().sqrt()
+    assert error < RELATIVE_ERROR[kind]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_kernels_torch_computes_the_same(monkeypatch, kind):
+    layer = nn.Linear(64, 48)
+    x = torch.randn(3, 64)
+    fast = QuantizedLinear(layer, kind)(x)
+    monkeypatch.setattr(linear_native, "library", lambda: None)
+    torch.testing.assert_close(QuantizedLinear(layer, kind)(x), fast, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_model_is_replaced_in_place(tiny_llama, kind, caplog):
+    model = copy.deepcopy(tiny_llama)
+    known = fingerprint(model)
+    with caplog.at_level(logging.INFO, logger="foveate"):
+        quantize(model, kind)
+    layers = [module for module in model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 3 * 7 + 1
+    assert not [module for module in model.modules() if type(module) is nn.Linear]
+    assert model.lm_head.kind == "int8wo"
+    assert isinstance(model.get_input_embeddings(), nn.Embedding)
+    assert "MB of memory instead of" in caplog.text
+    assert fingerprint(model) == known
+    ids = torch.arange(2, 60)[None]
+    with torch.inference_mode():
+        want, got = (each(ids, use_cache=False).logits.log_softmax(-1) for each in (tiny_llama, model))
+    assert functional.kl_div(got, want, log_target=True, reduction="sum") / ids.numel() < 1e-3
+
+
+def test_layers_that_choose_experts_stay(tiny_llama):
+    model = copy.deepcopy(tiny_llama)
+    model.config.num_experts = 96  # what the MLP's inner layers have as outputs here
+    quantize(model, "int8")
+    assert type(model.model.layers[0].mlp.up_proj) is nn.Linear
+    assert isinstance(model.model.layers[0].mlp.down_proj, QuantizedLinear)
+
+
+def test_unknown_kind_is_refused(tiny_llama):
+    with pytest.raises(QuantizationError, match="no such quantization: 'int3'; there are int8, int8wo, int4wo"):
+        quantize(tiny_llama, "int3")
+
+
+def test_other_devices_are_refused(tiny_llama):
+    with pytest.raises(QuantizationError, match="runs on a CPU only, and the model is on meta"):
+        quantize(copy.deepcopy(tiny_llama).to("meta"), "int8")
+
+
+def test_model_without_linear_layers_is_refused(tiny_llama):
+    model = copy.deepcopy(tiny_llama)
+    quantize(model, "int8")
+    with pytest.raises(QuantizationError, match="no linear layers"):
+        quantize(model, "int8")
