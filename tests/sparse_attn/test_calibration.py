@@ -157,7 +157,8 @@ def test_it_goes_on_from_its_state():
     for seed in range(2):
         show(first, *sample(seed), WHOLE)
     begun = [(0, 32, Phase.PREFILL), (32, 68, "not a phase")]
-    with pytest.raises(ValueError, match="one query"):  # stopped in the middle of a sample, which then counts for nothing
+    # Stopped in the middle of a sample, which then counts for nothing.
+    with pytest.raises(ValueError, match="one query"):
         show(first, *sample(2), begun)
     second = calibrator()
     second.restore(first.state())
