@@ -42,6 +42,7 @@ def test_machine_report(small, capsys):
     for name in ("python:", "torch:", "transformers:", "triton:", "flashinfer-python:", "cores:", "memory:", "cpu:"):
         assert name in printed
     assert "GFLOP/s" in printed
+    assert "GOPS on cpu" in printed
 
 
 def test_sound_model(small, model_dir, capsys):
