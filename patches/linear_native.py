@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import torch
+from torch.nn import functional
 
-from foveate.sparse_attn.ops.native import DTYPES, LINEAR_ISAS, LinearCall, library
+from foveate.sparse_attn.ops.native import DTYPES, LINEAR_ISAS, Library, LinearCall, library
 
-from .linear_weights import BLOCK, Int8Weight, Weight
+from .linear_weights import Int8Weight, Weight
 
 # From this many rows on a 4-bit weight is widened once and multiplied by torch: one row costs about a tenth of that.
 WIDEN_ROWS = 16
@@ -18,65 +19,72 @@ def supports(weight: Weight) -> bool:
     return weight.values.device.type == "cpu" and kernels is not None and kernels.linear_isa is not None
 
 
-def linear(
-    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation_bits: int, *, isa: str | None = None
-) -> torch.Tensor:
-    """See ``linear_torch.linear``; many rows of a 4-bit layer are multiplied in the type of ``x``.
+class NativeLinear:
+    """``linear_torch.linear`` of one layer, what does not change between calls prepared.
 
-    ``isa`` is for tests.
+    Args:
+        weight: Kept alive.
+        bias: float32 ``[N]`` padded to 16, kept alive, or ``None``.
+        activation_bits: See ``linear_torch.linear``.
+        isa: For tests.
 
     Raises:
-        RuntimeError: the kernels were not compiled, or have no memory left.
+        RuntimeError: the kernels were not compiled.
     """
-    if x.dtype not in DTYPES:
-        return linear(x.float(), weight, bias, activation_bits, isa=isa).to(x.dtype)
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    if not isinstance(weight, Int8Weight) and len(x) >= WIDEN_ROWS:
-        out = torch.mm(x, widen(weight, x.dtype, isa=isa))
-        return out if bias is None else out + bias[: weight.out_channels].to(x.dtype)
-    out = torch.empty((len(x), weight.out_channels), dtype=x.dtype)
-    if not len(x):
+
+    def __init__(
+        self, weight: Weight, bias: torch.Tensor | None, activation_bits: int, *, isa: str | None = None
+    ) -> None:
+        kernels = library()
+        name = isa or (None if kernels is None else kernels.linear_isa)
+        if kernels is None or name is None:
+            raise RuntimeError("the native CPU kernels were not built")
+        self._kernels: Library = kernels
+        self._weight, self._bias = weight, bias
+        call = LinearCall()
+        call.weight = weight.values.data_ptr()
+        call.in_channels, call.out_channels = weight.in_channels, weight.out_channels
+        call.isa, call.activation_bits = LINEAR_ISAS.index(name), activation_bits
+        call.bias = None if bias is None else bias.data_ptr()
+        if isinstance(weight, Int8Weight):
+            call.weight_bits = 8
+            call.scales, call.sums = weight.scales.data_ptr(), weight.sums.data_ptr()
+        else:
+            call.weight_bits = 4
+            call.groups = weight.groups.data_ptr()
+        self._call = call
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [T, K]`` to ``[T, N]``; many rows of a 4-bit layer are not rounded, but multiplied in their type.
+
+        Raises:
+            RuntimeError: no memory is left.
+        """
+        dtype = DTYPES.get(x.dtype)
+        if dtype is None:
+            return self(x.float()).to(x.dtype)
+        rows, weight = len(x), self._weight
+        if rows >= WIDEN_ROWS and not isinstance(weight, Int8Weight):
+            bias = None if self._bias is None else self._bias[: weight.out_channels].to(x.dtype)
+            return functional.linear(x, self.widen(x.dtype), bias)
+        if x.stride(1) != 1:
+            x = x.contiguous()
+        out = x.new_empty((rows, weight.out_channels))
+        if not rows:
+            return out
+        call = LinearCall.from_buffer_copy(self._call)  # its own: other threads may run the layer too
+        call.input, call.out = x.data_ptr(), out.data_ptr()
+        call.input_stride, call.rows, call.dtype = x.stride(0), rows, dtype
+        call.num_threads = torch.get_num_threads()
+        if self._kernels.linear(call):
+            raise RuntimeError("no memory is left for the input of a linear layer")
         return out
-    call = _call(weight, x.dtype, isa)
-    call.input, call.out = x.data_ptr(), out.data_ptr()
-    call.bias = None if bias is None else bias.data_ptr()
-    call.input_stride, call.rows, call.activation_bits = x.stride(0), len(x), activation_bits
-    _run("linear", call)
-    return out
 
-
-def widen(weight: Weight, dtype: torch.dtype, *, isa: str | None = None) -> torch.Tensor:
-    """A 4-bit weight in ``dtype``, transposed: ``[K, N]``."""
-    columns = -(-weight.out_channels // BLOCK) * BLOCK
-    out = torch.empty((weight.in_channels, columns), dtype=dtype)
-    call = _call(weight, dtype, isa)
-    call.out = out.data_ptr()
-    _run("widen", call)
-    return out[:, : weight.out_channels]
-
-
-def _call(weight: Weight, dtype: torch.dtype, isa: str | None) -> LinearCall:
-    kernels = library()
-    name = isa or (None if kernels is None else kernels.linear_isa)
-    if name is None:
-        raise RuntimeError("the native CPU kernels were not built")
-    call = LinearCall()
-    call.weight = weight.values.data_ptr()
-    call.in_channels, call.out_channels = weight.in_channels, weight.out_channels
-    call.dtype, call.isa, call.num_threads = DTYPES[dtype], LINEAR_ISAS.index(name), torch.get_num_threads()
-    if isinstance(weight, Int8Weight):
-        call.weight_bits = 8
-        call.scales, call.sums = weight.scales.data_ptr(), weight.sums.data_ptr()
-    else:
-        call.weight_bits = 4
-        call.groups = weight.groups.data_ptr()
-    return call
-
-
-def _run(name: str, call: LinearCall) -> None:
-    kernels = library()
-    if kernels is None:
-        raise RuntimeError("the native CPU kernels were not built")
-    if getattr(kernels, name)(call):
-        raise RuntimeError("no memory is left for the input of a linear layer")
+    def widen(self, dtype: torch.dtype) -> torch.Tensor:
+        """The weight that a 4-bit layer stands for, ``[N, K]`` in ``dtype``."""
+        weight = self._weight
+        out = torch.empty((weight.out_channels, weight.in_channels), dtype=dtype)
+        call = LinearCall.from_buffer_copy(self._call)
+        call.out, call.dtype, call.num_threads = out.data_ptr(), DTYPES[dtype], torch.get_num_threads()
+        self._kernels.widen(call)
+        return out

@@ -10,7 +10,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import nn
@@ -54,11 +55,20 @@ class QuantizedLinear(nn.Module):
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.quantized = made.of(linear.weight)
         self.bias = None if linear.bias is None else _padded(linear.bias)
-        self._linear = linear_native.linear if linear_native.supports(self.quantized) else linear_torch.linear
+        self._linear: Callable[[torch.Tensor], torch.Tensor]
+        if linear_native.supports(self.quantized):
+            self._linear = linear_native.NativeLinear(self.quantized, self.bias, self.activation_bits)
+        else:
+            self._linear = partial(
+                linear_torch.linear,
+                weight=self.quantized,
+                bias=self.bias,
+                activation_bits=self.activation_bits,
+            )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., K]`` to ``[..., N]``, in its type."""
-        out = self._linear(x.reshape(-1, self.in_features), self.quantized, self.bias, self.activation_bits)
+        out = self._linear(x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
     @property

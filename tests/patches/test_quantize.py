@@ -62,7 +62,7 @@ def test_kernels_equal_the_reference(isa, kind, shape, dtype, biased):
     x, weight, bias = made(*shape, dtype)
     form, bits = KINDS[kind]
     quantized = form.of(weight)
-    got = linear_native.linear(x, quantized, bias if biased else None, bits, isa=isa)
+    got = linear_native.NativeLinear(quantized, bias if biased else None, bits, isa=isa)(x)
     if kind == "int4wo" and len(x) >= linear_native.WIDEN_ROWS:  # x is not rounded then
         want = functional.linear(x.float(), quantized.exact(), bias[: len(weight)] if biased else None).to(dtype)
     else:
@@ -76,7 +76,7 @@ def test_sums_of_8_bits_are_exact(isa):
     generator = torch.Generator().manual_seed(1)
     x, weight = (torch.randint(-127, 128, (40, 512), generator=generator).float() for _ in range(2))
     x[:, 0] = weight[:, 0] = 127
-    got = linear_native.linear(x, Int8Weight.of(weight), None, 8, isa=isa)
+    got = linear_native.NativeLinear(Int8Weight.of(weight), None, 8, isa=isa)(x)
     assert torch.equal(got, x @ weight.T)
 
 
@@ -87,7 +87,7 @@ def test_rows_of_a_larger_tensor_and_zeros_and_nan(isa, kind, rows):
     x = torch.cat([x, x], dim=1)[:, 64:192]
     x[0], x[1, 5] = 0, torch.nan
     form, bits = KINDS[kind]
-    got = linear_native.linear(x, form.of(weight), None, bits, isa=isa)
+    got = linear_native.NativeLinear(form.of(weight), None, bits, isa=isa)(x)
     assert bool((got[0] == 0).all())
     assert bool(got[1].isnan().all())
     assert bool(got[2:].isfinite().all())
@@ -98,14 +98,14 @@ def test_infinity_shows(isa, kind):
     x, weight, _ = made(3, 64, 16)
     x[1, 7] = -torch.inf
     form, bits = KINDS[kind]
-    got = linear_native.linear(x, form.of(weight), None, bits, isa=isa)
+    got = linear_native.NativeLinear(form.of(weight), None, bits, isa=isa)(x)
     assert not bool(got[1].isfinite().any())
     assert bool(got[[0, 2]].isfinite().all())
 
 
 def test_widened_weight_is_the_exact_one(isa):
     weight = Int4Weight.of(made(1, 100, 33)[1])
-    assert torch.equal(linear_native.widen(weight, torch.float32, isa=isa).T, weight.exact())
+    assert torch.equal(linear_native.NativeLinear(weight, None, 16, isa=isa).widen(torch.float32), weight.exact())
 
 
 @settings(deadline=None, max_examples=50)

@@ -49,8 +49,8 @@ FOVEATE_API int32_t foveate_linear_has_isa(int32_t isa);
 // out = input @ weight.T + bias. 0, or 1 when no memory was left.
 FOVEATE_API int32_t foveate_linear_run(const foveate_linear* call);
 
-// Only ``weight``, ``groups``, the channels, ``isa`` and ``num_threads`` are read: the weights of a 4-bit layer,
-// transposed, to ``out`` [K, N padded to 16] of ``dtype``.
+// Only ``weight``, ``groups``, the channels, ``isa`` and ``num_threads`` are read: the weights of a 4-bit layer to
+// ``out`` [N, K] of ``dtype``.
 FOVEATE_API int32_t foveate_linear_widen(const foveate_linear* call);
 
 FOVEATE_API int32_t foveate_linear_size(void);

@@ -250,24 +250,40 @@ struct DotLinear {
         else blocks8<2>(call, input, first, last, channel, end);
     }
 
+    // Rows of the 16 output channels of a block, whole cache lines at a time.
     template <class T>
     static void widen_as(const foveate_linear& call, int64_t block) {
-        const int64_t groups = padded_to(call.in_channels, 2 * kGroup) / kGroup;
-        const int64_t width = padded_to(call.out_channels, kBlock);
-        for (int64_t g = 0; g * kGroup < call.in_channels; ++g)
-            for (int lane = 0; lane < kBlock; lane += W) {
-                const uint8_t* w = static_cast<const uint8_t*>(call.weight) + (block * groups + g) * 256 + lane * 4;
-                const uint16_t* steps = call.groups + (block * groups + g) * 2 * kBlock + lane;
-                const F step = Vec::load(steps), zero = Vec::load(steps + kBlock);
-                T* out = static_cast<T*>(call.out) + g * kGroup * width + block * kBlock + lane;
-                const int64_t left = call.in_channels - g * kGroup;
-                for (int i = 0; i < kGroup; ++i) {
-                    if (i >= left) break;
-                    const I bytes = Isa::load(w + i % 16 / 4 * 64);
-                    const I nibble = Isa::nibble(bytes, i % 4 * 8 + i / 16 * 4);
-                    Vec::store(out + i * width, Vec::fma(Isa::to_float(nibble), step, zero));
+        const int64_t depth = call.in_channels, groups = padded_to(depth, 2 * kGroup) / kGroup;
+        const int channels = int(smaller<int64_t>(kBlock, call.out_channels - block * kBlock));
+        const __m256i fours = _mm256_setr_epi32(0, 16, 32, 48, 64, 80, 96, 112);
+        for (int64_t g = 0; g * kGroup < depth; ++g) {
+            const uint8_t* w = static_cast<const uint8_t*>(call.weight) + (block * groups + g) * 256;
+            const uint16_t* steps = call.groups + (block * groups + g) * 2 * kBlock;
+            alignas(64) uint8_t bytes[2][256];  // [8 fours of input channels][16 output channels][4]
+            for (int i = 0; i < 256; i += 4 * W) {
+                const I both = Isa::load(w + i);
+                Isa::store(bytes[0] + i, Isa::low_nibbles(both));
+                Isa::store(bytes[1] + i, Isa::high_nibbles(both));
+            }
+            for (int c = 0; c < channels; ++c) {
+                alignas(32) uint8_t row[kGroup];
+                const int* column = reinterpret_cast<const int*>(bytes[0]) + c;
+                _mm256_store_si256(reinterpret_cast<__m256i*>(row), _mm256_i32gather_epi32(column, fours, 4));
+                const F step = Vec::set(to_float(steps[c])), zero = Vec::set(to_float(steps[kBlock + c]));
+                T* out = static_cast<T*>(call.out) + (block * kBlock + c) * depth + g * kGroup;
+                const int64_t left = depth - g * kGroup;
+                for (int i = 0; i < kGroup && i < left; i += W) {
+                    const F value = Vec::fma(Isa::to_float(Isa::load_bytes(row + i)), step, zero);
+                    if (left - i >= W) {
+                        Vec::store(out + i, value);
+                    } else {
+                        T whole[W];
+                        Vec::store(whole, value);
+                        __builtin_memcpy(out + i, whole, size_t(left - i) * sizeof(T));
+                    }
                 }
             }
+        }
     }
 
     static void widen(const foveate_linear& call, int64_t block) {

@@ -47,8 +47,9 @@ struct Lanes8 : Dot {
     }
     static FOVEATE_INLINE I low_nibbles(I x) { return _mm256_and_si256(x, _mm256_set1_epi8(15)); }
     static FOVEATE_INLINE I high_nibbles(I x) { return low_nibbles(_mm256_srli_epi16(x, 4)); }
-    static FOVEATE_INLINE I nibble(I x, int shift) {
-        return _mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+    static FOVEATE_INLINE void store(void* p, I x) { _mm256_storeu_si256(static_cast<I*>(p), x); }
+    static FOVEATE_INLINE I load_bytes(const uint8_t* p) {
+        return _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
     }
 };
 
@@ -136,8 +137,9 @@ struct Lanes16 {
     }
     static FOVEATE_INLINE I low_nibbles(I x) { return _mm512_and_si512(x, _mm512_set1_epi8(15)); }
     static FOVEATE_INLINE I high_nibbles(I x) { return low_nibbles(_mm512_srli_epi16(x, 4)); }
-    static FOVEATE_INLINE I nibble(I x, int shift) {
-        return _mm512_and_si512(_mm512_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm512_set1_epi32(15));
+    static FOVEATE_INLINE void store(void* p, I x) { _mm512_storeu_si512(p, x); }
+    static FOVEATE_INLINE I load_bytes(const uint8_t* p) {
+        return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
     }
     static FOVEATE_INLINE Weights weights(const void* p) { return _mm512_loadu_si512(p); }
     static FOVEATE_INLINE Inputs inputs(const uint8_t* p) { return _mm512_set1_epi32(four_bytes(p)); }
