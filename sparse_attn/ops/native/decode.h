@@ -2,7 +2,7 @@
 //
 // A work item is a part of one query's keys for one KV head, so that one long sequence keeps every core busy; parts
 // are merged by log-sum-exp. Each key row is loaded once for the whole GQA group, and rows are prefetched one block
-// ahead, spread evenly over the products: K while K is multiplied, V while V is summed up.
+// ahead, spread evenly over the products.
 //
 // A Products class supplies the two products; see decode_vectors.h and decode_tiles.h.
 #pragma once
@@ -91,10 +91,11 @@ void decode_item(const foveate_attention& call, const DecodeItem& item, float* p
         const KeyBlock<T>& block = state.blocks[current];
         KeyBlock<T>& next = state.blocks[1 - current];
         cursor.fill(next, kDecodeBlock);
-        state.products.logits(block, next, state.weights);
+        Ahead<T> ahead(next, dim);
+        state.products.logits(block, ahead, state.weights);
         for (int h = 0; h < group; ++h)
             decode_softmax(call, state.products, h, block.count, state.weights + h * kDecodeBlock, partial + h * stride);
-        state.products.accumulate(block, next, state.weights);
+        state.products.accumulate(block, ahead, state.weights);
         current = 1 - current;
     }
     const float* outputs = state.products.finish();
@@ -149,8 +150,11 @@ inline void nothing() {}
 // The table of one instruction set and element type.
 template <class Engine, class Products>
 constexpr IsaKernels kernels_of(void (*begin)() = nothing, void (*end)() = nothing) {
-    return {prefill_rows<Engine>,  prefill_scratch<Engine>, prefill_item<Engine>, decode_scratch<Products>,
-            decode_item<Products>,     decode_merge<Products>,      begin,                end};
+    return {
+        prefill_rows<Engine>,     prefill_scratch<Engine>,  prefill_item<Engine>,    gathered_rows<Engine>,
+        gathered_scratch<Engine>, gathered_item<Engine>,    decode_scratch<Products>, decode_item<Products>,
+        decode_merge<Products>,   begin,                    end,
+    };
 }
 
 }  // namespace

@@ -167,10 +167,26 @@ bool alone(const foveate_attention& call) {
     return queries * heads_per_kind(call) < kLeastRows * call.num_tiles;
 }
 
-// Longest run of queries for an item: what fits in L2, or less where there would be too few items for the threads.
-int longest_run(const foveate_attention& call, const IsaKernels& kernels, int64_t queries, int kinds) {
-    const int group = heads_per_kind(call);
-    const int64_t fits = kernels.prefill_rows(call) / group;
+// Has each query units of its own, and do enough queries share each unit that gathering them fills vectors?
+bool gathers(const foveate_attention& call, const IsaKernels& kernels) {
+    constexpr int64_t kLeastUnit = 16, kLeastColumns = 8;
+    if (!call.indices || call.granularity < kLeastUnit || call.num_tiles != call.query_offsets[call.num_sequences] ||
+        call.num_tiles == call.num_sequences)
+        return false;
+    int64_t queries = 0, context = 0;
+    for (int s = 0; s < call.num_sequences; ++s) {
+        const int64_t count = call.query_offsets[s + 1] - call.query_offsets[s];
+        if (count > queries) queries = count;
+        if (call.context_lens[s] > context) context = call.context_lens[s];
+    }
+    const int64_t rows = queries * (call.num_heads / call.num_kv_heads), fits = kernels.gathered_rows(call);
+    return (rows < fits ? rows : fits) * call.selected_width >= kLeastColumns * units_of(call, context);
+}
+
+// Longest run of queries for an item with ``group`` rows for each: what fits in L2, or less where there would be too
+// few items for the threads.
+int longest_run(const foveate_attention& call, int rows, int group, int64_t queries, int kinds) {
+    const int64_t fits = rows / group;
     const int64_t even = queries * kinds / (4 * int64_t(call.num_threads)) + 1;
     const int64_t least = 128 / group;  // below this, packing K and V costs more than idle threads
     const int64_t longest = even < least ? least : even;
@@ -214,9 +230,15 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
         parts = parts > wanted ? wanted : parts < 1 ? 1 : parts;
         split[size_t(row)] = {partial_count, int32_t(parts)};
         if (parts > 1) partial_count += parts;
-        for (int64_t p = 0; p < parts; ++p)
-            items.push_back({row, p, one.row, one.sequence, one.query, kind, one.position,
-                             first + (last - first) * p / parts, first + (last - first) * (p + 1) / parts});
+        // Cut where pages begin: then keys lie side by side in memory as they do in a block.
+        const int64_t grain = call.indices ? 1 : 64;
+        int64_t from = first;
+        for (int64_t p = 0; p < parts; ++p) {
+            const int64_t cut = (first + (last - first) * (p + 1) / parts) / grain * grain;
+            const int64_t to = p + 1 == parts ? last : cut;
+            items.push_back({row, p, one.row, one.sequence, one.query, kind, one.position, from, to});
+            from = to;
+        }
     }
     const int64_t count = int64_t(items.size()), size = int64_t(group) * (call.head_dim + 2);
     std::vector<float> partials(size_t(partial_count * size));
@@ -269,10 +291,13 @@ int32_t foveate_attention_size(void) { return int32_t(sizeof(foveate_attention))
 int32_t foveate_prefill(const foveate_attention* call_pointer) try {
     const foveate_attention& call = *call_pointer;
     const IsaKernels& kernels = *kernels_for(call);
-    const int kinds = call.indices ? call.selected_heads : call.num_kv_heads;
+    const bool gathered = gathers(call, kernels);
+    const int kinds = call.indices && !gathered ? call.selected_heads : call.num_kv_heads;
+    const int group = call.num_heads / kinds;
     const int64_t queries = call.query_offsets[call.num_sequences];
-    const int longest = longest_run(call, kernels, queries, kinds);
-    if (call.indices && alone(call)) {
+    const int fits = gathered ? kernels.gathered_rows(call) : kernels.prefill_rows(call);
+    const int longest = longest_run(call, fits, group, queries, kinds);
+    if (call.indices && !gathered && alone(call)) {
         std::vector<OneQuery> ones;
         ones.reserve(size_t(queries));
         for (int row = 0; row < call.num_tiles; ++row)
@@ -281,7 +306,7 @@ int32_t foveate_prefill(const foveate_attention* call_pointer) try {
         return run_queries(call, kernels, ones);
     }
     std::vector<PrefillItem> items;
-    if (call.indices) {
+    if (call.indices && !gathered) {
         for (int row = 0; row < call.num_tiles; ++row)
             split(items, row, call.tile_sequence[row], call.tile_start[row], call.tile_count[row],
                   call.tile_position[row], longest, kinds);
@@ -292,10 +317,14 @@ int32_t foveate_prefill(const foveate_attention* call_pointer) try {
         }
     }
     const int64_t count = int64_t(items.size());
-    const int64_t bytes = kernels.prefill_scratch(call, longest * heads_per_kind(call));
+    int64_t context = 0;
+    for (int s = 0; s < call.num_sequences; ++s) context = context < call.context_lens[s] ? call.context_lens[s] : context;
+    const int64_t bytes = gathered ? kernels.gathered_scratch(call, longest, units_of(call, context))
+                                   : kernels.prefill_scratch(call, longest * group);
+    const auto compute = gathered ? kernels.gathered : kernels.prefill;
     std::atomic<int64_t> next{count};  // from the back: the last tiles of a prompt read most keys
     return run_threads(call, kernels, bytes, count, [&](void* scratch) {
-        for (int64_t i; (i = next.fetch_sub(1) - 1) >= 0;) kernels.prefill(call, items[size_t(i)], scratch);
+        for (int64_t i; (i = next.fetch_sub(1) - 1) >= 0;) compute(call, items[size_t(i)], scratch);
     });
 } catch (const std::bad_alloc&) {
     return 1;

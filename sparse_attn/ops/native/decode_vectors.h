@@ -1,0 +1,212 @@
+// Both products of decode by vector instructions, four keys and several heads of the group at a time.
+//
+// Vectors run along a row, as it comes from memory. Dot products are summed up for a vector of keys by one tree of
+// shuffles; weights are broadcast.
+#pragma once
+
+#include <type_traits>
+
+#include "prefill.h"
+
+namespace {
+
+constexpr int kDecodeBlock = 128;  // keys; 16 KiB of K and as much of V at 64 channels of bfloat16
+
+// Prefetches the rows of a block to L2, first its keys, then its values, a few at a time: a burst would wait for line
+// buffers while nothing is computed. Into L1, or not at all, decode of one group of three heads ran 10 to 25 % slower.
+template <class T>
+class Ahead {
+public:
+    Ahead(const KeyBlock<T>& block, int dim) : block_(block), bytes_(dim * int(sizeof(T))) {}
+    FOVEATE_INLINE void advance(int rows) {
+        for (const int end = smaller(row_ + rows, 2 * block_.count); row_ < end; ++row_) {
+            const T* row = row_ < block_.count ? block_.keys[row_] : block_.values[row_ - block_.count];
+            for (int at = 0; at < bytes_; at += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + at, _MM_HINT_T1);
+        }
+    }
+
+private:
+    const KeyBlock<T>& block_;
+    const int bytes_;
+    int row_ = 0;
+};
+
+// In each 128-bit lane, the four sums of that lane of r[0..3].
+FOVEATE_INLINE __m256 sum_quads(const __m256 (&r)[4]) {
+    const __m256 a = _mm256_add_ps(_mm256_unpacklo_ps(r[0], r[1]), _mm256_unpackhi_ps(r[0], r[1]));
+    const __m256 b = _mm256_add_ps(_mm256_unpacklo_ps(r[2], r[3]), _mm256_unpackhi_ps(r[2], r[3]));
+    return _mm256_add_ps(_mm256_shuffle_ps(a, b, 0x44), _mm256_shuffle_ps(a, b, 0xee));
+}
+// Lane 4i + j = the j-th sums of quads[i], over its 128-bit lanes.
+FOVEATE_INLINE __m256 sum_lanes(const __m256 (&quads)[2]) {
+    return _mm256_add_ps(_mm256_permute2f128_ps(quads[0], quads[1], 0x20),
+                         _mm256_permute2f128_ps(quads[0], quads[1], 0x31));
+}
+
+#if defined(__AVX512F__)
+FOVEATE_INLINE __m512 sum_quads(const __m512 (&r)[4]) {
+    const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(r[0], r[1]), _mm512_unpackhi_ps(r[0], r[1]));
+    const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(r[2], r[3]), _mm512_unpackhi_ps(r[2], r[3]));
+    return _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+}
+FOVEATE_INLINE __m512 sum_lanes(const __m512 (&quads)[4]) {
+    __m512 half[2];
+    for (int i = 0; i < 2; ++i)
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0x88),
+                                _mm512_shuffle_f32x4(quads[2 * i], quads[2 * i + 1], 0xdd));
+    return _mm512_add_ps(_mm512_shuffle_f32x4(half[0], half[1], 0x88), _mm512_shuffle_f32x4(half[0], half[1], 0xdd));
+}
+#endif
+
+// How K rows and the query are multiplied: float32 after widening.
+template <class S, class Storage>
+struct FloatRows {
+    using Simd = S;
+    using T = Storage;
+    using Q = float;
+    static constexpr int kStep = S::W;  // channels per vector
+    static FOVEATE_INLINE typename S::F load(const T* key, int) { return S::load(key); }
+    static FOVEATE_INLINE typename S::F mac(typename S::F acc, typename S::F key, const Q* query) {
+        return S::fma(key, S::load(query), acc);
+    }
+};
+
+#if defined(__AVX512BF16__)
+struct DotRows {
+    using Simd = Vec16;
+    using T = bfloat16;
+    using Q = bfloat16;
+    static constexpr int kStep = 32;
+    static FOVEATE_INLINE __m512 load(const T* key, int channels) {
+        // The query is padded by zeros; of the key nothing behind its row may be read, it may be NaN.
+        return _mm512_castsi512_ps(channels >= 32 ? _mm512_loadu_si512(key)
+                                                  : _mm512_maskz_loadu_epi16((1u << (channels & 31)) - 1, key));
+    }
+    static FOVEATE_INLINE __m512 mac(__m512 acc, __m512 key, const Q* query) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(key), (__m512bh)_mm512_loadu_si512(query));
+    }
+};
+#endif
+
+// Calls f with a number of heads, ``most`` at a time, as a constant.
+template <int most, class Function>
+FOVEATE_INLINE void by_heads(int group, Function&& f) {
+    for (int head = 0; head < group; head += most) {
+        const int heads = smaller(most, group - head);
+        if (heads == 1) f(head, std::integral_constant<int, 1>());
+        else if (heads == 2) f(head, std::integral_constant<int, 2>());
+        else if (heads == 3) f(head, std::integral_constant<int, 3>());
+        else f(head, std::integral_constant<int, 4>());
+    }
+}
+
+template <class Rows>
+class VectorProducts {
+public:
+    using Simd = typename Rows::Simd;
+    using T = typename Rows::T;
+
+    VectorProducts(Arena& arena, const foveate_attention& call) : dim_(call.head_dim), group_(heads_per_kind(call)) {
+        stride_ = round_up(dim_, Rows::kStep);
+        queries_ = arena.take<Q>(int64_t(group_) * stride_);
+        outputs_ = arena.take<float>(int64_t(group_) * dim_);
+    }
+
+    void start(const T* query, int64_t head_stride) {
+        for (int h = 0; h < group_; ++h) {
+            const T* source = query + h * head_stride;
+            Q* target = queries_ + int64_t(h) * stride_;
+            for (int d = 0; d < stride_; ++d) {
+                if constexpr (sizeof(Q) == 2) target[d] = d < dim_ ? source[d] : Q(0);
+                else target[d] = d < dim_ ? to_float(source[d]) : 0.0f;
+            }
+        }
+        for (int i = 0; i < group_ * dim_; ++i) outputs_[i] = 0.0f;
+    }
+
+    // weights[h][k] = query h times key k.
+    void logits(const KeyBlock<T>& block, Ahead<T>& ahead, float* weights) {
+        for (int at = 0; at < block.count; at += W) {
+            by_heads<kHeads>(group_, [&](int head, auto heads) {
+                dot_products<decltype(heads)::value>(block, head == 0 ? &ahead : nullptr, at, head, weights);
+            });
+        }
+    }
+
+    // The accumulators times a factor.
+    void shrink(int head, float factor) {
+        float* output = outputs_ + int64_t(head) * dim_;
+        for (int d = 0; d < dim_; d += W) Simd::store(output + d, Simd::mul(Simd::load(output + d), Simd::set(factor)));
+    }
+
+    // outputs[h] += sum of weights[h][k] times value k.
+    void accumulate(const KeyBlock<T>& block, Ahead<T>& ahead, const float* weights) {
+        by_heads<4>(group_, [&](int head, auto heads) {
+            constexpr int H = decltype(heads)::value, kWide = W == 16 ? 4 : 2;  // 16 of 32 registers, 8 of 16
+            int d = 0;
+            for (; d + kWide * W <= dim_; d += kWide * W)
+                weighted_sum<H, kWide>(block, head + d == 0 ? &ahead : nullptr, weights, head, d);
+            for (; d < dim_; d += W)
+                weighted_sum<H, 1>(block, head + d == 0 ? &ahead : nullptr, weights, head, d);
+        });
+    }
+
+    const float* finish() { return outputs_; }
+
+private:
+    using F = typename Simd::F;
+    using Q = typename Rows::Q;
+    static constexpr int W = Simd::W;
+    static constexpr int kHeads = W == 16 ? 4 : 2;  // with four keys, 16 of 32 registers, 8 of 16, are sums
+
+    template <int H>
+    void dot_products(const KeyBlock<T>& block, Ahead<T>* ahead, int at, int head, float* weights) {
+        const Q* query = queries_ + int64_t(head) * stride_;
+        F quads[H][W / 4];
+        for (int quad = 0; quad < W / 4; ++quad) {
+            const T* key[4];
+            for (int i = 0; i < 4; ++i) key[i] = block.keys[smaller(at + quad * 4 + i, block.count - 1)];
+            if (ahead) ahead->advance(4);
+            F acc[H][4];
+            for (int h = 0; h < H; ++h)
+                for (int i = 0; i < 4; ++i) acc[h][i] = Simd::zero();
+            for (int d = 0; d < dim_; d += Rows::kStep) {
+                F row[4];
+                for (int i = 0; i < 4; ++i) row[i] = Rows::load(key[i] + d, dim_ - d);
+                for (int h = 0; h < H; ++h)
+                    for (int i = 0; i < 4; ++i) acc[h][i] = Rows::mac(acc[h][i], row[i], query + h * stride_ + d);
+            }
+            for (int h = 0; h < H; ++h) quads[h][quad] = sum_quads(acc[h]);
+        }
+        for (int h = 0; h < H; ++h) Simd::store(weights + (head + h) * kDecodeBlock + at, sum_lanes(quads[h]));
+    }
+
+    // Of H heads and V vectors of channels.
+    template <int H, int V>
+    void weighted_sum(const KeyBlock<T>& block, Ahead<T>* ahead, const float* weights, int head, int d) {
+        float* outputs = outputs_ + int64_t(head) * dim_ + d;
+        weights += head * kDecodeBlock;
+        F acc[H][V];
+        for (int h = 0; h < H; ++h)
+            for (int v = 0; v < V; ++v) acc[h][v] = Simd::load(outputs + h * dim_ + v * W);
+        for (int k = 0; k < block.count; ++k) {
+            if (ahead) ahead->advance(1);
+            const T* value = block.values[k] + d;
+            F row[V];
+            for (int v = 0; v < V; ++v) row[v] = Simd::load(value + v * W);
+            for (int h = 0; h < H; ++h) {
+                const F weight = Simd::set(weights[h * kDecodeBlock + k]);
+                for (int v = 0; v < V; ++v) acc[h][v] = Simd::fma(weight, row[v], acc[h][v]);
+            }
+        }
+        for (int h = 0; h < H; ++h)
+            for (int v = 0; v < V; ++v) Simd::store(outputs + h * dim_ + v * W, acc[h][v]);
+    }
+
+    const int dim_, group_;
+    int stride_;  // of a padded query row
+    Q* queries_;
+    float* outputs_;
+};
+
+}  // namespace
