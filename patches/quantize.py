@@ -107,9 +107,9 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
         fallback = fallback or not linear_native.supports(replacement.quantized)
         setattr(parent, name, replacement)
         del linear
-    head = model.get_output_embeddings()
+    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is nn.Linear and head.in_features <= MOST_CHANNELS:
-        model.set_output_embeddings(QuantizedLinear(head, HEAD_KIND))
+        model.set_output_embeddings(QuantizedLinear(head, HEAD_KIND))  # type: ignore[no-untyped-call]
     log.info("weights quantized to %s: %.0f MB of memory instead of %.0f", kind, _bytes(model) / 1e6, before / 1e6)
     if fallback:
         log.warning("no compiled kernels for quantized weights on this machine: they save memory, but cost time")
@@ -127,8 +127,9 @@ def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, n
                 continue
             for parent in layer.modules():
                 for name, child in parent.named_children():
-                    fits = type(child) is nn.Linear and child.in_features <= MOST_CHANNELS
-                    if fits and child.out_features not in experts:
+                    if not isinstance(child, nn.Linear) or type(child) is not nn.Linear:
+                        continue  # a subclass computes something else
+                    if child.in_features <= MOST_CHANNELS and child.out_features not in experts:
                         yield parent, name, child
 
 
