@@ -18,8 +18,10 @@ from foveate.kv_cache.view import PagedView
 from .launch import Launch, last_dim_dense
 from .tiling import Tiling, power_of_two
 
-# Best blocks that a program can hold: two lists of them, in 64 bits, for 16 queries.
-MAX_TOP_K = 128
+# Best blocks that a program can hold without spills: two lists of them, in 64 bits, for 16 queries.
+MAX_TOP_K = 64
+# Channels per step of a gate's product.
+_CHANNELS = 32
 _LEAST = tl.constexpr(-(2**63))
 _NONE = tl.constexpr(2**31 - 1)
 
@@ -65,15 +67,15 @@ def block_mean_kernel(
 
 
 @triton.jit
-def _gates(query, mean, EXACT: tl.constexpr):
-    """``query . mean`` in float32. A 16-bit query is exact, and three parts of its type hold a float32 mean."""
+def _gates(query, mean, gates, EXACT: tl.constexpr):
+    """``gates + query . mean`` in float32. A 16-bit query is exact, and three parts of its type hold a float32 mean."""
     if EXACT:
-        return tl.dot(query, tl.trans(mean), input_precision="ieee")
+        return tl.dot(query, tl.trans(mean), gates, input_precision="ieee")
     high = mean.to(query.dtype)
     rest = mean - high.to(tl.float32)
     middle = rest.to(query.dtype)
     low = (rest - middle.to(tl.float32)).to(query.dtype)
-    gates = tl.dot(query, tl.trans(low))
+    gates = tl.dot(query, tl.trans(low), gates)
     gates = tl.dot(query, tl.trans(middle), gates)
     return tl.dot(query, tl.trans(high), gates)
 
@@ -116,8 +118,6 @@ def block_gate_kernel(
     own = (tl.load(context_lens + sequence) - count + local) // BLOCK_TOKENS
     first = tl.load(first_block + token, mask=valid, other=0)
     end = tl.load(end_block + token, mask=valid, other=0)
-    dim = tl.arange(0, BLOCK_DIM)
-    in_dim = dim < HEAD_DIM
     slot = tl.arange(0, BLOCK_LIST)
     kv_head = kind * FOLD // GROUP
     mean_base = means + ((sequence * (tl.num_programs(1) * FOLD // GROUP) + kv_head) * blocks) * HEAD_DIM
@@ -126,13 +126,18 @@ def block_gate_kernel(
     if TOP_K > 1:
         for begin in range(tl.min(first), tl.max(end), BLOCK_LIST):
             block = begin + slot
-            known = (block < blocks)[:, None] & in_dim[None, :]
-            mean = tl.load(mean_base + block[:, None] * HEAD_DIM + dim[None, :], mask=known, other=0.0)
             gates = tl.zeros([BLOCK_ROWS, BLOCK_LIST], tl.float32)
-            for fold in tl.static_range(FOLD):
-                at = token * QUERY_STRIDE + (kind * FOLD + fold) * QUERY_HEAD_STRIDE
-                asked = tl.load(query + at[:, None] + dim[None, :], mask=valid[:, None] & in_dim[None, :], other=0.0)
-                gates += _gates(asked, mean, EXACT)
+            # A few channels at a time: three parts of all channels of the means would spill.
+            for part in range(0, HEAD_DIM, BLOCK_DIM):
+                dim = part + tl.arange(0, BLOCK_DIM)
+                in_dim = dim < HEAD_DIM
+                known = (block < blocks)[:, None] & in_dim[None, :]
+                mean = tl.load(mean_base + block[:, None] * HEAD_DIM + dim[None, :], mask=known, other=0.0)
+                for fold in tl.static_range(FOLD):
+                    at = token * QUERY_STRIDE + (kind * FOLD + fold) * QUERY_HEAD_STRIDE
+                    known = valid[:, None] & in_dim[None, :]
+                    asked = tl.load(query + at[:, None] + dim[None, :], mask=known, other=0.0)
+                    gates = _gates(asked, mean, gates, EXACT)
             # The bits of a float ascend with it if those of a negative one are turned round; -0 + 0 is 0.
             bits = (gates + 0.0).to(tl.int32, bitcast=True)
             bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)
@@ -213,7 +218,7 @@ def gate_plan(
         "TOP_K": top_k,
         "BLOCK_TOKENS": block_tokens,
         "HEAD_DIM": view.head_dim,
-        "BLOCK_DIM": max(16, power_of_two(view.head_dim)),
+        "BLOCK_DIM": min(_CHANNELS, max(16, power_of_two(view.head_dim))),
         "BLOCK_ROWS": tiling.rows,
         "BLOCK_LIST": tiling.keys,
     }

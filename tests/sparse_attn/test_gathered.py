@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.sparse_attn import ops
-from foveate.sparse_attn.ops import gathered_torch
+from foveate.sparse_attn.ops import attention_native, gathered_torch, native
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Selection
 
@@ -39,6 +39,39 @@ def test_units_pages_and_dtypes(page, heads, dtype):
     selection = random_selection(view, query.shape[1], 32, 1)
     got, want = both(view, query, selection, AttentionSpec(80**-0.5))
     assert_same(got, want, 1e-5 if dtype == torch.float32 else 8e-3)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("per", ["kv-head", "query-head"])
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+def test_native_equals_reference(isa, dtype, per, spec):
+    kernels = native.library()
+    if kernels is None or isa not in kernels.isas:
+        pytest.skip(f"no kernels for {isa}")
+    for unit, page in ((16, 16), (32, 16), (16, 64), (512, 16)):
+        view = make_view((130, 17, 700), (100, 16, 311), dtype=dtype, page_size=page)
+        query = make_query(view, 6)
+        selection = random_selection(view, 2 if per == "kv-head" else 6, unit, 1)
+        want = ops.prefill(query, view, selection, spec, backend="reference")
+        got = attention_native.prefill(query, view, selection, spec, isa=isa)
+        assert_same(got, want, 3e-6 if dtype == torch.float32 else 4e-3)
+
+
+@pytest.mark.parametrize("isa", native.ISAS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [(2, 3, 64), (3, 1, 80), (1, 7, 96), (1, 8, 128), (2, 2, 256), (1, 5, 16)], ids=str)
+def test_native_head_shapes(isa, dtype, heads):
+    kernels = native.library()
+    if kernels is None or isa not in kernels.isas:
+        pytest.skip(f"no kernels for {isa}")
+    kv_heads, group, dim = heads
+    view = make_view((700,), (300,), kv_heads=kv_heads, dim=dim, dtype=dtype, page_size=32)
+    query = make_query(view, kv_heads * group)
+    selection, spec = random_selection(view, kv_heads * group, 64, 1), AttentionSpec(dim**-0.5)
+    want = ops.prefill(query, view, selection, spec, backend="reference")
+    got = attention_native.prefill(query, view, selection, spec, isa=isa)
+    assert_same(got, want, 3e-6 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("rows", [1, 16], ids="rows{}".format)

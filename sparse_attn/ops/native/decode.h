@@ -8,6 +8,7 @@
 #pragma once
 
 #include "decode_vectors.h"
+#include "gathered.h"
 
 namespace {
 

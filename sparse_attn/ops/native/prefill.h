@@ -75,6 +75,29 @@ struct PrefillState {
     }
 };
 
+// Copies W query rows into the columns of one vector, ``target [units][W]``.
+template <class Engine>
+FOVEATE_INLINE void pack_columns(const typename Engine::T* const* source, int dim, float* target) {
+    using Simd = typename Engine::Simd;
+    constexpr int W = Simd::W;
+    const int units = Engine::units(dim), filled = Engine::kPairs ? dim / 2 : dim;
+    for (int u = 0; u < filled; u += W) {
+        typename Simd::F tile[W];
+        if (filled - u >= W) {
+            for (int lane = 0; lane < W; ++lane) tile[lane] = Engine::load_units(source[lane], u);
+        } else {
+            for (int lane = 0; lane < W; ++lane) {
+                alignas(64) float part[W] = {};
+                for (int i = 0; i < filled - u; ++i) part[i] = Engine::load_unit(source[lane], u + i);
+                tile[lane] = Simd::load(part);
+            }
+        }
+        Simd::transpose(tile);
+        for (int i = 0; i < smaller(W, filled - u); ++i) Simd::store(target + (u + i) * W, tile[i]);
+    }
+    for (int u = filled; u < units; ++u) Simd::store(target + u * W, Simd::zero());
+}
+
 // Copies the item's query rows into columns, and sets up what is kept per column.
 template <class Engine>
 void load_queries(const foveate_attention& call, const PrefillItem& item, PrefillState<Engine>& state) {
@@ -83,7 +106,6 @@ void load_queries(const foveate_attention& call, const PrefillItem& item, Prefil
     constexpr int W = Simd::W;
     const int group = heads_per_kind(call), rows = item.count * group;
     const int units = Engine::units(call.head_dim), dim = call.head_dim;
-    const int filled = Engine::kPairs ? dim / 2 : dim;
     for (int v = 0; v < state.vectors; ++v) {
         const T* source[W];
         for (int lane = 0; lane < W; ++lane) {
@@ -96,22 +118,7 @@ void load_queries(const foveate_attention& call, const PrefillItem& item, Prefil
             state.high[v * W + lane] = int32_t(position - call.nearest);
             state.low[v * W + lane] = int32_t(position - call.farthest);
         }
-        float* target = state.queries + int64_t(v) * units * W;
-        for (int u = 0; u < filled; u += W) {
-            typename Simd::F tile[W];
-            if (filled - u >= W) {
-                for (int lane = 0; lane < W; ++lane) tile[lane] = Engine::load_units(source[lane], u);
-            } else {
-                for (int lane = 0; lane < W; ++lane) {
-                    alignas(64) float part[W] = {};
-                    for (int i = 0; i < filled - u; ++i) part[i] = Engine::load_unit(source[lane], u + i);
-                    tile[lane] = Simd::load(part);
-                }
-            }
-            Simd::transpose(tile);
-            for (int i = 0; i < smaller(W, filled - u); ++i) Simd::store(target + (u + i) * W, tile[i]);
-        }
-        for (int u = filled; u < units; ++u) Simd::store(target + u * W, Simd::zero());
+        pack_columns<Engine>(source, dim, state.queries + int64_t(v) * units * W);
         Simd::store(state.reference + v * W, Simd::set(-kInfinity));
         Simd::store(state.sums + v * W, Simd::zero());
         float* output = state.outputs + int64_t(v) * dim * W;
@@ -278,6 +285,27 @@ FOVEATE_INLINE void prefetch_rows(const KeyBlock<T>& block, int first, int last,
         }
 }
 
+// One block of keys for the ``kVectors`` vectors of columns from ``v`` on. False if none of them sees any of it.
+template <class Engine>
+FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, const KeyBlock<typename Engine::T>& block,
+                             PrefillState<Engine>& state, int v) {
+    constexpr int W = Engine::Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
+    const int dim = call.head_dim;
+    // Columns ascend in position, so the first and the last lane bound what the pass sees.
+    const int32_t* high = state.high + v * W;
+    const int32_t* low = state.low + v * W;
+    const int last = first_above(block.positions, block.count, high[C * W - 1]);
+    const int first = first_above(block.positions, last, low[0]) / 32 * 32;
+    if (first >= last) return false;
+    const bool masked = block.positions[last - 1] > high[0] || block.positions[first] <= low[C * W - 1];
+    const int padded = smaller(round_up(last, Engine::kPad), kBlock);
+    engine.logits(block, state.queries + int64_t(v) * Engine::units(dim) * W, state.logits, first, last);
+    for (int c = 0; c < C; ++c)
+        softmax<Engine>(call, state, v + c, state.logits + c * kBlock * W, block, first, last, padded, masked);
+    engine.accumulate(block, state.logits, state.outputs + int64_t(v) * dim * W, first, last);
+    return true;
+}
+
 template <class Engine>
 void prefill_item(const foveate_attention& call, const PrefillItem& item, void* scratch) {
     using T = typename Engine::T;
@@ -312,18 +340,7 @@ void prefill_item(const foveate_attention& call, const PrefillItem& item, void* 
         for (int pass = 0; pass < passes; ++pass) {
             prefetch_rows(next, pass * share, (pass + 1) * share, dim);
             const int v = pass * C;
-            // Columns ascend in position, so the first and the last lane bound what the pass sees.
-            const int32_t* high = state.high + v * W;
-            const int32_t* low = state.low + v * W;
-            const int last = first_above(block.positions, block.count, high[C * W - 1]);
-            const int first = first_above(block.positions, last, low[0]) / 32 * 32;
-            if (first >= last) continue;
-            const bool masked = block.positions[last - 1] > high[0] || block.positions[first] <= low[C * W - 1];
-            const int padded = smaller(round_up(last, Engine::kPad), kBlock);
-            engine.logits(block, state.queries + int64_t(v) * Engine::units(dim) * W, state.logits, first, last);
-            for (int c = 0; c < C; ++c)
-                softmax<Engine>(call, state, v + c, state.logits + c * kBlock * W, block, first, last, padded, masked);
-            engine.accumulate(block, state.logits, state.outputs + int64_t(v) * dim * W, first, last);
+            multiply<Engine>(call, engine, block, state, v);
         }
         current = 1 - current;
     }

@@ -34,6 +34,10 @@ struct IsaKernels {
     int (*prefill_rows)(const foveate_attention& call);
     int64_t (*prefill_scratch)(const foveate_attention& call, int rows);
     void (*prefill)(const foveate_attention& call, const PrefillItem& item, void* scratch);
+    // The same where each query has units of its own; an item is for a KV head, and ``units`` may be chosen.
+    int (*gathered_rows)(const foveate_attention& call);
+    int64_t (*gathered_scratch)(const foveate_attention& call, int queries, int64_t units);
+    void (*gathered)(const foveate_attention& call, const PrefillItem& item, void* scratch);
     int64_t (*decode_scratch)(const foveate_attention& call);
     void (*decode)(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch);
     void (*decode_merge)(const foveate_attention& call, int query, int kind, const float* partials, int parts);
@@ -45,6 +49,11 @@ struct IsaKernels {
 // First query heads of an item, and how many share its keys.
 inline int heads_per_kind(const foveate_attention& call) {
     return call.num_heads / (call.indices ? call.selected_heads : call.num_kv_heads);
+}
+
+// Units of a selection that begin within a context.
+inline int64_t units_of(const foveate_attention& call, int64_t context) {
+    return (context + call.granularity - 1) / call.granularity;
 }
 
 extern const IsaKernels* const kAvx2Kernels;
