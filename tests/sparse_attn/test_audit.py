@@ -103,7 +103,7 @@ def test_moved_positions_are_measured_where_the_model_has_the_keys(cap):
 
 def test_mass_above_a_threshold():
     call = Call()
-    plan = ScoreThreshold(torch.full((2, HEADS), 1.0), window_tokens=3)
+    plan = ScoreThreshold(torch.full((2, HEADS), 1.0), recent_tokens=4)
     _, lse, kept = ops.thresholded(call.query, call.view, plan, call.spec)
     got = mass_kept(call.query, call.view, call.layer, (Segment(plan),), lse)
     for sequence, length in enumerate(call.lengths):

@@ -47,6 +47,17 @@ class Call(ctypes.Structure):
     )
 
 
+class AnchorCall(ctypes.Structure):
+    """``foveate_anchor`` of anchor_call.h, field by field."""
+
+    _fields_ = (
+        ("attention", Call),
+        *((name, ctypes.c_void_p) for name in ("first", "end", "budgets", "scores", "indices", "counts")),
+        *((f"{name}_width", ctypes.c_int64) for name in ("score", "index")),
+        ("pool_all", ctypes.c_int32),
+    )
+
+
 class LinearCall(ctypes.Structure):
     """``foveate_linear`` of linear.h, field by field."""
 
@@ -65,6 +76,7 @@ class Library:
         isa: The one in use: the fastest, or what ``FOVEATE_CPU_ISA`` names.
         prefill: ``foveate_prefill``.
         decode: ``foveate_decode``.
+        anchor: ``foveate_anchor_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
         linear_isa: The one of them in use, no faster a kind than ``isa``.
         linear: ``foveate_linear_run``.
@@ -79,6 +91,7 @@ class Library:
         self._handle = ctypes.CDLL(str(path))
         if not (
             self._size("foveate_attention_size") == ctypes.sizeof(Call)
+            and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
             raise OSError(f"{path} was built from other sources; install again")
@@ -90,6 +103,7 @@ class Library:
             raise ValueError(f"{ISA_VARIABLE}={self.isa}: this machine has {', '.join(self.isas)}")
         self.prefill = self._function("foveate_prefill", Call)
         self.decode = self._function("foveate_decode", Call)
+        self.anchor = self._function("foveate_anchor_run", AnchorCall)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
         )

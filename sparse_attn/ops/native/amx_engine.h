@@ -33,9 +33,15 @@ struct AmxEngine {
           gathered_(static_cast<bfloat16*>(memory)),
           values_(gathered_ + int64_t(kBlock) * padded_) {}
 
-    void load(const KeyBlock<T>& block) {
+    // Only what ``logits`` needs.
+    void load_keys(const KeyBlock<T>& block) {
         const int count = round_up(block.count, 32);
         for (int i = 0; i < count; i += 16) load_keys(block, i);
+    }
+
+    void load(const KeyBlock<T>& block) {
+        load_keys(block);
+        const int count = round_up(block.count, 32);
         for (int i = 0; i < count; i += 32)
             for (int d = 0; d < dim_; d += 16) load_values(block, i, d);
     }

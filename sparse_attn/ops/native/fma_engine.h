@@ -75,21 +75,14 @@ struct FmaEngine {
     FmaEngine(void* memory, int dim) : dim_(dim), wide_(static_cast<float*>(memory)) {}
 
     void load(const KeyBlock<T>& block) {
-        for (int i = 0; i < block.count; ++i) {
-            if constexpr (kWiden) {
-                float* key = wide_ + int64_t(i) * dim_;
-                float* value = key + int64_t(kBlock) * dim_;
-                for (int d = 0; d < dim_; d += 8) {
-                    Vec8::store(key + d, Vec8::load(block.keys[i] + d));
-                    Vec8::store(value + d, Vec8::load(block.values[i] + d));
-                }
-                keys_[i] = key;
-                values_[i] = value;
-            } else {
-                keys_[i] = block.keys[i];
-                values_[i] = block.values[i];
-            }
-        }
+        load_keys(block);
+        for (int i = 0; i < block.count; ++i)
+            values_[i] = in_float(block.values[i], wide_ + int64_t(kBlock + i) * dim_);
+    }
+
+    // Only what ``logits`` needs.
+    void load_keys(const KeyBlock<T>& block) {
+        for (int i = 0; i < block.count; ++i) keys_[i] = in_float(block.keys[i], wide_ + int64_t(i) * dim_);
     }
 
     void logits(const KeyBlock<T>&, const float* queries, float* out, int first, int last) {
@@ -118,6 +111,15 @@ struct FmaEngine {
     }
 
 private:
+    const float* in_float(const T* row, float* copy) const {
+        if constexpr (!kWiden) {
+            return row;
+        } else {
+            for (int d = 0; d < dim_; d += 8) Vec8::store(copy + d, Vec8::load(row + d));
+            return copy;
+        }
+    }
+
     const int dim_;
     float* wide_;
     const float* keys_[kBlock];
@@ -166,8 +168,13 @@ struct DotEngine {
 
     DotEngine(void* memory, int dim) : dim_(dim), pairs_(static_cast<float*>(memory)) {}
 
-    void load(const KeyBlock<T>& block) {
+    // Only what ``logits`` needs.
+    void load_keys(const KeyBlock<T>& block) {
         for (int i = 0; i < block.count; ++i) keys_[i] = reinterpret_cast<const float*>(block.keys[i]);
+    }
+
+    void load(const KeyBlock<T>& block) {
+        load_keys(block);
         for (int i = 0; i < block.count; i += 2) {
             const bfloat16* even = block.values[i];
             const bfloat16* odd =

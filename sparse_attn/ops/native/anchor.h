@@ -1,0 +1,219 @@
+// Anchor scores of one tile and KV head, in one pass over the keys.
+//
+// The weights of the online softmax are what prefill.h makes of the logits; instead of being multiplied with values,
+// they are kept for all keys at once, each block with the reference that its exponents had. At the end the sums are
+// known, and a second walk over the weights, not over the logits, adds up each key's column. Columns are cut so that
+// the kept weights stay in L2.
+#pragma once
+
+#include "anchor_kernels.h"
+#include "prefill.h"
+
+namespace {
+
+constexpr int64_t kKeptBytes = 3 << 19;  // 1.5 MiB of weights at once
+
+template <class Engine>
+struct AnchorState {
+    static constexpr int W = Engine::Simd::W;
+    static constexpr int kKeys = Engine::kPairs ? 2 : 1;  // weights in 32 bits
+    static constexpr int64_t kBlockWords = int64_t(Engine::kBlock) / kKeys * W;
+
+    int columns;        // most query rows at once
+    int64_t blocks;     // of keys
+    float* weights;     // [blocks][vectors][kBlock / kKeys][W]
+    float* references;  // [blocks][vectors][W]
+    char* pass;
+
+    AnchorState(void* memory, const foveate_anchor& call, int tile, int64_t* bytes = nullptr) {
+        const foveate_attention& attention = call.attention;
+        const int group = heads_per_kind(attention), count = attention.tile_count[tile];
+        const int64_t end = int64_t(attention.tile_position[tile]) + count;
+        blocks = (end + Engine::kBlock - 1) / Engine::kBlock;
+        const int step = Engine::kVectors * W;
+        const int64_t fitting = kKeptBytes / (blocks * Engine::kBlock * 4 / kKeys) / step * step;
+        columns = int(larger<int64_t>(group, smaller<int64_t>(count * group, larger<int64_t>(step, fitting)) / group * group));
+        Arena arena(memory);
+        const int vectors = round_up((columns + W - 1) / W, Engine::kVectors);
+        weights = arena.take<float>(blocks * vectors * kBlockWords);
+        references = arena.take<float>(blocks * vectors * W);
+        int64_t inner = 0;
+        PrefillState<Engine>(nullptr, attention, columns, &inner);
+        pass = arena.take<char>(inner);
+        if (bytes) *bytes = arena.used(memory);
+    }
+};
+
+template <class Engine>
+int64_t anchor_scratch(const foveate_anchor& call, int tile) {
+    int64_t bytes = 0;
+    AnchorState<Engine>(nullptr, call, tile, &bytes);
+    return bytes;
+}
+
+// The weights of one block of keys and ``kVectors`` vectors of columns, in ``kept``, zero where a key is hidden.
+template <class Engine>
+FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Engine>& state, Engine& engine,
+                                 const KeyBlock<typename Engine::T>& block, int v, float* kept, float* references) {
+    using Simd = typename Engine::Simd;
+    constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
+    constexpr int kKeys = AnchorState<Engine>::kKeys;
+    constexpr int64_t kWords = AnchorState<Engine>::kBlockWords;
+    const int32_t* high = state.high + v * W;
+    const int last = first_above(block.positions, block.count, high[C * W - 1]);
+    if (last > 0) {
+        const bool masked = block.positions[last - 1] > high[0];
+        const int padded = smaller(round_up(last, Engine::kPad), kBlock);
+        engine.logits(block, state.queries + int64_t(v) * Engine::units(call.head_dim) * W, state.logits, 0, last);
+        for (int c = 0; c < C; ++c)
+            softmax<Engine>(call, state, v + c, state.logits + c * kBlock * W, block, 0, last, padded, masked);
+    }
+    for (int c = 0; c < C; ++c) {
+        Simd::store(references + c * W, Simd::load(state.reference + (v + c) * W));
+        float* target = kept + c * kWords;
+        const float* source = state.logits + c * kBlock * W;
+        int k = 0;
+        for (; k < last; k += kKeys) Simd::store(target + k / kKeys * W, Simd::load(source + k * W));
+        for (; k < round_up(block.count, 2 * W); k += kKeys) Simd::store(target + k / kKeys * W, Simd::zero());
+    }
+}
+
+// Adds up the columns of one block: ``scores[key] += sum over columns of weight * share``.
+template <class Engine>
+FOVEATE_INLINE void add_columns(const float* kept, const float* shares, int vectors, int count, float* scores) {
+    using Simd = typename Engine::Simd;
+    using F = typename Simd::F;
+    constexpr int W = Simd::W;
+    constexpr int64_t kWords = AnchorState<Engine>::kBlockWords;
+    for (int k = 0; k < count; k += W) {
+        F sums[W];
+        if constexpr (Engine::kPairs) {
+            for (int i = 0; i < W; i += 2) {
+                const float* pair = kept + (k + i) / 2 * W;
+                F even = Simd::zero(), odd = Simd::zero();
+                for (int v = 0; v < vectors; ++v) {
+                    const F share = Simd::load(shares + v * W);
+                    const __m512i both = _mm512_loadu_si512(pair + v * kWords);
+                    even = Simd::fma(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), share, even);
+                    odd = Simd::fma(_mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)))), share,
+                                    odd);
+                }
+                sums[i] = even;
+                sums[i + 1] = odd;
+            }
+        } else {
+            for (int i = 0; i < W; ++i) {
+                sums[i] = Simd::zero();
+                for (int v = 0; v < vectors; ++v)
+                    sums[i] = Simd::fma(Simd::load(kept + v * kWords + (k + i) * W), Simd::load(shares + v * W), sums[i]);
+            }
+        }
+        Simd::transpose(sums);
+        F total = Simd::load(scores + k);
+        for (int i = 0; i < W; ++i) total = Simd::add(total, sums[i]);
+        Simd::store(scores + k, total);
+    }
+}
+
+// Pools some queries of a tile.
+template <class Engine>
+void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const AnchorState<Engine>& kept, float* scores) {
+    using Simd = typename Engine::Simd;
+    using F = typename Simd::F;
+    using T = typename Engine::T;
+    constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
+    constexpr int64_t kWords = AnchorState<Engine>::kBlockWords;
+    const foveate_attention& call = anchor.attention;
+    const int group = heads_per_kind(call), rows = item.count * group;
+    PrefillState<Engine> state(kept.pass, call, rows);
+    load_queries<Engine>(call, item, state);
+    KeyCursor<T> cursor(call, item.sequence, item.kind, 0, int64_t(item.position) + item.count, false);
+    Engine engine(state.engine, call.head_dim);
+    KeyBlock<T>& block = state.blocks[0];
+    int64_t blocks = 0;
+    int last_count = 0;
+    for (cursor.fill(block, kBlock); block.count > 0; cursor.fill(block, kBlock), ++blocks) {
+        engine.load_keys(block);
+        last_count = block.count;
+        for (int v = 0; v < state.vectors; v += C)
+            keep_weights<Engine>(call, state, engine, block, v, kept.weights + (blocks * state.vectors + v) * kWords,
+                                 kept.references + (blocks * state.vectors + v) * W);
+    }
+
+    const bool cap = call.softcap != 0.0f;
+    const float scale = cap ? 1.0f : call.scale;
+    for (int row = 0; row < state.vectors * W; ++row) {
+        float sum = state.sums[row];
+        if (call.sinks) sum += std::exp(call.sinks[item.kind * group + row % group] - state.reference[row] * scale);
+        state.sums[row] = row < rows ? 1.0f / sum : 0.0f;  // columns behind the last repeat it
+    }
+    const F factor = Simd::set(scale * kLog2E);
+    float* shares = state.outputs;  // [vectors][W]: no values are summed here
+    for (int64_t b = 0; b < blocks; ++b) {
+        const float* references = kept.references + b * state.vectors * W;
+        for (int at = 0; at < state.vectors * W; at += W) {
+            // References that were -inf belong to blocks without a visible key.
+            const F moved = Simd::sub(Simd::load(references + at), Simd::load(state.reference + at));
+            Simd::store(shares + at, Simd::mul(Simd::template exp2<true>(Simd::mul(moved, factor)), Simd::load(state.sums + at)));
+        }
+        add_columns<Engine>(kept.weights + b * state.vectors * kWords, shares, state.vectors,
+                            b + 1 < blocks ? kBlock : last_count, scores + b * kBlock);
+    }
+}
+
+template <class Engine>
+void anchor_pool(const foveate_anchor& call, int tile, int kv_head, float* scores, void* scratch) {
+    const foveate_attention& attention = call.attention;
+    const AnchorState<Engine> kept(scratch, call, tile);
+    const int queries = kept.columns / heads_per_kind(attention), count = attention.tile_count[tile];
+    for (int done = 0; done < count; done += queries) {
+        const PrefillItem item{tile, attention.tile_sequence[tile], attention.tile_start[tile] + done,
+                               smaller(queries, count - done), attention.tile_position[tile] + done, kv_head};
+        pool_part<Engine>(call, item, kept, scores);
+    }
+}
+
+// The ``budget`` largest of scores[first..end), the earliest of equals, in order; returns how many. Scores are not
+// negative, so their bits ascend with them: three rounds of counting find the bits of the smallest one chosen.
+inline int choose(const float* scores, int64_t first, int64_t end, int64_t budget, int32_t* indices) {
+    if (budget <= 0 || end <= first) return 0;
+    int count = 0;
+    if (end - first <= budget) {
+        for (int64_t k = first; k < end; ++k) indices[count++] = int32_t(k);
+        return count;
+    }
+    auto bits = [&](int64_t k) {
+        uint32_t result;
+        __builtin_memcpy(&result, scores + k, 4);
+        return result;
+    };
+    constexpr int kShifts[3] = {21, 10, 0};
+    uint32_t bound = 0;
+    int64_t left = budget;  // to be chosen among those that agree with ``bound`` so far
+    for (int round = 0; round < 3; ++round) {
+        const int shift = kShifts[round], above = round == 0 ? 32 : kShifts[round - 1];
+        const int bins = 1 << (above - shift);
+        int32_t counts[2048] = {};
+        for (int64_t k = first; k < end; ++k) {
+            const uint32_t value = bits(k);
+            if (round == 0 || value >> above == bound >> above) ++counts[value >> shift & uint32_t(bins - 1)];
+        }
+        int bin = bins - 1;
+        for (; counts[bin] < left; --bin) left -= counts[bin];
+        bound |= uint32_t(bin) << shift;
+    }
+    for (int64_t k = first; k < end; ++k) {
+        const uint32_t value = bits(k);
+        if (value > bound || (value == bound && left-- > 0)) indices[count++] = int32_t(k);
+    }
+    return count;
+}
+
+template <class Engine>
+AnchorKernels anchor_kernels_of(void (*begin)(), void (*end)()) {
+    return {anchor_scratch<Engine>, anchor_pool<Engine>, choose, begin, end};
+}
+
+inline void nothing() {}
+
+}  // namespace

@@ -1,0 +1,19 @@
+// What each instruction set offers for anchor scores.
+#pragma once
+
+#include "anchor_call.h"
+
+struct AnchorKernels {
+    int64_t (*scratch)(const foveate_anchor& call, int tile);
+    // Adds to ``scores``, which has room for the tile's last position rounded up to a multiple of 512.
+    void (*pool)(const foveate_anchor& call, int tile, int kv_head, float* scores, void* scratch);
+    int (*choose)(const float* scores, int64_t first, int64_t end, int64_t budget, int32_t* indices);
+    // Around the items of one thread.
+    void (*begin)();
+    void (*end)();
+};
+
+extern const AnchorKernels* const kAnchorAvx2;        // [2], by element type
+extern const AnchorKernels* const kAnchorAvx512;      // [2]
+extern const AnchorKernels* const kAnchorAvx512Bf16;
+extern const AnchorKernels* const kAnchorAmx;
