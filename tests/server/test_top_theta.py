@@ -1,0 +1,108 @@
+"""Top-theta from calibration to answers: in chunks, from reused prefixes, and with the profile that comes along."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from foveate import LLM, SamplingParams
+from foveate.server import cli
+from foveate.server.calibration_text import prose
+from foveate.server.engine import Engine
+from foveate.server.options import EngineOptions
+from foveate.sparse_attn.profile import Profile
+
+GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+_SMALL = {
+    "scheme": "top_theta", "budget_tokens": 24, "first_layers_budget_tokens": 0,
+    "sink_tokens": 4, "window_tokens": 16, "dense_tail_tokens": 8,
+}  # fmt: skip
+POLICIES = {
+    "thresholds": _SMALL,
+    "union-bound": _SMALL | {"gqa": "union", "compensation": "bound", "compensation_scale": 0.2},
+    "pure-calibrated": _SMALL | {"sink_tokens": 0, "window_tokens": 0, "dense_tail_tokens": 0}
+    | {"compensation": "calibrated"},
+    "decode-only": _SMALL | {"sparse_prefill": False},
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def profile_file(model_dir, tmp_path_factory):
+    path = tmp_path_factory.mktemp("profile") / "top_theta.safetensors"
+    given = ["--samples", "4", "--tokens", "480", "--dtype", "float32"]
+    given += ["--option", "sink_tokens=4", "--option", "window_tokens=16", "--option", "sigma=0.1"]
+    assert cli.main(["calibrate", model_dir, "--scheme", "top_theta", "-o", str(path), *given]) == 0
+    return path
+
+
+@pytest.fixture
+def make_llm(model_dir, profile_file):
+    made = []
+
+    def make(**options):
+        options = {"dtype": "float32", "page_size": 16, "kv_cache_gib": 0.02, "profile": [str(profile_file)], **options}
+        made.append(LLM.over(Engine.load(EngineOptions(model_dir, **options))))
+        return made[-1]
+
+    yield make
+    for llm in made:
+        llm.close()
+
+
+def prompts():
+    rng = random.Random(0)
+    return [[rng.randrange(256) for _ in range(length)] for length in (30, 130, 300, 257)]
+
+
+def tokens(llm, attention):
+    return [answer.token_ids for answer in llm.generate(prompts(), GREEDY, attention)]
+
+
+def test_a_profile_says_what_it_was_made_from(profile_file):
+    profile = Profile.load(profile_file)
+    assert profile.options == {
+        "sink_tokens": 4, "window_tokens": 16, "sigma": 0.1, "queries_per_length": 4,
+        "samples": 4, "sample_tokens": 480, "queries": 4 * 4 * 4,
+    }  # fmt: skip
+    assert profile.tensors["all.sizes"].tolist() == [128, 192, 256, 384]
+    assert profile.tensors["free.sizes"].tolist() == [107, 171, 235, 363]
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_the_same_however_it_is_computed(make_llm, name):
+    policy = POLICIES[name]
+    llm = make_llm(max_batch_tokens=512)
+    want = tokens(llm, policy)
+    assert tokens(llm, policy) == want, "from a warm prefix cache"
+    assert llm.engine.snapshot().cached_tokens > 0
+    assert tokens(make_llm(max_batch_tokens=70), policy) == want, "in chunks"
+    assert tokens(llm, None) != want
+
+
+def test_a_roomy_budget_answers_as_dense(make_llm):
+    llm = make_llm()
+    assert tokens(llm, _SMALL | {"budget_tokens": 1000}) == tokens(llm, None)
+
+
+def test_every_key_is_scored_and_few_values_are_read(make_llm):
+    llm = make_llm()
+    for name, policy in POLICIES.items():
+        (answer,) = llm.generate([prompts()[2]], GREEDY, policy)
+        assert answer.usage.scheme == "top_theta"
+        fraction = answer.usage.keys_read_fraction
+        assert 0.5 < fraction < (1 if name == "decode-only" else 0.8), name
+
+
+def test_the_profile_that_comes_with_the_demo_model_finds_the_fact(smollm_dir):
+    text = prose()[:9000]
+    middle = text.index("\n\n", len(text) // 2)
+    fact = "\n\nThe secret access code of the north warehouse is 48213."
+    prompt = text[:middle] + fact + text[middle:] + "\n\nReminder. The secret access code of the north warehouse is"
+    with LLM(str(smollm_dir), kv_cache_gib=0.5) as llm:
+        (answer,) = llm.generate(
+            [prompt], GREEDY, {"scheme": "top_theta", "budget_tokens": 128, "dense_tail_tokens": 0}
+        )
+    assert answer.usage.prompt_tokens > 1500
+    assert "48213" in answer.text
+    assert 0.5 < answer.usage.keys_read_fraction < 0.85
