@@ -18,11 +18,13 @@ def build_step(
     chunks: Sequence[tuple[BlockTable, int]],
     scheme: Scheme | None,
     rotary: QueryRotator | None = None,
+    prompt_tokens: int | None = None,
 ) -> StepState:
     """Reserves pages for the next tokens of some sequences and describes their forward pass.
 
-    Chunks of one token each, all behind a context, are a decode step. Any other step is prefill
-    and counts as the end of the prompt, so its last queries are the scheme's dense tail.
+    Where nothing is said of the prompt, chunks of one token each, all behind a context, are a decode
+    step. Any other step is prefill and counts as the end of the prompt, so its last queries are the
+    scheme's dense tail.
 
     Args:
         manager: Owner of the tables. ``commit`` to it after the pass.
@@ -30,6 +32,8 @@ def build_step(
             the packed row. Sequence ``i`` has row ``i`` of the step's ``keys_read``.
         scheme: One policy for all; ``None`` reads every key.
         rotary: For schemes that move positions.
+        prompt_tokens: Length of every sequence's prompt: chunks of one token each are a decode step
+            iff they all lie behind it, and the dense tail is at its end.
 
     Raises:
         OutOfPages: the pool is too full. Tables keep what was reserved for them.
@@ -46,16 +50,16 @@ def build_step(
         pool=manager.pool,
         slots=torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
         positions=torch.tensor(positions, dtype=torch.int64).to(device, non_blocking=True),
-        groups=_groups(chunks, scheme, device),
+        groups=_groups(chunks, scheme, prompt_tokens, device),
         rotary=rotary,
         keys_read=torch.zeros(len(chunks), 2, dtype=torch.float64, device=device),
     )
 
 
 def _groups(
-    chunks: Sequence[tuple[BlockTable, int]], scheme: Scheme | None, device: torch.device
+    chunks: Sequence[tuple[BlockTable, int]], scheme: Scheme | None, prompt_tokens: int | None, device: torch.device
 ) -> tuple[StepGroup, ...]:
-    if all(count == 1 and table.num_tokens for table, count in chunks):
+    if all(count == 1 and table.num_tokens >= max(prompt_tokens or 0, 1) for table, count in chunks):
         scheme = scheme and scheme.for_phase(Phase.DECODE)
         return (_group(range(len(chunks)), chunks, scheme, Phase.DECODE, 0, device),)
     scheme = scheme and scheme.for_phase(Phase.PREFILL)
@@ -65,7 +69,7 @@ def _groups(
     start = 0
     for owner, (table, count) in enumerate(chunks):
         stop = table.num_tokens + count
-        for first, last, dense in spans(table.num_tokens, stop, stop, scheme.options):
+        for first, last, dense in spans(table.num_tokens, stop, prompt_tokens or stop, scheme.options):
             rows = Rows.build([list(table.pages)], [last], [last - first], device)
             groups.append(StepGroup(None if dense else scheme, Phase.PREFILL, start, rows, (owner,)))
             start += last - first

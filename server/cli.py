@@ -15,6 +15,7 @@ from pydantic.fields import FieldInfo
 from foveate import __version__
 from foveate.sparse_attn import registry
 
+from .evaluation.arguments import EXAMPLES, SETTINGS, add_arguments
 from .settings import ENGINE_FIELDS, Settings
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
@@ -105,6 +106,12 @@ def build_parser() -> argparse.ArgumentParser:
     )
     add_settings(calibrate, ("dtype", "device", "trust_remote_code"))
     calibrate.set_defaults(run=lambda given: _calibrate(given, calibrate))
+
+    evaluate = _command(commands, "eval", "measure what schemes keep of a model's answers", EXAMPLES + schemes)
+    _add_model(evaluate, required=True)
+    add_arguments(evaluate)
+    add_settings(evaluate, SETTINGS)
+    evaluate.set_defaults(run=lambda given: _evaluate(given, evaluate))
 
     doctor = _command(commands, "doctor", "check this machine, and a model", _DOCTOR)
     doctor.add_argument("model", metavar="MODEL", nargs="?", help="packaged name, local directory or hub id")
@@ -199,6 +206,13 @@ def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 def _calibrate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     settings = read_settings(given, parser)
     from .calibrate import run
+
+    return run(given, settings)
+
+
+def _evaluate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    settings = read_settings(given, parser)
+    from .evaluation.run import run
 
     return run(given, settings)
 

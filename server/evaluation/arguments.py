@@ -1,0 +1,148 @@
+"""Flags of ``foveate eval``. Loads no model library, since help needs them too."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from foveate.sparse_attn import registry
+
+from .tasks import TASKS
+
+# Settings that make sense here; prefix reuse is off, and the policies are this command's own matter.
+SETTINGS = (
+    "dtype",
+    "device",
+    "page_size",
+    "kv_cache_gib",
+    "max_batch_tokens",
+    "profile",
+    "audit_rate",
+    "trust_remote_code",
+)
+
+EXAMPLES = f"""\
+Every prompt is made here from the seed: a document of --lengths tokens, answers included,
+facts planted in it, and at its end the beginning of a sentence that only such a fact completes. A fact
+counts as found if the greedy answer contains it. Dense attention always runs beside the others: what it
+does not find says something of the model, not of a scheme.
+
+tasks:
+{chr(10).join(f"  {name:<18} {task.about}" for name, task in TASKS.items())}
+
+The directory gets results.json, a heat map (length x depth) per scheme, and trials.jsonl with every
+answer. Trials found there are not run again, so a run that was cut off, or one with more samples, lengths
+or schemes, goes on where the last one was.
+
+examples:
+  foveate eval smollm2-135m --scheme streaming -o results
+  foveate eval smollm2-135m --tasks needle,agreement --lengths 4096 --budgets 512 --samples 2 -o results
+  foveate eval ./my-model --policy '{{"scheme": "streaming", "budget_tokens": 1024, "sink_tokens": 64}}' -o results
+  foveate eval ./my-model --option dense_tail_tokens=0 --audit-rate 0.5 -o results
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that only this command has."""
+    parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="where the results are kept")
+    parser.add_argument(
+        "--scheme",
+        type=_several(_one_of(registry.names(), "scheme")),
+        metavar="NAME,...",
+        help="schemes to compare with dense (default: all, unless there is a --policy)",
+    )
+    parser.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="given to every --scheme that has it"
+    )
+    parser.add_argument(
+        "--policy", action="append", default=[], type=_policy, metavar="JSON", help="a scheme with its own options"
+    )
+    parser.add_argument(
+        "--budgets",
+        type=_several(_whole),
+        default=[256, 512, 1024],
+        metavar="N,...",
+        help="budget_tokens of every policy that has them and says nothing itself (default: 256,512,1024)",
+    )
+    parser.add_argument(
+        "--tasks",
+        type=_several(_one_of(tuple(TASKS), "task")),
+        default=list(TASKS),
+        metavar="NAME,...",
+        help="what to do (default: all)",
+    )
+    parser.add_argument(
+        "--lengths",
+        type=_several(_whole),
+        default=[2048, 4096, 8192],
+        metavar="N,...",
+        help="tokens of prompt and answer (default: 2048,4096,8192); those beyond the context are left out",
+    )
+    parser.add_argument(
+        "--depths",
+        type=_several(_share),
+        default=[0.1, 0.5, 0.9],
+        metavar="X,...",
+        help="where the fact stands, 0 is the beginning of the document (default: 0.1,0.5,0.9)",
+    )
+    parser.add_argument("--samples", type=_whole, default=4, metavar="N", help="prompts per cell (default: 4)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes other prompts (default: 0)")
+    parser.add_argument(
+        "--text", type=Path, metavar="FILE", help="for perplexity and agreement (default: Python's reference manual)"
+    )
+    parser.add_argument("--fresh", action="store_true", help="forget the results in the directory")
+
+
+def schemes_of(given: argparse.Namespace) -> list[str]:
+    """The schemes that ``--scheme`` names, or that its absence means."""
+    if given.scheme is not None:
+        return list(given.scheme)
+    return [] if given.policy else list(registry.names())
+
+
+def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
+
+    return parse
+
+
+def _one_of(names: tuple[str, ...], what: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"there is no {what} {text!r}; there are: {', '.join(names)}")
+        return text
+
+    return parse
+
+
+def _whole(text: str) -> int:
+    if not (text.isascii() and text.isdigit() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
+    return value
+
+
+def _policy(text: str) -> dict[str, Any]:
+    try:
+        policy = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
+    if not isinstance(policy, dict) or policy.get("scheme") not in registry.names():
+        raise argparse.ArgumentTypeError(
+            f'a policy is {{"scheme": NAME, option: value, ...}}; schemes: {", ".join(registry.names())}'
+        )
+    return policy

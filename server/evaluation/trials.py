@@ -1,0 +1,107 @@
+"""The trials: written down one by one, so that a run that was cut off goes on where it was."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+VERSION = 1
+FILE = "trials.jsonl"
+
+
+class OtherResults(Exception):
+    """The directory holds results that cannot be compared with those to come."""
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One policy on one sample.
+
+    Attributes:
+        task: Its name.
+        length: Tokens of prompt and answer.
+        depth: Where the fact stood, 0 to 1, or ``None``.
+        sample: Number of the sample.
+        attention: The policy, as a request gives it.
+        digest: The policy with its defaults and profile.
+        values: What was measured: ``score``, ``loss``, or ``match`` and ``kl``.
+        keys_read_fraction: Keys read over those of dense attention.
+        mass_kept: Share of dense attention's mass that was kept, where it was audited.
+        answers: What the model said, turn by turn, where it was to say something.
+        expected: What it should have said.
+    """
+
+    task: str
+    length: int
+    depth: float | None
+    sample: int
+    attention: Mapping[str, Any]
+    digest: str
+    values: Mapping[str, float]
+    keys_read_fraction: float
+    mass_kept: float | None = None
+    answers: tuple[str, ...] = ()
+    expected: tuple[str, ...] = ()
+
+    @property
+    def key(self) -> tuple[str, int, float | None, int, str]:
+        return self.task, self.length, self.depth, self.sample, self.digest
+
+
+class Trials:
+    """A file of trials, one JSON object per line, under a header that says what they are trials of.
+
+    Args:
+        directory: Made if need be.
+        header: Model, element type, seed and the like: what results must share to be compared.
+        fresh: Forget what is there.
+
+    Raises:
+        OtherResults: the directory holds results under another header; the message says what differs.
+    """
+
+    def __init__(self, directory: Path, header: Mapping[str, Any], fresh: bool = False) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self._path = directory / FILE
+        self.header = {"format": "foveate-trials", "version": VERSION, **header}
+        self._found: dict[tuple[str, int, float | None, int, str], Trial] = {}
+        if self._path.exists() and not fresh:
+            self._restore()
+        else:
+            self._path.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
+
+    def __iter__(self) -> Iterator[Trial]:
+        return iter(self._found.values())
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._found
+
+    def add(self, trial: Trial) -> None:
+        """Writes a trial down."""
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(trial)) + "\n")
+        self._found[trial.key] = trial
+
+    def _restore(self) -> None:
+        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
+        header = json.loads(lines[0]) if lines else {}
+        differing = sorted(
+            name
+            for name in {*header, *self.header}
+            if header.get(name) != json.loads(json.dumps(self.header)).get(name)
+        )
+        if differing:
+            raise OtherResults(
+                f"{self._path} holds results with another {', '.join(differing)}; "
+                "choose another directory, or forget them with --fresh"
+            )
+        whole = [line for line in lines if line.endswith("\n")]
+        if len(whole) < len(lines):  # cut off in the middle of a line
+            self._path.write_text("".join(whole), encoding="utf-8")
+        for line in whole[1:]:
+            read = json.loads(line)
+            trial = Trial(**{**read, "answers": tuple(read["answers"]), "expected": tuple(read["expected"])})
+            self._found[trial.key] = trial
