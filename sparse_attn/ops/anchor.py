@@ -11,10 +11,10 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import CAUSAL, Selection, Tiles
-from . import anchor_torch, reference_anchor
+from . import anchor_native, anchor_torch, reference_anchor
 from .topk import top_units
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "native", "triton"]
 Pool = Literal["group", "all"]
 
 # Scores that `pooled_topk` holds at once. Each takes 4 bytes here and about 28 while `top_units` ranks it: 64 MiB.
@@ -35,8 +35,8 @@ def anchor_scores(
 
     Each query head is normalised by itself, over every key that its query sees (the tile's own
     among them, and the learned sink), and the sum is taken after that: post-softmax pooling,
-    Kascade (arXiv:2512.16391), section 3. Never holds queries x keys: a block of at most
-    ``anchor_torch.BLOCK_LOGITS`` logits on a CPU, none on a GPU.
+    Kascade (arXiv:2512.16391), section 3. Never holds queries x keys: on a CPU a block of
+    about 2 MiB per thread, one tile's rows at least; on a GPU none.
 
     Args:
         query: ``[T, H, D]``, the queries of ``view.rows``.
@@ -58,11 +58,13 @@ def anchor_scores(
     rows = range(len(tiles)) if rows is None else rows
     if not len(rows):
         return query.new_zeros(0, 1 if pool == "all" else view.num_kv_heads, 0, dtype=torch.float32)
-    chosen = backend or ("triton" if query.is_cuda else "torch")
+    chosen = backend or _default_backend(query, view, spec)
     if chosen == "triton":
         from . import anchor_triton
 
         return anchor_triton.scores(query, view, tiles, spec, rows, pool == "all")
+    if chosen == "native":
+        return anchor_native.scores(query, view, tiles, spec, rows, pool == "all")
     if chosen == "torch":
         return anchor_torch.scores(query, view, tiles, spec, rows, pool == "all")
     return reference_anchor.scores(query, view, tiles, spec, rows, pool == "all")
@@ -81,7 +83,8 @@ def pooled_topk(
 ) -> Selection:
     """The keys with the highest ``anchor_scores`` of each tile and KV head; of equal ones the earliest.
 
-    Works through the tiles in slabs of at most ``SLAB_SCORES`` scores (one tile at least).
+    Works through the tiles in slabs of at most ``SLAB_SCORES`` scores (one tile at least); the
+    native kernels choose at once and hold the scores of one tile per thread.
 
     Args:
         query: As the rest, as in ``anchor_scores``.
@@ -106,7 +109,15 @@ def pooled_topk(
     kinds = 1 if pool == "all" else view.num_kv_heads
     first, end = candidates
     ends = [position + count for _, _, count, position in tiles.host]
-    width = max((min(pair) for pair in zip(budgets, ends, strict=True)), default=0)
+    budgets = [min(pair) for pair in zip(budgets, ends, strict=True)]
+    width = max(budgets, default=0)
+    shape = (len(tiles), view.num_kv_heads)
+    chosen_backend = backend or _default_backend(query, view, spec)
+    if chosen_backend == "native" and len(tiles):
+        indices, counts = anchor_native.topk(
+            query, view, tiles, spec, candidates, budgets, max(width, 1), pool == "all"
+        )
+        return Selection(indices.expand(*shape, -1), counts.expand(*shape), 1, tiles)
     indices = torch.full((len(tiles), kinds, max(width, 1)), -1, dtype=torch.int32, device=query.device)
     counts = torch.zeros(len(tiles), kinds, dtype=torch.int32, device=query.device)
     for rows in _slabs(ends, kinds):
@@ -114,11 +125,10 @@ def pooled_topk(
         if all(budgets[row] >= ends[row] for row in rows):  # nothing can be left out, so nothing need be ranked
             scores = torch.zeros(len(rows), kinds, max(ends[part]), device=query.device)
         else:
-            scores = anchor_scores(query, view, tiles, spec, rows=rows, pool=pool, backend=backend)
+            scores = anchor_scores(query, view, tiles, spec, rows=rows, pool=pool, backend=chosen_backend)
         wanted = torch.tensor(budgets[part], dtype=torch.int32).to(query.device, non_blocking=True)
         chosen, counts[part] = top_units(scores, (first[part], end[part]), wanted, most=max(budgets[part]))
         indices[part, :, : chosen.shape[2]] = chosen
-    shape = (len(tiles), view.num_kv_heads)
     return Selection(indices.expand(*shape, -1), counts.expand(*shape), 1, tiles)
 
 
@@ -131,6 +141,12 @@ def _slabs(ends: Sequence[int], kinds: int) -> list[range]:
             slabs.append(range(start, row))
             start, longest = row, end
     return [*slabs, range(start, len(ends))] if ends else []
+
+
+def _default_backend(query: torch.Tensor, view: PagedView, spec: AttentionSpec) -> Backend:
+    if query.is_cuda:
+        return "triton"
+    return "native" if anchor_native.supports(query, view, spec) else "torch"
 
 
 def _check(query: torch.Tensor, view: PagedView, spec: AttentionSpec) -> None:

@@ -25,7 +25,19 @@ LINEAR_ISAS = ("avx2", "avxvnni", "avx512vnni", "amx")
 # The fastest of them beside an instruction set for attention, so that one variable holds both back.
 LINEAR_WITH = {"avx2": "avx2", "avx512": "avx2", "avx512bf16": "avx512vnni", "amx": "amx"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+DROPPED_SUMS = {"none": 0, "exact": 1, "bound": 2, "given": 3}  # ``foveate_dropped_sum``
 NO_END = 2**31 - 1  # ``farthest`` of a band without end
+
+
+class ThresholdCall(ctypes.Structure):
+    """``foveate_threshold`` of kernels.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("theta", "expected", "value_mean", "value_sums", "kept")),
+        ("dropped_sum", ctypes.c_int32),
+        ("dropped_scale", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("read_together", "sink_tokens", "recent_tokens")),
+    )
 
 
 class Call(ctypes.Structure):
@@ -36,6 +48,7 @@ class Call(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "query_offsets")),
         *((name, ctypes.c_void_p) for name in ("indices", "counts")),
         *((f"tile_{name}", ctypes.c_void_p) for name in ("sequence", "start", "count", "position")),
+        ("threshold", ctypes.c_void_p),
         *((f"query_{name}_stride", ctypes.c_int64) for name in ("token", "head")),
         ("table_stride", ctypes.c_int64),
         ("selected_width", ctypes.c_int64),
@@ -91,6 +104,7 @@ class Library:
         self._handle = ctypes.CDLL(str(path))
         if not (
             self._size("foveate_attention_size") == ctypes.sizeof(Call)
+            and self._size("foveate_threshold_size") == ctypes.sizeof(ThresholdCall)
             and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):

@@ -38,14 +38,16 @@ void run_item(const foveate_anchor& call, const AnchorKernels& kernels, int tile
     const foveate_attention& attention = call.attention;
     const int kinds = call.pool_all ? 1 : attention.num_kv_heads;
     const int64_t at = int64_t(tile) * kinds + row, end = last_position(attention, tile);
+    const int64_t last = call.indices && call.end[tile] < end ? call.end[tile] : end;
+    const bool leaves_out = call.indices && last - call.first[tile] > call.budgets[tile];
     std::memset(scores, 0, size_t((end + 511) / 512 * 512) * 4);
-    if (call.pool_all)
-        for (int head = 0; head < attention.num_kv_heads; ++head) kernels.pool(call, tile, head, scores, scratch);
-    else kernels.pool(call, tile, row, scores, scratch);
+    // Where none is left out, they are chosen whatever their scores.
+    const int first_head = call.pool_all ? 0 : row, last_head = call.pool_all ? attention.num_kv_heads : row + 1;
+    if (call.scores || leaves_out)
+        for (int head = first_head; head < last_head; ++head) kernels.pool(call, tile, head, scores, scratch);
     if (call.scores) std::memcpy(call.scores + at * call.score_width, scores, size_t(end) * 4);
     if (!call.indices) return;
     int32_t* indices = call.indices + at * call.index_width;
-    const int64_t last = call.end[tile] < end ? call.end[tile] : end;
     const int64_t budget = call.budgets[tile] < call.index_width ? call.budgets[tile] : call.index_width;
     const int count = kernels.choose(scores, call.first[tile], last, budget, indices);
     for (int64_t i = count; i < call.index_width; ++i) indices[i] = -1;

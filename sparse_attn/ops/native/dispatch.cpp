@@ -240,10 +240,14 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
             from = to;
         }
     }
-    const int64_t count = int64_t(items.size()), size = int64_t(group) * (call.head_dim + 2);
+    const bool by_score = call.threshold != nullptr;
+    const auto decode = by_score ? kernels.threshold : kernels.decode;
+    const auto merge = by_score ? kernels.threshold_merge : kernels.decode_merge;
+    const int64_t count = int64_t(items.size());
+    const int64_t size = by_score ? kernels.threshold_partial(call) : int64_t(group) * (call.head_dim + 2);
     std::vector<float> partials(size_t(partial_count * size));
     std::vector<std::atomic<int32_t>> done(static_cast<size_t>(rows));
-    const int64_t bytes = kernels.decode_scratch(call);
+    const int64_t bytes = by_score ? kernels.threshold_scratch(call) : kernels.decode_scratch(call);
     std::atomic<int64_t> next{0};
     return run_threads(call, kernels, bytes + size * 4, count, [&](void* scratch) {
         for (int64_t i; (i = next.fetch_add(1)) < count;) {
@@ -252,9 +256,9 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
             // A query in one part needs no partial result that outlives its item.
             float* first = row.parts == 1 ? reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes)
                                           : partials.data() + row.partial * size;
-            kernels.decode(call, item, first + item.part * size, scratch);
+            decode(call, item, first + item.part * size, scratch);
             if (done[size_t(item.whole)].fetch_add(1) + 1 == row.parts)  // whoever ends last merges
-                kernels.decode_merge(call, item.query, item.kind, first, row.parts);
+                merge(call, item.query, item.kind, first, row.parts);
         }
     });
 }
@@ -287,6 +291,8 @@ void foveate_set_parallel(foveate_parallel parallel) { g_parallel = parallel; }
 int32_t foveate_has_isa(int32_t isa) { return has_isa(isa); }
 
 int32_t foveate_attention_size(void) { return int32_t(sizeof(foveate_attention)); }
+
+int32_t foveate_threshold_size(void) { return int32_t(sizeof(foveate_threshold)); }
 
 int32_t foveate_prefill(const foveate_attention* call_pointer) try {
     const foveate_attention& call = *call_pointer;

@@ -21,7 +21,31 @@ enum foveate_isa : int32_t {
     FOVEATE_NUM_ISAS = 4,
 };
 
-// One attention call. Strides count elements. Nothing here is owned or changed but ``out`` and ``lse``.
+// What stands in the softmax denominator for the keys left out.
+enum foveate_dropped_sum : int32_t {
+    FOVEATE_DROPPED_NONE = 0,
+    FOVEATE_DROPPED_EXACT = 1,  // their true sum
+    FOVEATE_DROPPED_BOUND = 2,  // their number times exp(theta)
+    FOVEATE_DROPPED_GIVEN = 3,  // expected
+};
+
+// Keys chosen by their own score: read iff the logit exceeds theta, or the key is among the first ``sink_tokens`` or
+// the last ``recent_tokens`` up to the query's own. Goes without a selection.
+struct foveate_threshold {
+    const float* theta;       // [T, H]
+    const float* expected;    // [T, H] in units of the largest visible weight, or null
+    const float* value_mean;  // [T, G, D] mean of the visible values, for prefill, or null
+    const float* value_sums;  // [P, G, D] sums of the values of each page, for decode, or null
+    int32_t* kept;            // [T, H] number of keys read; written
+    int32_t dropped_sum;
+    float dropped_scale;
+    int32_t read_together;    // each head reads what any head of its KV head chose; decode only
+    int32_t sink_tokens;
+    int32_t recent_tokens;
+};
+
+// One attention call. Strides count elements. Nothing here is owned or changed but ``out``, ``lse``
+// and ``threshold->kept``.
 struct foveate_attention {
     const void* query;            // [T, H, D], the last dimension dense
     const void* keys;             // [P, G, page_size, D], dense
@@ -39,6 +63,7 @@ struct foveate_attention {
     const int32_t* tile_start;    // [R] first query of the tile, in the packed row
     const int32_t* tile_count;    // [R]
     const int32_t* tile_position; // [R] position of that query
+    const foveate_threshold* threshold;  // or null
     int64_t query_token_stride;
     int64_t query_head_stride;
     int64_t table_stride;
@@ -77,4 +102,7 @@ FOVEATE_API int32_t foveate_decode(const foveate_attention* call);
 
 // Size of ``foveate_attention``: the loader compares it with its own.
 FOVEATE_API int32_t foveate_attention_size(void);
+
+// The same of ``foveate_threshold``.
+FOVEATE_API int32_t foveate_threshold_size(void);
 }

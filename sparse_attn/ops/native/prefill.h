@@ -18,6 +18,7 @@
 #pragma once
 
 #include "keys.h"
+#include "lanes.h"
 #include "work.h"
 
 namespace {
@@ -55,6 +56,12 @@ struct PrefillState {
     float* sums;       // [vectors][W]
     int32_t* high;     // [vectors][W] column sees positions low < p <= high
     int32_t* low;
+    // Where keys are chosen by a threshold: [vectors][W] each.
+    float* theta;
+    float* dropped;    // sum of the weights left out
+    float* peaks;      // largest visible logit
+    int32_t* recent;   // column reads positions above it anyway
+    int32_t* counts;   // keys read
     float* logits;     // [kVectors][kBlock][W]
     KeyBlock<T>* blocks;  // [2]
     char* engine;
@@ -68,6 +75,12 @@ struct PrefillState {
         sums = arena.take<float>(vectors * W);
         high = arena.take<int32_t>(vectors * W);
         low = arena.take<int32_t>(vectors * W);
+        const int64_t columns = call.threshold ? vectors * W : 0;
+        theta = arena.take<float>(columns);
+        dropped = arena.take<float>(columns);
+        peaks = arena.take<float>(columns);
+        recent = arena.take<int32_t>(columns);
+        counts = arena.take<int32_t>(columns);
         logits = arena.take<float>(int64_t(Engine::kVectors) * Engine::kBlock * W);
         blocks = arena.take<KeyBlock<T>>(2);
         engine = arena.take<char>(Engine::scratch(call.head_dim));
@@ -117,6 +130,14 @@ void load_queries(const foveate_attention& call, const PrefillItem& item, Prefil
             const int64_t position = item.position + query;
             state.high[v * W + lane] = int32_t(position - call.nearest);
             state.low[v * W + lane] = int32_t(position - call.farthest);
+            if (const foveate_threshold* threshold = call.threshold) {
+                const int column = v * W + lane;
+                state.theta[column] = threshold->theta[int64_t(item.start + query) * call.num_heads + head];
+                state.recent[column] = int32_t(position - threshold->recent_tokens);
+                state.dropped[column] = 0.0f;
+                state.peaks[column] = -kInfinity;
+                state.counts[column] = 0;
+            }
         }
         pack_columns<Engine>(source, dim, state.queries + int64_t(v) * units * W);
         Simd::store(state.reference + v * W, Simd::set(-kInfinity));
@@ -221,6 +242,11 @@ FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>&
     Simd::store(state.sums + v * W, sum);
 }
 
+// The same where keys are chosen by a threshold: weights of keys that are not read become 0. In threshold.h.
+template <class Engine>
+void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
+                   const KeyBlock<typename Engine::T>& block, int first, int last, int padded, bool masked);
+
 // Divides by the sums, turns columns back into rows, and writes out and log-sum-exp.
 template <class Engine>
 void store_outputs(const foveate_attention& call, const PrefillItem& item, PrefillState<Engine>& state) {
@@ -233,11 +259,22 @@ void store_outputs(const foveate_attention& call, const PrefillItem& item, Prefi
     for (int v = 0; v * W < rows; ++v) {
         const int lanes = smaller(W, rows - v * W);
         alignas(64) float share[W] = {};
+        float lost[W] = {};
         int64_t place[W];
         for (int lane = 0; lane < lanes; ++lane) {
             const int row = v * W + lane, head = item.kind * group + row % group;
             place[lane] = int64_t(item.start + row / group) * call.num_heads + head;
             const float sum = state.sums[row];
+            if (call.threshold) {
+                const Compensated result =
+                    compensate(call, place[lane], head, int64_t(item.position) + row / group, state.reference[row] * scale,
+                               state.peaks[row] * scale, sum, state.dropped[row], state.counts[row]);
+                call.lse[place[lane]] = result.lse;
+                call.threshold->kept[place[lane]] = state.counts[row];
+                share[lane] = result.factor;
+                lost[lane] = result.lost;
+                continue;
+            }
             const float lse = sum > 0.0f ? state.reference[row] * scale + std::log(sum) : -kInfinity;
             call.lse[place[lane]] = lse;
             if (sum > 0.0f)
@@ -251,6 +288,13 @@ void store_outputs(const foveate_attention& call, const PrefillItem& item, Prefi
             for (int i = 0; i < W; ++i)
                 tile[i] = i < width ? Simd::mul(Simd::load(output + (d + i) * W), factor) : Simd::zero();
             Simd::transpose(tile);
+            if (call.threshold && call.threshold->value_mean) {
+                for (int lane = 0; lane < lanes; ++lane) {
+                    const int64_t token = item.start + (v * W + lane) / group;
+                    const float* mean = call.threshold->value_mean + (token * call.num_kv_heads + item.kind) * dim + d;
+                    tile[lane] = Simd::fma(Simd::load(mean), Simd::set(lost[lane]), tile[lane]);
+                }
+            }
             for (int lane = 0; lane < lanes; ++lane) {
                 T* target = static_cast<T*>(call.out) + place[lane] * dim + d;
                 if (width == W) {
@@ -300,8 +344,11 @@ FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, cons
     const bool masked = block.positions[last - 1] > high[0] || block.positions[first] <= low[C * W - 1];
     const int padded = smaller(round_up(last, Engine::kPad), kBlock);
     engine.logits(block, state.queries + int64_t(v) * Engine::units(dim) * W, state.logits, first, last);
-    for (int c = 0; c < C; ++c)
-        softmax<Engine>(call, state, v + c, state.logits + c * kBlock * W, block, first, last, padded, masked);
+    for (int c = 0; c < C; ++c) {
+        float* logits = state.logits + c * kBlock * W;
+        if (call.threshold) softmax_above<Engine>(call, state, v + c, logits, block, first, last, padded, masked);
+        else softmax<Engine>(call, state, v + c, logits, block, first, last, padded, masked);
+    }
     engine.accumulate(block, state.logits, state.outputs + int64_t(v) * dim * W, first, last);
     return true;
 }

@@ -44,6 +44,11 @@ struct IsaKernels {
     // Around the items of one thread.
     void (*begin)();
     void (*end)();
+    // Decode where keys are chosen by a threshold: as above, and the floats that an item leaves for the merge.
+    int64_t (*threshold_scratch)(const foveate_attention& call);
+    void (*threshold)(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch);
+    void (*threshold_merge)(const foveate_attention& call, int query, int kind, const float* partials, int parts);
+    int64_t (*threshold_partial)(const foveate_attention& call);
 };
 
 // First query heads of an item, and how many share its keys.

@@ -1,0 +1,320 @@
+// Keys above a threshold. In decode every key is scored, and only the values of those that are read are loaded; in
+// prefill, where keys that some query of a tile reads are nearly all, their weights become 0.
+//
+// As in decode.h a work item is a part of one sequence's keys for one KV head. A block's survivors, the keys that some
+// head of the group reads, are listed and their values prefetched; they are summed up after the logits of the next
+// block, when they have arrived.
+#pragma once
+
+#include "decode.h"
+#include "lanes.h"
+
+namespace {
+
+// What an item leaves per head, before the outputs [D]; behind the heads stands the sum of the part's values [D].
+enum ThresholdPartial { kReference, kSum, kDropped, kCount, kPeak, kThresholdHead };
+
+inline int64_t threshold_partial(const foveate_attention& call) {
+    const int64_t sums = call.threshold->value_sums ? call.head_dim : 0;
+    return int64_t(heads_per_kind(call)) * (call.head_dim + kThresholdHead) + sums;
+}
+
+template <class Products>
+struct ThresholdState {
+    static constexpr int kWords = kDecodeBlock / Products::Simd::W;
+    using T = typename Products::T;
+    DecodeState<Products> decode;
+    KeyBlock<T>* survivors;  // [2]: of the block before, and none
+    float* kept;             // [group][kDecodeBlock] their weights
+    uint32_t* bits;          // [group][kWords] which keys a head reads
+
+    ThresholdState(Arena& arena, const foveate_attention& call)
+        : decode(arena, call),
+          survivors(arena.take<KeyBlock<T>>(2)),
+          kept(arena.take<float>(int64_t(heads_per_kind(call)) * kDecodeBlock)),
+          bits(arena.take<uint32_t>(int64_t(heads_per_kind(call)) * kWords)) {}
+};
+
+// Sums of the values at positions [first, last) of a sequence, whole pages by their statistic. ``last`` ends a page or
+// the context; ``context`` bounds what may be read as a whole page, which can hold tokens behind the query.
+template <class S, class T>
+void add_values(const foveate_attention& call, int sequence, int kv_head, int64_t first, int64_t last, float* sums) {
+    constexpr int W = S::W;
+    const int64_t size = call.page_size, dim = call.head_dim, context = call.context_lens[sequence];
+    const int32_t* table = call.block_tables + sequence * call.table_stride;
+    for (int64_t d = 0; d < dim; ++d) sums[d] = 0.0f;
+    // A page belongs to the part that its first position lies in.
+    for (int64_t page = (first + size - 1) / size; page * size < last; ++page) {
+        const int64_t at = int64_t(table[page]) * call.num_kv_heads + kv_head;
+        if ((page + 1) * size <= context) {
+            const float* source = call.threshold->value_sums + at * dim;
+            for (int64_t d = 0; d < dim; d += W) S::store(sums + d, S::add(S::load(sums + d), S::load(source + d)));
+            continue;
+        }
+        const T* rows = static_cast<const T*>(call.values) + at * size * dim;
+        for (int64_t row = 0; row < context - page * size; ++row)
+            for (int64_t d = 0; d < dim; d += W)
+                S::store(sums + d, S::add(S::load(sums + d), S::load(rows + row * dim + d)));
+    }
+}
+
+// Marks the keys of a block that one head reads, and brings its logits to exponents of 2. Returns the highest.
+template <class S, class T>
+float choose(const foveate_attention& call, const KeyBlock<T>& block, float theta, int64_t position, float* logits,
+             uint32_t* bits) {
+    using F = typename S::F;
+    constexpr int W = S::W;
+    const bool cap = call.softcap != 0.0f;
+    const F scale = S::set(call.scale), unit = S::set(kLog2E), least = S::set(theta);
+    // The keys of a block stand side by side: those that are always read are its first and its last ones.
+    const int64_t base = block.positions[0];
+    const int64_t sinks = call.threshold->sink_tokens - base;
+    const int64_t recent = position + 1 - call.threshold->recent_tokens - base;
+    F top = S::set(-kInfinity);
+    for (int at = 0; at < block.count; at += W) {
+        F x = S::load(logits + at);
+        x = cap ? capped<S>(x, call.scale, call.softcap) : S::mul(x, scale);
+        uint32_t read = Lanes<S>::bits(Lanes<S>::above(x, least));
+        if (at < sinks) read |= first_bits(sinks - at);
+        if (at + W > recent) read |= ~first_bits(larger<int64_t>(0, recent - at));
+        const int lanes = smaller(W, block.count - at);
+        bits[at / W] = read & first_bits(lanes);
+        x = S::first_lanes(S::mul(x, unit), lanes);
+        S::store(logits + at, x);
+        top = S::max(top, x);
+    }
+    return S::highest(top);
+}
+
+// Turns the logits of one head, brought to exponents, into weights: 0 for what it does not read.
+template <class S>
+void weigh(int count, const uint32_t* bits, float* weights, float* own) {
+    using F = typename S::F;
+    constexpr int W = S::W;
+    const F reference = S::set(own[kReference]);
+    F sum = S::zero(), rest = S::zero();
+    int read = 0;
+    for (int at = 0; at < count; at += W) {
+        const F weight = S::template exp2<true>(S::sub(S::load(weights + at), reference));
+        const F kept = Lanes<S>::keep(Lanes<S>::from_bits(bits[at / W]), weight);
+        S::store(weights + at, kept);
+        sum = S::add(sum, kept);
+        rest = S::add(rest, S::sub(weight, kept));
+        read += __builtin_popcount(bits[at / W]);
+    }
+    own[kSum] += S::sum(sum);
+    own[kDropped] += S::sum(rest);
+    own[kCount] += float(read);
+}
+
+template <class Products>
+void threshold_item(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch) {
+    using S = typename Products::Simd;
+    using T = typename Products::T;
+    constexpr int W = S::W, kWords = ThresholdState<Products>::kWords;
+    const int group = heads_per_kind(call), dim = call.head_dim;
+    const foveate_threshold& threshold = *call.threshold;
+    Arena arena(scratch);
+    ThresholdState<Products> state(arena, call);
+    Products& products = state.decode.products;
+    float* logits = state.decode.weights;
+    products.start(static_cast<const T*>(call.query) + item.query * call.query_token_stride +
+                       item.kind * group * call.query_head_stride,
+                   call.query_head_stride);
+    const int64_t stride = dim + kThresholdHead;
+    for (int h = 0; h < group; ++h) {
+        float* own = partial + h * stride;
+        own[kReference] = own[kPeak] = -kInfinity;
+        own[kSum] = own[kDropped] = own[kCount] = 0.0f;
+    }
+    if (threshold.value_sums)
+        add_values<S, T>(call, item.sequence, item.kind, item.first, item.last, partial + group * stride);
+    const float* theta = threshold.theta + int64_t(item.query) * call.num_heads + item.kind * group;
+    KeyCursor<T> cursor(call, item.sequence, item.kind, item.first, item.last, true);
+    KeyBlock<T>& survivors = state.survivors[0];
+    const KeyBlock<T>& none = state.survivors[1];
+    state.survivors[0].count = state.survivors[1].count = 0;
+    state.decode.blocks[0].count = 0;
+    if (item.first < item.last) cursor.fill(state.decode.blocks[0], kDecodeBlock);
+    int current = 0;
+    while (state.decode.blocks[current].count > 0) {
+        const KeyBlock<T>& block = state.decode.blocks[current];
+        KeyBlock<T>& next = state.decode.blocks[1 - current];
+        cursor.fill(next, kDecodeBlock);
+        products.logits(block, next, logits);
+        if (survivors.count) products.accumulate(survivors, none, state.kept);
+        uint32_t any[kWords] = {};
+        for (int h = 0; h < group; ++h) {
+            float* own = partial + h * stride;
+            uint32_t* bits = state.bits + h * kWords;
+            const float highest = choose<S, T>(call, block, theta[h], item.position, logits + h * kDecodeBlock, bits);
+            for (int word = 0; word * W < block.count; ++word) any[word] |= bits[word];
+            own[kPeak] = larger(own[kPeak], highest);
+            if (highest > own[kReference] + kSlack) {
+                const float ratio = std::exp2(own[kReference] - highest);
+                own[kReference] = highest;
+                own[kSum] *= ratio;
+                own[kDropped] *= ratio;
+                products.shrink(h, ratio);
+            }
+        }
+        for (int h = 0; h < group; ++h)
+            weigh<S>(block.count, threshold.read_together ? any : state.bits + h * kWords, logits + h * kDecodeBlock,
+                     partial + h * stride);
+        int listed = 0;
+        for (int word = 0; word * W < block.count; ++word)
+            for (uint32_t rest = any[word]; rest; rest &= rest - 1) {
+                const int k = word * W + __builtin_ctz(rest);
+                survivors.keys[listed] = block.keys[k];
+                survivors.values[listed] = block.values[k];
+                prefetch_row(block.values[k], dim * int(sizeof(T)));
+                for (int h = 0; h < group; ++h)
+                    state.kept[h * kDecodeBlock + listed] = logits[h * kDecodeBlock + k];
+                ++listed;
+            }
+        survivors.count = listed;
+        current = 1 - current;
+    }
+    if (survivors.count) products.accumulate(survivors, none, state.kept);
+    const float* outputs = products.finish();
+    for (int h = 0; h < group; ++h)
+        for (int d = 0; d < dim; ++d) partial[h * stride + kThresholdHead + d] = outputs[int64_t(h) * dim + d];
+}
+
+// Brings the parts of one query's keys to one reference, compensates, and writes out, log-sum-exp and counts.
+template <class Products>
+void threshold_merge(const foveate_attention& call, int query, int kind, const float* partials, int parts) {
+    using S = typename Products::Simd;
+    using T = typename Products::T;
+    constexpr int W = S::W;
+    const int group = heads_per_kind(call), dim = call.head_dim;
+    const int64_t size = threshold_partial(call), stride = dim + kThresholdHead;
+    const int64_t position = int64_t(call.context_lens[query]) - 1;  // one query per sequence
+    const foveate_threshold& threshold = *call.threshold;
+    for (int h = 0; h < group; ++h) {
+        const int head = kind * group + h;
+        const int64_t place = int64_t(query) * call.num_heads + head;
+        const float* own = partials + h * stride;
+        float reference = -kInfinity, peak = -kInfinity, sum = 0.0f, dropped = 0.0f, count = 0.0f;
+        for (int p = 0; p < parts; ++p) reference = larger(reference, own[p * size + kReference]);
+        auto ratio = [&](int p) {
+            const float part = own[p * size + kReference];
+            return part > -kInfinity ? std::exp2(part - reference) : 0.0f;
+        };
+        for (int p = 0; p < parts; ++p) {
+            const float* part = own + p * size;
+            peak = larger(peak, part[kPeak]);
+            sum += part[kSum] * ratio(p);
+            dropped += part[kDropped] * ratio(p);
+            count += part[kCount];
+        }
+        const Compensated result = compensate(call, place, head, position, reference / kLog2E, peak / kLog2E, sum,
+                                              dropped, int64_t(count));
+        call.lse[place] = result.lse;
+        threshold.kept[place] = int32_t(count);
+        T* out = static_cast<T*>(call.out) + place * dim;
+        const float lost = threshold.value_sums ? result.lost / float(position + 1) : 0.0f;
+        for (int d = 0; d < dim; d += W) {
+            typename S::F total = S::zero(), values = S::zero();
+            for (int p = 0; p < parts; ++p) {
+                const float* part = own + p * size;
+                total = S::fma(S::load(part + kThresholdHead + d), S::set(ratio(p) * result.factor), total);
+                if (threshold.value_sums) values = S::add(values, S::load(partials + p * size + group * stride + d));
+            }
+            S::store(out + d, S::fma(values, S::set(lost), total));
+        }
+    }
+}
+
+template <class Products>
+int64_t threshold_scratch(const foveate_attention& call) {
+    Arena arena(nullptr);
+    ThresholdState<Products> state(arena, call);
+    return arena.used(nullptr);
+}
+
+template <class Engine>
+void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
+                   const KeyBlock<typename Engine::T>& block, int first, int last, int padded, bool masked) {
+    using Simd = typename Engine::Simd;
+    using F = typename Simd::F;
+    using L = Lanes<Simd>;
+    using M = typename L::M;
+    constexpr int W = Simd::W;
+    const bool cap = call.softcap != 0.0f;
+    const F nothing = Simd::set(-kInfinity);
+    F top = nothing;
+    const typename Simd::I high = Simd::load_int(state.high + v * W), low = Simd::load_int(state.low + v * W);
+    for (int k = first; k < last; ++k) {
+        F s = Simd::load(logits + k * W);
+        if (cap) s = capped<Simd>(s, call.scale, call.softcap);
+        if (masked) s = Simd::visible(s, Simd::set_int(block.positions[k]), high, low);
+        if (cap || masked) Simd::store(logits + k * W, s);
+        top = Simd::max(top, s);
+    }
+    Simd::store(state.peaks + v * W, Simd::max(Simd::load(state.peaks + v * W), top));
+
+    // Logits times this are exponents of 2.
+    const float unit = cap ? kLog2E : call.scale * kLog2E;
+    const F factor = Simd::set(unit);
+    F reference = Simd::load(state.reference + v * W);
+    F sum = Simd::load(state.sums + v * W), dropped = Simd::load(state.dropped + v * W);
+    if (Simd::any_above(top, Simd::add(reference, Simd::set(kSlack / unit)))) {
+        const F moved = Simd::max(reference, top);
+        const F shrink = Simd::template exp2<true>(Simd::mul(Simd::sub(reference, Simd::finite(moved)), factor));
+        float* output = state.outputs + int64_t(v) * call.head_dim * W;
+        for (int d = 0; d < call.head_dim; ++d) Simd::store(output + d * W, Simd::mul(Simd::load(output + d * W), shrink));
+        sum = Simd::mul(sum, shrink);
+        dropped = Simd::mul(dropped, shrink);
+        reference = moved;
+        Simd::store(state.reference + v * W, reference);
+    }
+    const F offset = Simd::mul(Simd::finite(reference), factor);
+    const F scale = Simd::set(cap ? 1.0f : call.scale), theta = Simd::load(state.theta + v * W);
+    const typename Simd::I recent = Simd::load_int(state.recent + v * W);
+    typename Simd::I count = Simd::load_int(state.counts + v * W);
+    const int sinks = call.threshold->sink_tokens;
+    // Columns ascend in position, so the first lane's are the earliest that are always read.
+    const bool always = block.positions[first] < sinks || block.positions[last - 1] > state.recent[v * W];
+    auto weight = [&](int k) {
+        const F s = Simd::load(logits + k * W);
+        M read = L::above(Simd::mul(s, scale), theta);
+        if (always) {
+            const bool sink = block.positions[k] < sinks;
+            read = L::either(read, L::above(Simd::set_int(sink ? 1 : block.positions[k]), sink ? Simd::set_int(0) : recent));
+            read = L::both(read, L::above(s, nothing));
+        }
+        const F every = Simd::template exp2<!Engine::kPairs>(Simd::fmsub(s, factor, offset));
+        const F kept = L::keep(read, every);
+        sum = Simd::add(sum, kept);
+        dropped = Simd::add(dropped, Simd::sub(every, kept));
+        count = L::count(read, count);
+        return kept;
+    };
+    int k = first;
+    if constexpr (Engine::kPairs) {
+        for (; k < last; k += 2) {
+            const F a = weight(k);
+            Engine::store_pair(logits + k * W, a, k + 1 < last ? weight(k + 1) : Simd::zero());
+        }
+        for (; k < padded; k += 2) Simd::store(logits + k * W, Simd::zero());
+    } else {
+        for (; k < last; ++k) Simd::store(logits + k * W, weight(k));
+    }
+    Simd::store(state.sums + v * W, sum);
+    Simd::store(state.dropped + v * W, dropped);
+    L::store(state.counts + v * W, count);
+}
+
+// The table of one instruction set and element type.
+template <class Engine, class Products>
+constexpr IsaKernels threshold_kernels_of() {
+    IsaKernels kernels = kernels_of<Engine, Products>();
+    kernels.threshold_scratch = threshold_scratch<Products>;
+    kernels.threshold = threshold_item<Products>;
+    kernels.threshold_merge = threshold_merge<Products>;
+    kernels.threshold_partial = threshold_partial;
+    return kernels;
+}
+
+}  // namespace
