@@ -33,34 +33,34 @@ def prefill(
     query: torch.Tensor, view: PagedView, selection: Selection | None, spec: AttentionSpec, *, isa: str | None = None
 ) -> Result:
     """See ``ops.prefill``; ``isa`` is for tests."""
-    kernels = _kernels()
-    return _run(kernels, kernels.prefill, query, view, selection, spec, isa)
+    return run(opened().prefill, query, view, selection, spec, isa)
 
 
 def decode(
     query: torch.Tensor, view: PagedView, selection: Selection | None, spec: AttentionSpec, *, isa: str | None = None
 ) -> Result:
     """See ``ops.decode``; ``isa`` is for tests."""
-    kernels = _kernels()
-    return _run(kernels, kernels.decode, query, view, selection, spec, isa)
+    return run(opened().decode, query, view, selection, spec, isa)
 
 
-def _kernels() -> Library:
+def opened() -> Library:
+    """The library, for those who know that it is there."""
     kernels = library()
     if kernels is None:
         raise RuntimeError("the native CPU kernels were not built")
     return kernels
 
 
-def _run(
-    kernels: Library,
+def run(
     function: ctypes._NamedFuncPointer,
     query: torch.Tensor,
     view: PagedView,
     selection: Selection | None,
     spec: AttentionSpec,
     isa: str | None,
+    threshold: int | None = None,
 ) -> Result:
+    """One call of ``function``; ``threshold`` is the address of a ``ThresholdCall``."""
     tokens, heads, dim = query.shape
     if query.stride(2) != 1:
         query = query.contiguous()
@@ -80,6 +80,7 @@ def _run(
         block_tables=rows.block_tables.data_ptr(),
         context_lens=rows.context_lens.data_ptr(),
         query_offsets=rows.query_offsets.data_ptr(),
+        threshold=threshold,
         query_token_stride=query.stride(0),
         query_head_stride=query.stride(1),
         table_stride=rows.block_tables.stride(0),
@@ -93,7 +94,7 @@ def _run(
         scale=spec.scale,
         softcap=spec.softcap,
         dtype=DTYPES[query.dtype],
-        isa=ISAS.index(isa or kernels.isa),
+        isa=ISAS.index(isa or opened().isa),
         num_threads=torch.get_num_threads(),
     )
     if selection is not None:

@@ -11,9 +11,9 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Band, ScoreThreshold
-from . import reference_threshold, threshold_torch
+from . import reference_threshold, threshold_native, threshold_torch
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "native", "triton"]
 Result = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
 
 
@@ -52,16 +52,24 @@ def thresholded(
         ValueError: shapes do not fit, or the plan asks for what cannot be had.
     """
     _check(query, view, plan, spec)
-    chosen = backend or ("triton" if query.is_cuda else "torch")
+    chosen = backend or _default_backend(query, view, plan, spec)
     if chosen == "triton":
         from . import threshold_decode_triton, threshold_prefill_triton
 
         if all(count == 1 for count in view.rows.host_query_lens):
             return threshold_decode_triton.decode(query, view, plan, spec)
         return threshold_prefill_triton.prefill(query, view, plan, spec)
+    if chosen == "native":
+        return threshold_native.thresholded(query, view, plan, spec)
     if chosen == "torch":
         return threshold_torch.thresholded(query, view, plan, spec)
     return reference_threshold.thresholded(query, view, plan, spec)
+
+
+def _default_backend(query: torch.Tensor, view: PagedView, plan: ScoreThreshold, spec: AttentionSpec) -> Backend:
+    if query.is_cuda:
+        return "triton"
+    return "native" if threshold_native.supports(query, view, plan, spec) else "torch"
 
 
 def _check(query: torch.Tensor, view: PagedView, plan: ScoreThreshold, spec: AttentionSpec) -> None:

@@ -132,8 +132,11 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
     const float* theta = threshold.theta + int64_t(item.query) * call.num_heads + item.kind * group;
     KeyCursor<T> cursor(call, item.sequence, item.kind, item.first, item.last, true);
     KeyBlock<T>& survivors = state.survivors[0];
-    const KeyBlock<T>& none = state.survivors[1];
-    state.survivors[0].count = state.survivors[1].count = 0;
+    survivors.count = state.survivors[1].count = 0;
+    auto sum_survivors = [&] {
+        Ahead<T> none(state.survivors[1], dim);  // their values were prefetched when they were listed
+        if (survivors.count) products.accumulate(survivors, none, state.kept);
+    };
     state.decode.blocks[0].count = 0;
     if (item.first < item.last) cursor.fill(state.decode.blocks[0], kDecodeBlock);
     int current = 0;
@@ -141,8 +144,9 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
         const KeyBlock<T>& block = state.decode.blocks[current];
         KeyBlock<T>& next = state.decode.blocks[1 - current];
         cursor.fill(next, kDecodeBlock);
-        products.logits(block, next, logits);
-        if (survivors.count) products.accumulate(survivors, none, state.kept);
+        Ahead<T> ahead(next, dim);
+        products.logits(block, ahead, logits);
+        sum_survivors();
         uint32_t any[kWords] = {};
         for (int h = 0; h < group; ++h) {
             float* own = partial + h * stride;
@@ -167,7 +171,8 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
                 const int k = word * W + __builtin_ctz(rest);
                 survivors.keys[listed] = block.keys[k];
                 survivors.values[listed] = block.values[k];
-                prefetch_row(block.values[k], dim * int(sizeof(T)));
+                for (int at = 0; at < dim * int(sizeof(T)); at += 64)
+                    _mm_prefetch(reinterpret_cast<const char*>(block.values[k]) + at, _MM_HINT_T0);
                 for (int h = 0; h < group; ++h)
                     state.kept[h * kDecodeBlock + listed] = logits[h * kDecodeBlock + k];
                 ++listed;
@@ -175,7 +180,7 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
         survivors.count = listed;
         current = 1 - current;
     }
-    if (survivors.count) products.accumulate(survivors, none, state.kept);
+    sum_survivors();
     const float* outputs = products.finish();
     for (int h = 0; h < group; ++h)
         for (int d = 0; d < dim; ++d) partial[h * stride + kThresholdHead + d] = outputs[int64_t(h) * dim + d];
