@@ -75,6 +75,8 @@ def _pairs_behind(selection: Selection, distance: int) -> torch.Tensor:
     first, count = tiles.position[:, None, None], tiles.query_count[:, None, None]
     if tiles.size == 1:  # many rows: in 32 bits, and without the sums
         return (first + 1 - distance - selection.indices * size).clamp_(0, size)
+    if size == 1:
+        return torch.minimum((first + count - distance - selection.indices).clamp_(min=0), count)
     end = (first + count - distance).long() - selection.indices.long() * size
 
     def up_to(x: torch.Tensor) -> torch.Tensor:
@@ -95,8 +97,12 @@ def _by_sequence(counts: torch.Tensor, rows: Rows) -> torch.Tensor:
 
 def _band_pairs(rows: Rows, band: Band, heads: int, device: torch.device) -> torch.Tensor:
     """``[S]`` float64: visible (query, key) pairs of each sequence, times ``heads``."""
-    pairs = [
-        sum(band.visible(position) for position in range(context - count, context))
-        for context, count in zip(rows.host_context_lens, rows.host_query_lens, strict=True)
-    ]
-    return torch.tensor(pairs, dtype=torch.float64).to(device) * heads
+    known = rows.plans.get(("band_pairs", band, heads))
+    if known is None:
+        pairs = [
+            heads * sum(band.visible(position) for position in range(context - count, context))
+            for context, count in zip(rows.host_context_lens, rows.host_query_lens, strict=True)
+        ]
+        known = rows.plans["band_pairs", band, heads] = torch.tensor(pairs, dtype=torch.float64).to(device)
+    pairs_of: torch.Tensor = known
+    return pairs_of
