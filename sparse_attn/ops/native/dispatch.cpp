@@ -213,7 +213,7 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
     std::vector<DecodeItem> items;
     std::vector<Row> split(static_cast<size_t>(rows));
     items.reserve(size_t(rows * wanted));
-    int64_t partial_count = 0;
+    int64_t partial_count = 0, keys = 0;
     for (int64_t row = 0; row < rows; ++row) {
         const OneQuery& one = queries[size_t(row / kinds)];
         const int kind = int(row % kinds);
@@ -226,6 +226,7 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
             first = begin > 0 ? begin : 0;
             last = end > first ? end : first;
         }
+        keys += (last - first) * unit;
         int64_t parts = (last - first) * unit / kLeastKeys;
         parts = parts > wanted ? wanted : parts < 1 ? 1 : parts;
         split[size_t(row)] = {partial_count, int32_t(parts)};
@@ -249,7 +250,10 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
     std::vector<std::atomic<int32_t>> done(static_cast<size_t>(rows));
     const int64_t bytes = by_score ? kernels.threshold_scratch(call) : kernels.decode_scratch(call);
     std::atomic<int64_t> next{0};
-    return run_threads(call, kernels, bytes + size * 4, count, [&](void* scratch) {
+    // A thread that is woken for less than 64 KiB of K and V costs more than it saves.
+    const int64_t read = keys * 2 * call.head_dim * (call.dtype == FOVEATE_FLOAT32 ? 4 : 2);
+    const int64_t useful = read / (64 * 1024) + 1;
+    return run_threads(call, kernels, bytes + size * 4, useful < count ? useful : count, [&](void* scratch) {
         for (int64_t i; (i = next.fetch_add(1)) < count;) {
             const DecodeItem& item = items[size_t(i)];
             const Row& row = split[size_t(item.whole)];
