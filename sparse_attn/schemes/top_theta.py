@@ -100,6 +100,10 @@ class TopTheta(Scheme):
     k of them on average, and nobody sorts. All keys are scored, so the exact softmax denominator
     costs nothing, and only the values of kept keys are read: of the bytes of dense decode at best
     half are saved. Rows with ``n <= k`` are untouched.
+
+    Measured with the native kernels on one core with AMX (synthetic keys, 820 read per head,
+    groups of 3 and 4, both element types): decode takes 0.7 to 0.9 of the time of dense at 8,192
+    keys and 0.6 to 0.7 at 32,768; a chunk of a prompt takes 1.1 to 1.4 times as long as dense.
     """
 
     name: ClassVar[str] = "top_theta"
