@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from string import ascii_uppercase
 
 from .document import Encode, Planted, compose
 
@@ -25,9 +24,21 @@ _PLACES = (
     "Havana", "Kyoto", "Lagos", "Lima", "Lisbon", "London", "Lyon", "Madrid", "Malta", "Miami", "Milan", "Naples",
     "Oslo", "Oxford", "Prague", "Quito", "Seoul", "Sydney", "Turin", "Venice", "Vienna", "Warsaw", "Zurich",
 )  # fmt: skip
+_PEOPLE = (
+    "Albert", "Brenda", "Cedric", "Dorothy", "Edgar", "Frieda", "Gustav", "Harriet", "Igor", "Judith", "Konrad",
+    "Louisa", "Martin", "Nora", "Oliver", "Paula", "Rupert", "Sonja", "Theodor", "Ursula", "Victor", "Winifred",
+)  # fmt: skip
+_GOODS = ("amber", "coffee", "cotton", "ivory", "pepper", "salt", "silk", "sugar", "timber", "tobacco", "wool")
+_ANIMALS = ("camel", "cobra", "dolphin", "falcon", "leopard", "monkey", "panther", "parrot", "raven", "tiger", "zebra")
+_RELATIONS = (
+    "The messenger {} comes from",
+    "The merchants of {} trade in",
+    "The seal on the {} shows a",
+    "The secret number of the {} is",
+)
+_REMINDER = "\n\nReminder. "
 _CODE_DIGITS = 7
-_NAME_LETTERS = 3
-_KEYS, _QUERIES, _HOPS = 4, 4, 4
+_KEYS, _QUERIES = 4, 4
 
 # Tokens beyond those of the bare answer, for a model that says a word more.
 _SPARE_TOKENS = 4
@@ -111,24 +122,21 @@ def multiquery(rng: random.Random, encode: Encode, length: int, depth: float | N
 
 
 def variable_tracking(rng: random.Random, encode: Encode, length: int, depth: float | None) -> Prompt:
-    """A chain of variables, each given the value of the one before (RULER's variable tracking).
+    """A chain of four facts at random depths, the answer of each the subject of the next (RULER's variable tracking).
 
-    It is followed from its end: each question is about what the model itself answered, so a link
-    counts only if the links behind it were found.
+    Each question is about what the model itself answered, so a link counts only if those before it
+    were found. RULER gives variables the values of variables; models of 0.3B parameters do not
+    follow that even with dense attention (measured: 0.2 of the links), but relations of different
+    kinds they do.
     """
-    names: list[str] = []
-    while len(names) < _HOPS + 1:
-        name = "".join(rng.choices(ascii_uppercase, k=_NAME_LETTERS))
-        names += [name] * (name not in names)
-    value = str(rng.randrange(10 ** (_CODE_DIGITS - 1), 10**_CODE_DIGITS))
-    texts = [f"The variable {names[0]} has the value {value}."]
-    texts += [f"The variable {name} has the value of the variable {of}." for of, name in pairwise(names)]
-    depths = sorted(rng.random() for _ in texts)
-    planted = [Planted(*fact) for fact in zip(depths, texts, strict=True)]
-    link = "\n\nReminder. The variable {} has the value of the variable"
-    end = "\n\nReminder. The variable {} has the value"
-    behind = names[:-1][::-1]
-    asked = [(link.format(names[-1]), behind[0]), *((link, name) for name in behind[1:]), (end, value)]
+    links = [rng.choice(kind) for kind in (_PEOPLE, _PLACES, _GOODS, _ANIMALS)]
+    links.append(str(rng.randrange(10 ** (_CODE_DIGITS - 1), 10**_CODE_DIGITS)))
+    planted = [
+        Planted(rng.random(), f"{relation.format(subject)} {answer}.")
+        for relation, (subject, answer) in zip(_RELATIONS, pairwise(links), strict=True)
+    ]
+    asked = [(_REMINDER + relation, answer) for relation, answer in zip(_RELATIONS, links[1:], strict=True)]
+    asked[0] = (asked[0][0].format(links[0]), links[1])
     return _prompt(rng, encode, length, planted, asked)
 
 
@@ -136,7 +144,7 @@ TASKS = {
     "needle": Task("one fact in a long document", True, needle),
     "multikey": Task("one fact among three of its kind", True, multikey),
     "multiquery": Task("four facts, asked for one after the other", write=multiquery),
-    "variable_tracking": Task("a chain of four variables, followed link by link", write=variable_tracking),
+    "variable_tracking": Task("a chain of four facts, each leading to the next", write=variable_tracking),
     "perplexity": Task("how well real text is predicted"),
     "agreement": Task("how often the best next token is dense's, and how far the distributions are apart"),
 }
@@ -153,7 +161,7 @@ def _fact(place: str, code: str) -> str:
 
 
 def _asked(place: str) -> str:
-    return f"\n\nReminder. The secret access code of {place} is"
+    return f"{_REMINDER}The secret access code of {place} is"
 
 
 def _prompt(

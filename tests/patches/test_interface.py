@@ -16,6 +16,7 @@ from foveate.patches.errors import PatchError, UnsupportedCall, UnsupportedModel
 from foveate.patches.interface import NAME, PackedStep, no_mask, paged_attention, register
 from foveate.patches.step import build_step
 from foveate.sparse_attn.protocol import Phase
+from foveate.sparse_attn.registry import build
 
 
 class Layer(torch.nn.Module):
@@ -140,3 +141,18 @@ def test_steps_of_one_token_behind_a_context_are_decode(manager):
     step = build_step(manager, [(first, 1), (second, 1)], None)
     assert step.groups[0].phase is Phase.DECODE
     assert step.positions.tolist() == [1, 1]
+
+
+def test_the_length_of_the_prompt_says_what_is_decode_and_where_the_dense_tail_is(manager):
+    scheme = build("streaming", budget_tokens=8, dense_tail_tokens=4)
+    table = manager.open([], b"")
+
+    def phases(count, prompt_tokens):
+        step = build_step(manager, [(table, count)], scheme, prompt_tokens=prompt_tokens)
+        manager.commit(table, range(table.num_tokens + count))
+        return [(group.phase, group.scheme, group.rows.num_queries) for group in step.groups]
+
+    assert phases(7, 10) == [(Phase.PREFILL, scheme, 6), (Phase.PREFILL, None, 1)]
+    assert phases(1, 10) == [(Phase.PREFILL, None, 1)], "one token of the prompt is no decode step"
+    assert phases(2, 10) == [(Phase.PREFILL, None, 2)]
+    assert phases(1, 10) == [(Phase.DECODE, scheme, 1)]

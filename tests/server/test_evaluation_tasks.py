@@ -1,0 +1,105 @@
+"""The tasks of ``foveate eval``: made from a seed, of the length asked, with the facts where they belong."""
+
+from __future__ import annotations
+
+import random
+from itertools import pairwise
+
+import pytest
+
+from foveate.server.evaluation.document import Planted, compose
+from foveate.server.evaluation.filler import sentences
+from foveate.server.evaluation.tasks import TASKS, Prompt, Turn
+
+WRITTEN = [name for name, task in TASKS.items() if task.write]
+
+
+def make(tokenizer, name, length=4096, depth=0.5, seed=0):
+    return TASKS[name].write(random.Random(seed), tokenizer.encode, length, depth if TASKS[name].by_depth else None)
+
+
+def total(tokenizer, prompt):
+    """Tokens of document, questions and answers."""
+    later = [turn.text.format(before.answer) for before, turn in pairwise(prompt.turns)]
+    asked = sum(len(tokenizer.encode(text)) for text in [prompt.text, *later])
+    return asked + sum(turn.tokens for turn in prompt.turns)
+
+
+@pytest.mark.parametrize("name", WRITTEN)
+def test_a_prompt_is_made_by_its_seed_alone(tokenizer, name):
+    assert make(tokenizer, name, seed=3) == make(tokenizer, name, seed=3)
+    assert make(tokenizer, name, seed=3) != make(tokenizer, name, seed=4)
+
+
+@pytest.mark.parametrize("length", [2048, 4096, 10_000])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_prompt_and_answers_are_as_long_as_asked(tokenizer, name, length):
+    for seed in range(3):
+        assert 0.98 * length <= total(tokenizer, make(tokenizer, name, length, seed=seed)) <= length
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
+@pytest.mark.parametrize("name", [name for name in WRITTEN if TASKS[name].by_depth])
+def test_the_fact_stands_at_its_depth(tokenizer, name, depth):
+    prompt = make(tokenizer, name, 10_000, depth)
+    document = prompt.text.removesuffix(prompt.turns[0].text)
+    fact = prompt.turns[0].text.removeprefix("\n\nReminder. ") + f" {prompt.turns[0].answer}."
+    assert document.count(fact) == 1
+    around = len(tokenizer.encode(document)) - len(tokenizer.encode(fact))
+    assert len(tokenizer.encode(document[: document.index(fact)])) / around == pytest.approx(depth, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("name", WRITTEN)
+def test_every_answer_is_in_the_document_once_and_nowhere_else(tokenizer, name, seed):
+    prompt = make(tokenizer, name, seed=seed)
+    document = prompt.text.removesuffix(prompt.turns[0].text)
+    for number, turn in enumerate(prompt.turns):
+        subject = prompt.turns[number - 1].answer if number else ""
+        fact = turn.text.format(subject).removeprefix("\n\nReminder. ") + f" {turn.answer}."
+        assert document.count(fact) == 1
+    assert prompt.turns[-1].answer not in document.replace(fact, "")
+    assert not any(turn.found(prompt.turns[0].text) for turn in prompt.turns)
+
+
+def test_keys_and_codes_of_a_prompt_differ(tokenizer):
+    for seed in range(20):
+        turns = make(tokenizer, "multiquery", seed=seed).turns
+        assert len({turn.answer for turn in turns}) == len({turn.text for turn in turns}) == 4
+
+
+def test_filler_holds_nothing_that_is_asked_for(tokenizer):
+    stream = sentences(random.Random(0))
+    text = " ".join(next(stream) for _ in range(2000))
+    assert not any(character.isdigit() for character in text)
+    answers = {turn.answer for name in WRITTEN for seed in range(10) for turn in make(tokenizer, name, seed=seed).turns}
+    assert not any(Turn("", answer, 1).found(text) for answer in answers)
+
+
+def test_facts_at_the_same_place_keep_their_order(tokenizer):
+    planted = [Planted(0.5, "First."), Planted(0.5, "Second."), Planted(0.2, "Before.")]
+    text = compose(random.Random(0), tokenizer.encode, 1000, planted, "Head. ", " Tail")
+    assert text.startswith("Head. ")
+    assert text.endswith(" Tail")
+    assert text.index("Before.") < text.index("First.") < text.index("Second.")
+
+
+def test_too_short_a_prompt_is_refused(tokenizer):
+    with pytest.raises(ValueError, match="no room"):
+        make(tokenizer, "multiquery", 200)
+
+
+@pytest.mark.parametrize(
+    ("said", "score"),
+    [
+        (["123", "45"], 1.0),
+        (["It is 123.", "no"], 0.5),
+        (["1234", "a45"], 0.0),
+        (["0123", "45th"], 0.0),
+        (["123"], 0.5),
+        ([], 0.0),
+    ],
+    ids=["bare", "in-a-sentence", "longer", "part-of-a-word", "not-reached", "nothing"],
+)
+def test_score_is_the_share_of_answers_contained(said, score):
+    assert Prompt("", (Turn("", "123", 5), Turn("", "45", 5))).score(said) == score
