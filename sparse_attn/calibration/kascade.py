@@ -10,8 +10,8 @@ import torch
 
 from foveate.kv_cache.view import PagedView
 
+from .. import ops
 from ..errors import SchemeConfigError
-from ..ops.anchor import anchor_scores
 from ..protocol import LayerCall, Phase, StepGroup
 from ..selection import CAUSAL, Segment
 from .base import CalibrationOptions, Calibrator, ModelShape
@@ -102,7 +102,7 @@ class KascadeCalibrator(Calibrator):
             return
         prefill = group.phase is Phase.PREFILL
         tiles = group.tiles_of(self.tile_tokens if prefill else 1)
-        pooled = anchor_scores(query, view, tiles, replace(layer.spec, band=CAUSAL)).cpu()
+        pooled = ops.anchor_scores(query, view, tiles, replace(layer.spec, band=CAUSAL)).cpu()
         if prefill:
             start = tiles.position.cpu() // self.tile_tokens * self.tile_tokens
             own = torch.arange(pooled.shape[2]) >= start[:, None, None]

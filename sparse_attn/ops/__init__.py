@@ -4,6 +4,7 @@ Each op checks shapes once, then routes to flashinfer (CUDA, dense attention, wh
 Triton (CUDA, ROCm), the torch CPU path, or the float32 reference. ``backend=`` exists for tests.
 """
 
+from .anchor import anchor_scores, pooled_topk
 from .antidiagonal import antidiagonal_scores
 from .attention import decode, merge, prefill
 from .block_gate import gate_blocks
@@ -12,12 +13,14 @@ from .threshold import thresholded
 from .write import page_stats, write_kv
 
 __all__ = [
+    "anchor_scores",
     "antidiagonal_scores",
     "decode",
     "gate_blocks",
     "merge",
     "page_bounds",
     "page_stats",
+    "pooled_topk",
     "prefill",
     "thresholded",
     "write_kv",

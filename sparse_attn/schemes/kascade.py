@@ -10,9 +10,8 @@ import torch
 
 from foveate.kv_cache.view import PagedView
 
-from .. import budget
+from .. import budget, ops
 from ..errors import CalibrationMissing, ProfileError, SchemeConfigError
-from ..ops.anchor import pooled_topk
 from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Phase, Role, Scheme, SchemeOptions
 from ..selection import CAUSAL, Plan, Selection, Tiles
@@ -84,7 +83,7 @@ class Kascade(Scheme):
     """
 
     name: ClassVar[str] = "kascade"
-    source: ClassVar[str] = "Kascade: A Practical Sparse Attention Method for Long-Context LLM Inference, 2512.16391"
+    source: ClassVar[str] = "Kascade, arXiv:2512.16391"
     Options: ClassVar[type[SchemeOptions]] = KascadeOptions
     options: KascadeOptions
     calibrated: ClassVar[bool] = True
@@ -151,7 +150,7 @@ class Kascade(Scheme):
         spec = replace(layer.spec, band=CAUSAL)
         candidates = budget.free_units(tiles, self, 1, phase)
         budgets = [self._budget(position, phase) for *_, position in tiles.host]
-        return pooled_topk(query, view, tiles, spec, candidates, budgets, pool=self._pool)
+        return ops.pooled_topk(query, view, tiles, spec, candidates, budgets, pool=self._pool)
 
     def _budget(self, position: int, phase: Phase) -> int:
         options = self.options
