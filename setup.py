@@ -37,12 +37,14 @@ INSTRUCTION_SETS = {
     "anchor_avx512": AVX512,
     "anchor_avx512bf16": AVX512BF16,
     "anchor_amx": AMX,
+    "gate_avx2": AVX2,
+    "gate_avx512": AVX512,
     "linear_avx2": AVX2,
     "linear_avxvnni": [*AVX2, "-mavxvnni"],
     "linear_avx512vnni": [*AVX512, "-mavx512vnni"],
     "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-SHARED = ("dispatch", "anchor", "linear")  # sources that choose among them
+SHARED = ("dispatch", "anchor", "gate", "linear")  # sources that choose among them
 
 
 def compiler() -> str:

@@ -8,9 +8,9 @@ import torch
 
 from foveate.kv_cache.view import PagedView
 
-from . import block_gate_torch, reference_block_gate
+from . import block_gate_native, block_gate_torch, reference_block_gate
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "native", "triton"]
 
 
 def gate_blocks(
@@ -56,9 +56,19 @@ def gate_blocks(
         raise ValueError(f"top_k {top_k} must be at least 1, block_tokens {block_tokens} a power of two")
     if backend == "reference":
         return reference_block_gate.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
-    if (backend or ("triton" if query.is_cuda else "torch")) == "triton":
+    chosen = backend or _default_backend(query, view, top_k)
+    if chosen == "triton":
         from . import block_gate_triton
 
-        if top_k <= block_gate_triton.MAX_TOP_K:
-            return block_gate_triton.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
+        return block_gate_triton.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
+    if chosen == "native":
+        return block_gate_native.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
     return block_gate_torch.gate_blocks(query, view, block_tokens, top_k, candidates, pooled)
+
+
+def _default_backend(query: torch.Tensor, view: PagedView, top_k: int) -> Backend:
+    if not query.is_cuda:
+        return "native" if block_gate_native.supports(query, view) else "torch"
+    from . import block_gate_triton
+
+    return "triton" if top_k <= block_gate_triton.MAX_TOP_K else "torch"

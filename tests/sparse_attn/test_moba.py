@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from foveate.kv_cache.geometry import CacheGeometry
@@ -15,8 +15,11 @@ from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import budget, ops, registry
 from foveate.sparse_attn.attend import attend
 from foveate.sparse_attn.errors import SchemeConfigError
+from foveate.sparse_attn.ops import block_gate_native, block_gate_torch, native
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, Role, StepGroup, StepState
 from foveate.sparse_attn.selection import Tiles
+
+from .test_ops import make_query, make_view
 
 PAGE, DIM, BLOCK = 16, 16, 32
 SPEC = AttentionSpec(DIM**-0.5)
@@ -188,31 +191,56 @@ def test_of_equal_gates_the_later_block_is_chosen(backend):
     assert counts[:, 1].tolist() == [min(c + 1, 3) for c in own.tolist()]
 
 
+@pytest.fixture(params=["torch", *native.ISAS])
+def gate(request):
+    """The gate in torch, and compiled for each instruction set that this machine has."""
+    if request.param == "torch":
+        return lambda *args, pooled: block_gate_torch.gate_blocks(*args, pooled)
+    kernels = native.library()
+    if kernels is None or request.param not in kernels.isas:
+        pytest.skip(f"no kernels for {request.param}")
+    return lambda *args, pooled: block_gate_native.gate_blocks(*args, pooled, isa=request.param)
+
+
 @given(
-    lengths=st.lists(st.integers(1, 150), min_size=1, max_size=3),
-    top_k=st.integers(1, 6),
+    lengths=st.lists(st.integers(1, 250), min_size=1, max_size=3),
+    top_k=st.integers(1, 20),
     block=st.sampled_from([8, 16, 32]),
     pooled=st.booleans(),
     sinks=st.integers(0, 40),
     window=st.integers(0, 60),
     few_values=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=60, deadline=None)
-def test_gate_equals_reference(lengths, top_k, block, pooled, sinks, window, few_values, seed):
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_gate_equals_reference(gate, lengths, top_k, block, pooled, sinks, window, few_values, dtype, seed):
     scheme = make(block_tokens=block, top_k=top_k, sink_tokens=sinks, window_tokens=window)
-    world = World(scheme, lengths, heads=4, kv_heads=2, seed=seed)
+    world = World(scheme, lengths, heads=4, kv_heads=2, dtype=dtype, seed=seed)
     if few_values:  # small whole numbers: many gates are equal, and none is rounded
         world.q, world.k = ([part.round().clamp(-1, 1) for part in parts] for parts in (world.q, world.k))
     spans = [(length // 3, length) for length in lengths]
     world.write([(0, length) for length in lengths])
     rows = world.rows(spans)
     view, tiles = PagedView(world.pool.layer(0), rows), Tiles.of(rows, 1)
+    arguments = world.packed(world.q, spans), view, block, top_k
     candidates = budget.free_units(tiles, scheme, block, Phase.PREFILL)
-    got, want = (
-        ops.gate_blocks(world.packed(world.q, spans), view, block, top_k, candidates, pooled=pooled, backend=backend)
-        for backend in (None, "reference")
-    )
+    got = gate(*arguments, candidates, pooled=pooled)
+    want = ops.gate_blocks(*arguments, candidates, pooled=pooled, backend="reference")
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 80, 9), (2, 7, 128, 40), (1, 3, 256, 64), (3, 1, 48, 2)], ids=str)
+def test_gate_of_many_shapes(gate, shape):
+    """KV heads, group, head dim and blocks per query, over more queries than one pass of the kernels takes."""
+    kv_heads, group, dim, top_k = shape
+    view = make_view((1500, 20), (170, 1), kv_heads=kv_heads, dim=dim)
+    query = make_query(view, kv_heads * group)
+    own = torch.cat([torch.arange(1330, 1500), torch.tensor([19])]).int() // 16
+    arguments = query, view, 16, top_k, ((own > 50).int(), own - (own > 90).int())
+    got = gate(*arguments, pooled=False)
+    want = ops.gate_blocks(*arguments, pooled=False, backend="reference")
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
 

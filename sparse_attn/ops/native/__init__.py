@@ -71,6 +71,18 @@ class AnchorCall(ctypes.Structure):
     )
 
 
+class GateCall(ctypes.Structure):
+    """``foveate_gate`` of gate.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "means", "first", "end", "indices", "counts")),
+        *((name, ctypes.c_int64) for name in ("query_token_stride", "query_head_stride", "queries", "position")),
+        *((name, ctypes.c_int64) for name in ("blocks", "block_tokens", "top_k")),
+        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "kinds", "head_dim")),
+        *((name, ctypes.c_int32) for name in ("dtype", "isa", "num_threads")),
+    )
+
+
 class LinearCall(ctypes.Structure):
     """``foveate_linear`` of linear.h, field by field."""
 
@@ -90,6 +102,7 @@ class Library:
         prefill: ``foveate_prefill``.
         decode: ``foveate_decode``.
         anchor: ``foveate_anchor_run``.
+        gate: ``foveate_gate_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
         linear_isa: The one of them in use, no faster a kind than ``isa``.
         linear: ``foveate_linear_run``.
@@ -106,6 +119,7 @@ class Library:
             self._size("foveate_attention_size") == ctypes.sizeof(Call)
             and self._size("foveate_threshold_size") == ctypes.sizeof(ThresholdCall)
             and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
+            and self._size("foveate_gate_size") == ctypes.sizeof(GateCall)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
             raise OSError(f"{path} was built from other sources; install again")
@@ -118,6 +132,7 @@ class Library:
         self.prefill = self._function("foveate_prefill", Call)
         self.decode = self._function("foveate_decode", Call)
         self.anchor = self._function("foveate_anchor_run", AnchorCall)
+        self.gate = self._function("foveate_gate_run", GateCall)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
         )

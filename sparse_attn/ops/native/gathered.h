@@ -12,10 +12,13 @@ namespace {
 
 template <class Engine>
 struct GatheredState {
+    using T = typename Engine::T;
     static constexpr int W = Engine::Simd::W, C = Engine::kVectors;
     int32_t* ends;     // [units + 1] of the lists
     int32_t* lists;    // rows by unit, ascending
-    float* outputs;    // [rows][dim]
+    const T** queries;  // [rows]
+    int32_t* positions;  // [rows]
+    float* outputs;      // [rows][dim]
     float* reference;  // [rows]
     float* sums;       // [rows]
     PrefillState<Engine> pass;
@@ -28,6 +31,8 @@ private:
     GatheredState(Arena arena, void* memory, const foveate_attention& call, int queries, int64_t units, int64_t* bytes)
         : ends(arena.take<int32_t>(units + 1)),
           lists(arena.take<int32_t>(rows_of(call, queries) * call.selected_width)),
+          queries(arena.take<const T*>(rows_of(call, queries))),
+          positions(arena.take<int32_t>(rows_of(call, queries))),
           outputs(arena.take<float>(rows_of(call, queries) * call.head_dim)),
           reference(arena.take<float>(rows_of(call, queries))),
           sums(arena.take<float>(rows_of(call, queries))),
@@ -65,25 +70,36 @@ void list_rows(const foveate_attention& call, const PrefillItem& item, int64_t u
     });
 }
 
+template <class Engine>
+void begin_rows(const foveate_attention& call, const PrefillItem& item, GatheredState<Engine>& state) {
+    using T = typename Engine::T;
+    const int group = call.num_heads / call.num_kv_heads;
+    for (int query = 0, row = 0; query < item.count; ++query)
+        for (int h = 0; h < group; ++h, ++row) {
+            state.queries[row] = static_cast<const T*>(call.query) + (item.start + query) * call.query_token_stride +
+                                 (int64_t(item.kind) * group + h) * call.query_head_stride;
+            state.positions[row] = item.position + query;
+            state.reference[row] = -kInfinity;
+            state.sums[row] = 0.0f;
+        }
+    __builtin_memset(state.outputs, 0, size_t(item.count) * group * call.head_dim * sizeof(float));
+}
+
 // Makes some rows of a list the columns of the next pass; behind the last, it is repeated.
 template <class Engine>
-void load_columns(const foveate_attention& call, const PrefillItem& item, const int32_t* rows, int count,
-                  GatheredState<Engine>& state) {
+void load_columns(const foveate_attention& call, const int32_t* rows, int count, GatheredState<Engine>& state) {
     using Simd = typename Engine::Simd;
     using T = typename Engine::T;
     constexpr int W = Simd::W;
-    const int group = call.num_heads / call.num_kv_heads, dim = call.head_dim;
+    const int dim = call.head_dim;
     PrefillState<Engine>& pass = state.pass;
     for (int v = 0; v < Engine::kVectors; ++v) {
         const T* source[W];
         for (int lane = 0; lane < W; ++lane) {
             const int row = rows[smaller(v * W + lane, count - 1)];
-            const int query = row / group, head = item.kind * group + row % group;
-            source[lane] = static_cast<const T*>(call.query) + (item.start + query) * call.query_token_stride +
-                           head * call.query_head_stride;
-            const int64_t position = item.position + query;
-            pass.high[v * W + lane] = int32_t(position - call.nearest);
-            pass.low[v * W + lane] = int32_t(position - call.farthest);
+            source[lane] = state.queries[row];
+            pass.high[v * W + lane] = state.positions[row] - call.nearest;
+            pass.low[v * W + lane] = state.positions[row] - call.farthest;
             pass.reference[v * W + lane] = state.reference[row];
         }
         pack_columns<Engine>(source, dim, pass.queries + int64_t(v) * Engine::units(dim) * W);
@@ -155,18 +171,13 @@ template <class Engine>
 void gathered_item(const foveate_attention& call, const PrefillItem& item, void* scratch) {
     using T = typename Engine::T;
     constexpr int kColumns = Engine::kVectors * Engine::Simd::W;
-    const int rows = item.count * (call.num_heads / call.num_kv_heads);
     // Units behind the item's last query are seen by none of its rows.
     const int64_t end = smaller<int64_t>(call.context_lens[item.sequence], int64_t(item.position) + item.count);
     const int64_t begin = larger<int64_t>(0, int64_t(item.position) - call.farthest + 1);
     const int64_t units = units_of(call, end);
     GatheredState<Engine> state(scratch, call, item.count, units);
     list_rows<Engine>(call, item, units, state);
-    for (int row = 0; row < rows; ++row) {
-        state.reference[row] = -kInfinity;
-        state.sums[row] = 0.0f;
-    }
-    __builtin_memset(state.outputs, 0, size_t(rows) * call.head_dim * sizeof(float));
+    begin_rows<Engine>(call, item, state);
     Engine engine(state.pass.engine, call.head_dim);
     KeyBlock<T>& block = state.pass.blocks[0];
     for (int64_t unit = 0; unit < units; ++unit) {
@@ -179,7 +190,7 @@ void gathered_item(const foveate_attention& call, const PrefillItem& item, void*
             engine.load(block);
             for (int at = first; at < last; at += kColumns) {
                 const int count = smaller(kColumns, last - at);
-                load_columns<Engine>(call, item, state.lists + at, count, state);
+                load_columns<Engine>(call, state.lists + at, count, state);
                 if (multiply<Engine>(call, engine, block, state.pass, 0))
                     add_columns<Engine>(call, state.lists + at, count, state);
             }

@@ -94,21 +94,16 @@ FOVEATE_INLINE void pack_columns(const typename Engine::T* const* source, int di
     using Simd = typename Engine::Simd;
     constexpr int W = Simd::W;
     const int units = Engine::units(dim), filled = Engine::kPairs ? dim / 2 : dim;
-    for (int u = 0; u < filled; u += W) {
+    int u = 0;
+    for (; u + W <= filled; u += W) {
         typename Simd::F tile[W];
-        if (filled - u >= W) {
-            for (int lane = 0; lane < W; ++lane) tile[lane] = Engine::load_units(source[lane], u);
-        } else {
-            for (int lane = 0; lane < W; ++lane) {
-                alignas(64) float part[W] = {};
-                for (int i = 0; i < filled - u; ++i) part[i] = Engine::load_unit(source[lane], u + i);
-                tile[lane] = Simd::load(part);
-            }
-        }
+        for (int lane = 0; lane < W; ++lane) tile[lane] = Engine::load_units(source[lane], u);
         Simd::transpose(tile);
-        for (int i = 0; i < smaller(W, filled - u); ++i) Simd::store(target + (u + i) * W, tile[i]);
+        for (int i = 0; i < W; ++i) Simd::store(target + (u + i) * W, tile[i]);
     }
-    for (int u = filled; u < units; ++u) Simd::store(target + u * W, Simd::zero());
+    for (; u < filled; ++u)
+        for (int lane = 0; lane < W; ++lane) target[u * W + lane] = Engine::load_unit(source[lane], u);
+    for (; u < units; ++u) Simd::store(target + u * W, Simd::zero());
 }
 
 // Copies the item's query rows into columns, and sets up what is kept per column.

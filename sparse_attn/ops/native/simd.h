@@ -69,10 +69,14 @@ struct Vec8 {
     static FOVEATE_INLINE F mul(F a, F b) { return _mm256_mul_ps(a, b); }
     static FOVEATE_INLINE F div(F a, F b) { return _mm256_div_ps(a, b); }
     static FOVEATE_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+    static FOVEATE_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
     static FOVEATE_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
     static FOVEATE_INLINE F fmsub(F a, F b, F c) { return _mm256_fmsub_ps(a, b, c); }
     static FOVEATE_INLINE bool any_above(F a, F b) {
         return _mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GT_OQ)) != 0;
+    }
+    static FOVEATE_INLINE uint32_t at_least(F a, F b) {  // a bit per lane
+        return uint32_t(_mm256_movemask_ps(_mm256_cmp_ps(a, b, _CMP_GE_OQ)));
     }
     // x, or 0 where x is -inf.
     static FOVEATE_INLINE F finite(F x) { return _mm256_and_ps(x, _mm256_cmp_ps(x, set(-kInfinity), _CMP_GT_OQ)); }
@@ -164,9 +168,11 @@ struct Vec16 {
     static FOVEATE_INLINE F mul(F a, F b) { return _mm512_mul_ps(a, b); }
     static FOVEATE_INLINE F div(F a, F b) { return _mm512_div_ps(a, b); }
     static FOVEATE_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+    static FOVEATE_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
     static FOVEATE_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
     static FOVEATE_INLINE F fmsub(F a, F b, F c) { return _mm512_fmsub_ps(a, b, c); }
     static FOVEATE_INLINE bool any_above(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GT_OQ) != 0; }
+    static FOVEATE_INLINE uint32_t at_least(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ); }
     static FOVEATE_INLINE F finite(F x) {
         return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, set(-kInfinity), _CMP_GT_OQ), x);
     }
