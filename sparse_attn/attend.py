@@ -88,7 +88,8 @@ def _segments(
         plan = scheme.remap(group.carried[role.anchor], layer)
     else:
         plan = _select(query, view, layer, group, scheme)
-        group.carried[layer.index] = plan
+        if _is_anchor(scheme, layer, step):  # other plans are let go with their layer
+            group.carried[layer.index] = plan
     return everything if whole else scheme.segments(plan, layer.spec.band)
 
 

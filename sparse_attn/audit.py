@@ -87,8 +87,7 @@ class StepAudit:
 
     def book(self, group: StepGroup, mass: torch.Tensor) -> None:
         """Adds one layer's ``mass`` ``[S]`` to the owners of a group's sequences."""
-        owners = torch.tensor(group.owners, device=self.kept.device)
-        self.kept.index_add_(0, owners, torch.stack([mass, torch.ones_like(mass)], dim=1))
+        self.kept.index_add_(0, group.owner_index(self.kept.device), torch.stack([mass, torch.ones_like(mass)], dim=1))
 
 
 class Audit:

@@ -33,7 +33,7 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
     if own or options.window_tokens:
         units = _own_units(tiles, size, options.window_tokens)
         # Without its own token, a decode query's window still begins right before it.
-        kept = [units if own else torch.where(units * size < tiles.position[:, None], units, -1)]
+        kept = [units if own else torch.where(units * size < _tile_start(tiles)[:, None], units, -1)]
     sinks = -(-options.sink_tokens // size)
     if sinks:
         first = torch.arange(sinks, device=selection.indices.device, dtype=torch.int32).expand(len(tiles), -1)

@@ -9,7 +9,7 @@ import torch
 from foveate.kv_cache.view import Rows
 
 from .protocol import LayerCall, StepGroup, StepState
-from .selection import Band, ScoreThreshold, Segment, Selection
+from .selection import Band, Plan, Segment, Selection
 
 
 def book(
@@ -45,13 +45,15 @@ def book(
             else:
                 scored = _band_pairs(group.rows, part.band, heads, device)
                 read += scored if count is None else (scored + _by_sequence(count, group.rows)) / 2
-        owners = torch.tensor(group.owners, device=device)
-        booked = owners, torch.stack([read, dense], dim=1), segments
-        # Thresholds are new in each layer, and so is what lies above them.
-        if not any(isinstance(part.keys, ScoreThreshold) for part in segments):
-            # The segments are kept so that no later selection of this step can get the same id.
+        booked = torch.stack([read, dense], dim=1)
+        # Only what several layers read is kept. An anchor's plan lives as long as the group, so its id stays its own.
+        if all(part.keys is None or _is_carried(part.keys, group) for part in segments):
             group.rows.plans[plan] = booked
-    step.keys_read.index_add_(0, booked[0], booked[1])
+    step.keys_read.index_add_(0, group.owner_index(step.keys_read.device), booked)
+
+
+def _is_carried(plan: Plan, group: StepGroup) -> bool:
+    return isinstance(plan, Selection) and any(plan is carried for carried in group.carried.values())
 
 
 def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
@@ -103,6 +105,8 @@ def _band_pairs(rows: Rows, band: Band, heads: int, device: torch.device) -> tor
             heads * sum(band.visible(position) for position in range(context - count, context))
             for context, count in zip(rows.host_context_lens, rows.host_query_lens, strict=True)
         ]
-        known = rows.plans["band_pairs", band, heads] = torch.tensor(pairs, dtype=torch.float64).to(device)
+        known = rows.plans["band_pairs", band, heads] = torch.tensor(pairs, dtype=torch.float64).to(
+            device, non_blocking=True
+        )
     pairs_of: torch.Tensor = known
     return pairs_of

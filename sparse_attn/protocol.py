@@ -236,6 +236,13 @@ class StepGroup:
             self.tiles[size] = Tiles.of(self.rows, size)
         return self.tiles[size]
 
+    def owner_index(self, device: torch.device) -> torch.Tensor:
+        """``[S]`` int64: ``owners``, uploaded once per step."""
+        if "owners" not in self.rows.plans:
+            self.rows.plans["owners"] = torch.tensor(self.owners).to(device, non_blocking=True)
+        index: torch.Tensor = self.rows.plans["owners"]
+        return index
+
 
 class Observer(Protocol):
     """Looks on while a step is computed: the audit, and calibration."""

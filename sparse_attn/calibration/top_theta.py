@@ -12,6 +12,7 @@ import torch
 from foveate.kv_cache.view import PagedView
 
 from ..errors import SchemeConfigError
+from ..ops.reference import gather_pages
 from ..protocol import LayerCall, StepGroup
 from ..selection import Segment
 from .base import CalibrationOptions, Calibrator, ModelShape
@@ -97,8 +98,7 @@ class TopThetaCalibrator(Calibrator):
         ):
             wanted = [n for n in range(context - count + 1, context + 1) if n in self._point]
             if wanted:
-                pages = view.rows.block_tables[sequence, : -(-context // view.page_size)].long()
-                keys = view.pages.keys[pages].transpose(0, 1).flatten(1, 2).float()
+                keys = gather_pages(view.pages.keys, view, sequence).float()
                 for visible in wanted:
                     one = query[start + visible - 1 - (context - count)]
                     self._record(_logits(one, keys[:, :visible], layer), layer.index, visible)

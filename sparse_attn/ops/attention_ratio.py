@@ -7,7 +7,7 @@ import torch
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
-from .reference import gather_sequence
+from .reference import gather_pages
 
 EPSILON = 1e-6
 
@@ -66,7 +66,7 @@ def attention_ratio(
     ):
         stop += count
         rows = min(count, last_queries)
-        keys = gather_sequence(view, sequence)[0]
+        keys = gather_pages(view.pages.keys, view, sequence)
         queries = torch.unflatten(query[stop - rows : stop], 1, (len(keys), -1))
         position = torch.arange(context - rows, context, device=query.device)
         hidden = position[:, None] < torch.arange(context, device=query.device)

@@ -20,7 +20,7 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
-from .common_triton import LN2, LOG2E, attend, finish
+from .common_triton import LOG2E, attend, finish
 from .launch import Launch, key_arguments, last_dim_dense
 from .tiling import Tiling, power_of_two, prefill_tiling, unit_of
 
@@ -210,17 +210,12 @@ def gathered_merge_kernel(
         acc = acc * decay + tl.sum(weights[:, None] * rows.to(tl.float32), 0)
         total = total * decay + tl.sum(weights, 0)
         peak = higher
-    seen = total > 0
-    found = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    sink = None
     if sinks is not None:
-        sink = tl.load(sinks + head).to(tl.float32) * LOG2E
-        # The sink may be far above every logit, so it takes part in the shift.
-        top = tl.maximum(peak, sink)
-        acc = acc * tl.exp2(peak - top)
-        total = total * tl.exp2(peak - top) + tl.exp2(sink - top)
+        sink = tl.load(sinks + head + tl.arange(0, 1))
+    result, found = finish(acc[None, :], peak, total, sink)
     row = token * tl.num_programs(1) + head
-    result = acc / tl.where(total > 0, total, 1.0)
-    tl.store(out + row * HEAD_DIM + dim, result.to(out.dtype.element_ty), mask=in_dim)
+    tl.store(out + row * HEAD_DIM + dim[None, :], result.to(out.dtype.element_ty), mask=in_dim[None, :])
     tl.store(lse + row + tl.arange(0, 1), found)
 
 

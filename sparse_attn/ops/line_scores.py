@@ -8,7 +8,7 @@ from torch.nn.functional import pad
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
-from .reference import gather_sequence
+from .reference import gather_pages
 
 # Bytes of logits held at a time; what is made of them takes four times as much.
 SLAB_BYTES = 16 << 20
@@ -31,7 +31,7 @@ def line_scores(
         ``(columns [H, L], diagonals [H, L])`` float32 over the L keys of the sequence: the weight on
         key ``j``, and on the keys at distance ``j``, summed over the queries.
     """
-    keys = gather_sequence(view, sequence)[0]
+    keys = gather_pages(view.pages.keys, view, sequence)
     count, heads, _ = query.shape
     length = keys.shape[1]
     group = heads // len(keys)

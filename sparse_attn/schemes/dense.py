@@ -8,7 +8,7 @@ import torch
 
 from foveate.kv_cache.view import PagedView
 
-from ..protocol import LayerCall, LayerRole, Role, Scheme
+from ..protocol import LayerCall, LayerRole, Role, Scheme, SchemeOptions
 from ..selection import Selection, Tiles
 
 
@@ -25,3 +25,7 @@ class Dense(Scheme):
         raise RuntimeError("a dense layer selects nothing")
 
     select_decode = select_prefill
+
+
+# What schemes hand a phase to that they leave dense: one object, so that all of it is one call of the kernels.
+DENSE = Dense(SchemeOptions())

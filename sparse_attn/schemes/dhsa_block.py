@@ -21,7 +21,7 @@ from ..profile import Profile
 from ..protocol import LayerCall, Phase, Scheme, SchemeOptions
 from ..selection import Selection, Tiles
 from ..slabs import by_sequence
-from .dense import Dense
+from .dense import DENSE
 
 Variant = Literal["topk", "a", "vs", "vsb"]
 
@@ -113,7 +113,7 @@ class DhsaBlock(Scheme):
     def __init__(self, options: DhsaBlockOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         super().__init__(options, profiles)
         self.tile, self.granularity = options.query_block_tokens, options.key_block_tokens
-        self._answer: Scheme = self if options.sparse_decode else Dense(SchemeOptions())
+        self._answer: Scheme = self if options.sparse_decode else DENSE
 
     def for_phase(self, phase: Phase) -> Scheme:
         return self if phase is Phase.PREFILL else self._answer

@@ -17,7 +17,7 @@ from ..errors import SchemeConfigError
 from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Phase, Role, Scheme, SchemeOptions
 from ..selection import Selection, Tiles
-from .dense import Dense
+from .dense import DENSE
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +56,6 @@ class MobaOptions(SchemeOptions):
                 raise SchemeConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
 
 
-# One for all, so that their generated tokens are one call of the kernels.
-_DENSE = Dense(SchemeOptions())
-
-
 class Moba(Scheme):
     """Mixture of Block Attention (Lu et al., arXiv:2502.13189, section 2.2), per query and query head.
 
@@ -93,7 +89,7 @@ class Moba(Scheme):
         return -(-options.budget_tokens // options.block_tokens) if options.budget_tokens else options.top_k
 
     def for_phase(self, phase: Phase) -> Scheme:
-        return self if phase is Phase.PREFILL or self.options.sparse_decode else _DENSE
+        return self if phase is Phase.PREFILL or self.options.sparse_decode else DENSE
 
     def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
         return (KEY_SUM,) if self.options.block_tokens % geometry.page_size == 0 else ()
@@ -106,9 +102,11 @@ class Moba(Scheme):
         block = self.options.block_tokens
         # In both phases only what lies before the own block is a candidate, as for a prompt's tile.
         candidates = budget.free_units(tiles, self, block, Phase.PREFILL)
-        indices, counts = ops.gate_blocks(
-            query, view, block, self.blocks_read, candidates, pooled=self.options.share_heads
-        )
+        # No wider than the context, or a large budget would cost its width on short prompts; a power of two,
+        # because a kernel is compiled per width.
+        blocks = -(-max(view.rows.host_context_lens) // block)
+        most = min(self.blocks_read, 1 << (blocks - 1).bit_length())
+        indices, counts = ops.gate_blocks(query, view, block, most, candidates, pooled=self.options.share_heads)
         return Selection(indices, counts, block, tiles)
 
     select_decode = select_prefill

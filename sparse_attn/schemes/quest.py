@@ -18,7 +18,7 @@ from ..ops.topk import top_units
 from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Phase, Role, Scheme, SchemeOptions
 from ..selection import Selection, Tiles
-from .dense import Dense
+from .dense import DENSE
 
 Group = Literal["none", "max", "sum", "softmax"]
 
@@ -94,7 +94,7 @@ class Quest(Scheme):
     def __init__(self, options: QuestOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         super().__init__(options, profiles)
         self.tile = options.tile_tokens
-        self._prompt: Scheme = self if options.sparse_prefill else Dense(SchemeOptions())
+        self._prompt: Scheme = self if options.sparse_prefill else DENSE
 
     def for_phase(self, phase: Phase) -> Scheme:
         return self._prompt if phase is Phase.PREFILL else self
@@ -114,6 +114,7 @@ class Quest(Scheme):
 
     def _select(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall, phase: Phase) -> Selection:
         bounds = ops.page_bounds(query, view, tiles)
+        candidates = budget.free_units(tiles, self, view.page_size, phase)
         if self.options.group != "none":
             heads = bounds.view(len(tiles), view.num_kv_heads, -1, bounds.shape[2])
             if self.options.group == "max":
@@ -121,7 +122,9 @@ class Quest(Scheme):
             elif self.options.group == "sum":
                 bounds = heads.sum(2)
             else:
-                bounds = torch.softmax(heads * layer.spec.scale, dim=3).sum(2)
+                # Over the candidates alone: pages behind a tile are there in one cut of the prompt and not in another.
+                later = torch.arange(heads.shape[3], device=heads.device) >= candidates[1][:, None]
+                heads = (heads * layer.spec.scale).masked_fill(later[:, None, None], float("-inf"))
+                bounds = torch.softmax(heads, dim=3).sum(2)
         pages = max(self.options.min_pages, self.options.budget_tokens // view.page_size)
-        candidates = budget.free_units(tiles, self, view.page_size, phase)
         return Selection(*top_units(bounds, candidates, pages), view.page_size, tiles)

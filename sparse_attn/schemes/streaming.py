@@ -60,6 +60,7 @@ class Streaming(Scheme):
 
     # The window segment reads a tile's own tokens; among the sinks they would stand twice.
     keeps_own_tile = False
+    keeps_own_token = False
 
     def __init__(self, options: StreamingOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         super().__init__(options, profiles)

@@ -17,7 +17,7 @@ from ..errors import ProfileError, SchemeConfigError
 from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Phase, Role, Scheme, SchemeOptions, options_from
 from ..selection import ScoreThreshold, Tiles
-from .dense import Dense
+from .dense import DENSE
 
 if TYPE_CHECKING:
     from ..calibration.base import Calibrator, ModelShape
@@ -78,7 +78,7 @@ class TopThetaOptions(SchemeOptions):
         layers, scale = self.dense_first_layers, self.compensation_scale
         if isinstance(layers, bool) or not isinstance(layers, int) or layers < 0:
             raise SchemeConfigError(f"dense_first_layers must be a whole number >= 0, got {layers!r}")
-        if self.compensation not in _DROPPED_SUMS:
+        if self.compensation not in tuple(_DROPPED_SUMS):  # a list would not be hashable
             raise SchemeConfigError(
                 f"compensation must be one of {', '.join(_DROPPED_SUMS)}, got {self.compensation!r}"
             )
@@ -120,7 +120,7 @@ class TopTheta(Scheme):
 
     def __init__(self, options: TopThetaOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         super().__init__(options, profiles)
-        self._prompt: Scheme = self if options.sparse_prefill else Dense(SchemeOptions())
+        self._prompt: Scheme = self if options.sparse_prefill else DENSE
         self._forced = options.sink_tokens + (options.window_tokens + 1 if options.window_tokens else 0)
         table = ThresholdTable.of(self.needed_profile(), "free" if self._forced else "all")
         budgets = [self._budget(layer) for layer in table.layers]

@@ -16,7 +16,7 @@ from ..ops.topk import top_units, units_of
 from ..profile import Profile
 from ..protocol import LayerCall, Phase, Scheme, SchemeOptions
 from ..selection import Selection, Tiles
-from .dense import Dense
+from .dense import DENSE
 
 Group = Literal["none", "sum"]
 
@@ -84,10 +84,9 @@ class XAttention(Scheme):
     def __init__(self, options: XAttentionOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         super().__init__(options, profiles)
         self.tile = self.granularity = options.block_tokens
-        self._answer = Dense(SchemeOptions())
 
     def for_phase(self, phase: Phase) -> Scheme:
-        return self if phase is Phase.PREFILL else self._answer
+        return self if phase is Phase.PREFILL else DENSE
 
     def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
         size = self.options.block_tokens

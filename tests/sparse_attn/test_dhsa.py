@@ -21,6 +21,7 @@ from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, StepGr
 from foveate.sparse_attn.schemes import dhsa
 from foveate.sparse_attn.selection import Tiles
 
+from .seen import Seen
 from .test_chunk_ops import greedy, predictor_profile, split
 from .test_schemes import World, close
 from .views import CPU, DIM, HEADS, KV_HEADS, make_query, make_view
@@ -91,8 +92,9 @@ def test_vector_of_the_definition_by_the_scheme():
     step = StepState(pool, torch.arange(6, 8), torch.arange(6, 8), [], None, torch.zeros(1, 2, dtype=torch.float64))
     group = StepGroup(scheme, Phase.PREFILL, 0, view.rows, (0,))
     step.groups = [group]
+    step.observer = Seen()
     attend(torch.ones(2, 4, 2), LayerCall(0, AttentionSpec(1.0)), step)
-    assert group.carried[0].to_mask(view.rows)[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 6, 7]
+    assert step.observer.plans[0].to_mask(view.rows)[0, 0].nonzero()[:, 0].tolist() == [0, 1, 2, 6, 7]
 
 
 @st.composite
@@ -309,8 +311,9 @@ def test_the_budget_pays_for_what_is_kept_if_told_so(heads, kinds):
     options = {"sink_tokens": 5, "window_tokens": 9, "dense_tail_tokens": 0, "block_tokens": 32, "chunk_tokens": 16}
     scheme = registry.build("dhsa", **options, budget_tokens=64, budget_includes_kept=True, share_heads=heads)
     world = World([150], scheme)
-    _, step = world.run([(0, 150)])
-    counts = step.groups[0].carried[0].counts
+    seen = Seen()
+    world.run([(0, 150)], observer=seen)
+    counts = seen.plans[0].counts
     assert counts.shape[1] == kinds
     assert counts.tolist() == [[min(64, 32 * (row + 1), 150)] * kinds for row in range(4)] + [[64] * kinds]
 

@@ -18,6 +18,7 @@ from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, Role, 
 from foveate.sparse_attn.selection import Band, Tiles
 
 from .cases import kascade_profile
+from .seen import Seen
 
 HEADS, KV_HEADS, DIM, PAGE, TILE = 6, 2, 8, 16, 32
 GROUP = HEADS // KV_HEADS
@@ -216,6 +217,7 @@ def test_exchanged_heads_of_an_anchor_and_of_the_map_change_nothing():
 def test_candidates_lie_before_the_tile():
     model = Model(150, build(budget_tokens=40))
     step = model.step(0, 150, Phase.PREFILL)
+    step.observer = Seen()
     model.layer(2, step, 0, 150)
     group = step.groups[0]
     chosen = model.scheme.select_prefill(
@@ -224,7 +226,7 @@ def test_candidates_lie_before_the_tile():
     chosen.validate(group.rows)
     assert chosen.counts[:, 0].tolist() == [0, 32, 40, 40, 40]
     assert bool((chosen.indices < chosen.tiles.position[:, None, None]).all())
-    kept = group.carried[2].to_mask(group.rows)
+    kept = step.observer.plans[2].to_mask(group.rows)
     for row, (_, start, count, _) in enumerate(chosen.tiles.host):
         assert bool(kept[row, :, start : start + count].all()), "the tile's own keys are read"
 
@@ -256,14 +258,16 @@ def test_sinks_and_window_come_on_top():
     scheme = build(budget_tokens=9, sink_tokens=4, window_tokens=10)
     model = Model(150, scheme)
     step = model.step(0, 150, Phase.PREFILL)
+    step.observer = Seen()
     model.layer(2, step, 0, 150)
-    kept = step.groups[0].carried[2].to_mask(step.groups[0].rows)
+    kept = step.observer.plans[2].to_mask(step.groups[0].rows)
     assert bool(kept[4, :, :4].all())
     assert bool(kept[4, :, 118:].all())
     assert kept[4].sum(-1).tolist() == [4 + 9 + 10 + 22] * KV_HEADS
     decode = model.step(149, 150, Phase.DECODE)
+    decode.observer = Seen()
     model.layer(2, decode, 149, 150)
-    kept = decode.groups[0].carried[2].to_mask(decode.groups[0].rows)
+    kept = decode.observer.plans[2].to_mask(decode.groups[0].rows)
     assert bool(kept[0, :, 139:].all())
     assert kept[0].sum(-1).tolist() == [4 + 9 + 10 + 1] * KV_HEADS
 

@@ -7,7 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN
+from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import budget, ops, registry
 from foveate.sparse_attn.errors import SchemeConfigError
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase
@@ -249,3 +252,26 @@ def test_shapes_that_do_not_fit_are_refused():
     query, view = Paged([40], stats=(KEY_MAX,)).view([3])
     with pytest.raises(ValueError, match="key_min"):
         ops.page_bounds(query, view, tiles)
+
+
+def test_a_softmax_over_pages_does_not_see_those_behind_its_tile():
+    """A prompt of 128 tokens chooses for its first tiles what it chooses when nothing stands behind them yet."""
+    scheme = registry.build(
+        "quest", sink_tokens=0, window_tokens=0, dense_tail_tokens=0, dense_first_layers=0,
+        budget_tokens=16, min_pages=1, group="softmax", sparse_prefill=True, tile_tokens=32,
+    )  # fmt: skip
+    geometry = CacheGeometry(1, 1, 16, 16, 8)
+    pool = PagePool(geometry, scheme.page_stats(geometry))
+    query = torch.eye(4, 16).expand(128, 4, 16) * 8  # each head looks along a channel of its own
+    key = torch.zeros(128, 1, 16)
+    key[:16, 0, 0], key[16:32, 0, 1] = 3, 2.9  # head 0 prefers page 0, head 1 page 1
+    key[64:, 0, 0] = 9  # behind the tiles, head 0 would find nearly all of its mass
+    chosen = []
+    for end in (64, 128):
+        ops.write_kv(key[:end], key[:end], pool.layer(0), torch.arange(end))
+        rows = Rows.build([list(range(8))], [end], [end], torch.device("cpu"))
+        view = PagedView(pool.layer(0), rows)
+        selection = scheme.select_prefill(query[:end], view, Tiles.of(rows, 32), LayerCall(0, AttentionSpec(0.25)))
+        chosen.append([sorted(set(row[0].tolist()) - {-1}) for row in selection.indices])
+    assert chosen[1][:2] == chosen[0]
+    assert chosen[0][1] == [0]

@@ -53,7 +53,7 @@ class World:
         order = torch.randperm(geometry.num_pages, generator=torch.Generator().manual_seed(order_seed)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in needed]
 
-    def run(self, spans, phase=Phase.PREFILL, layer=0, spec=SPEC):
+    def run(self, spans, phase=Phase.PREFILL, layer=0, spec=SPEC, observer=None):
         """Output ``[T, H, D]`` per sequence for positions ``start`` to ``stop - 1`` of each, and the step."""
         slots = [self.tables[s][i // PAGE] * PAGE + i % PAGE for s, (a, b) in enumerate(spans) for i in range(a, b)]
         positions = torch.tensor([i for a, b in spans for i in range(a, b)])
@@ -61,7 +61,7 @@ class World:
         step = StepState(
             pool=self.pool, slots=torch.tensor(slots), positions=positions,
             groups=[StepGroup(self.scheme and self.scheme.for_phase(phase), phase, 0, rows, tuple(range(len(spans))))],
-            rotary=Rotator(), keys_read=torch.zeros(len(spans), 2, dtype=torch.float64),
+            rotary=Rotator(), keys_read=torch.zeros(len(spans), 2, dtype=torch.float64), observer=observer,
         )  # fmt: skip
         q, k, v = (
             torch.cat([part[a:b] for part, (a, b) in zip(x, spans, strict=True)]) for x in (self.q, self.k, self.v)
