@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 from .allocator import PageAllocator
 from .errors import CacheError
 from .pool import PagePool
 from .prefix import PrefixIndex
-from .stats import PageStat
 from .table import BlockTable
 
 
@@ -163,24 +162,6 @@ class KVCacheManager:
             self.allocator.release(table.pages.pop())
         table.num_tokens = table.num_cached = table.num_indexed = 0
         table.tail = None
-
-    def declare(self, stats: Iterable[PageStat], tables: Iterable[BlockTable]) -> None:
-        """Makes the pool keep statistics from now on, right also for what is written already.
-
-        Args:
-            stats: Known ones cost nothing.
-            tables: Every sequence that is alive.
-        """
-        new = [stat for stat in stats if stat not in self.pool.stats]
-        if not new:
-            return
-        self.pool.declare(new)
-        filled = dict.fromkeys(self.prefix.pages, self.page_size)
-        for table in tables:
-            for index, page in enumerate(table.pages):
-                count = min(max(table.num_tokens - index * self.page_size, 0), self.page_size)
-                filled[page] = max(count, filled.get(page, 0))
-        self.pool.recount(new, filled)
 
     def reset_prefix(self) -> None:
         """Forgets every prefix page that no sequence holds."""

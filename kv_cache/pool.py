@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 
@@ -45,7 +45,8 @@ class PagePool:
     def declare(self, stats: Iterable[PageStat]) -> None:
         """Adds statistics, each starting from its fold's empty value; known ones are left alone.
 
-        A page written before is not covered until ``recount``.
+        A page written before is not covered: its statistics stay empty until its first slot is
+        written again.
         """
         geometry = self.geometry
         shape = (geometry.num_layers, geometry.num_pages, geometry.num_kv_heads, geometry.head_dim)
@@ -58,25 +59,6 @@ class PagePool:
                 LayerPages(pages.keys, pages.values, {**pages.stats, stat: rows[i]})
                 for i, pages in enumerate(self._layers)
             ]
-
-    def recount(self, stats: Iterable[PageStat], filled: Mapping[int, int]) -> None:
-        """Computes statistics anew from the rows that are stored.
-
-        Args:
-            stats: Declared ones.
-            filled: Page -> tokens written to it.
-        """
-        by_count: dict[int, list[int]] = {}
-        for page, count in filled.items():
-            by_count.setdefault(count, []).append(page)
-        for stat in stats:
-            rows = self.keys if stat.source == "key" else self.values
-            for count, pages in by_count.items():
-                if count == 0:
-                    continue
-                for layer in range(self.num_layers):  # one layer at a time bounds the float32 copy
-                    found = stat.fold.reduce(rows[layer, pages, :, :count].float(), dim=2)
-                    self.stats[stat][layer, pages] = found
 
     @property
     def num_layers(self) -> int:

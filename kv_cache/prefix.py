@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from .errors import CacheError
@@ -58,11 +58,6 @@ class PrefixIndex:
 
     def __len__(self) -> int:
         return len(self._by_key)
-
-    @property
-    def pages(self) -> Collection[int]:
-        """The pages that have an entry; each is full."""
-        return self._by_page.keys()
 
     def match(self, token_ids: Sequence[int], namespace: bytes) -> list[PrefixEntry]:
         """The longest chain of entries for the full pages of ``token_ids``. Changes nothing."""

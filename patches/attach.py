@@ -154,7 +154,7 @@ def attach(
     scheme = _scheme(policy)
     if cache is not None:
         _check_fit(cache.pool.geometry, facts(model.config))
-        cache.declare(scheme.page_stats(cache.pool.geometry), ())
+        cache.pool.declare(scheme.page_stats(cache.pool.geometry))
     return Attached(model, scheme, cache, page_size, num_pages)
 
 

@@ -172,7 +172,7 @@ def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
 
 def _help(field: FieldInfo) -> str:
     default = field.get_default()
-    return f"{field.description}" + ("" if default in (None, []) else f" (default: {default})")
+    return f"{field.description}" + ("" if default in (None, [], ()) else f" (default: {default})")
 
 
 def _kind(field: FieldInfo) -> dict[str, Any]:
@@ -182,7 +182,7 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
         return {"action": argparse.BooleanOptionalAction}
     if get_origin(annotation) is Literal:
         return {"choices": get_args(annotation)}
-    if get_origin(annotation) is list:
+    if get_origin(annotation) in (list, tuple):
         return {"action": "append", "metavar": "TEXT"}
     if get_origin(annotation) in (Union, UnionType):
         annotation = get_args(annotation)[0]

@@ -61,7 +61,7 @@ class Engine:
         self._state: EngineState = "ready"
         self._heartbeat = time.monotonic()
         self._build = lru_cache(maxsize=1024)(self._build_scheme)
-        self._default = dict(options.attention or {"scheme": "dense"})
+        self._default = {"scheme": "dense", **(options.attention or {})}
         self.created = int(time.time())
         self.default_scheme = self.build_scheme(None)
         self._thread = threading.Thread(target=self._run, name="foveate-engine", daemon=True)
@@ -245,19 +245,36 @@ class Engine:
         with self._wake:
             if not (self._inbox or self._aborts or self._scheduler.has_work) and self._state != "dead":
                 self._wake.wait(IDLE_SECONDS)
-            while self._inbox:
-                group = self._inbox.popleft()
-                self._groups[group.request.request_id] = group
-                stats = group.request.scheme.page_stats(self.cache.pool.geometry)
-                self.cache.declare(stats, (item.table for item in self._scheduler.running if item.table))
-                self._scheduler.add(group.sequences[0])
+            new = list(self._inbox)
+            self._groups |= {group.request.request_id: group for group in new}
+            self._inbox.clear()
             aborts = set(self._aborts)
             self._aborts.clear()
             alive = self._state != "dead"
+        for group in new:
+            self._start(group)
         for request_id in aborts & self._groups.keys():
             self._outbox.aborted += 1
             self._end(self._groups[request_id], Failed(RequestAborted("the request was aborted")))
         return alive
+
+    def _start(self, group: RequestGroup) -> None:
+        """Queues a request's first sequence; its scheme's page statistics are kept from now on.
+
+        Pages written before have none, and need none: another scheme never reads them, because a
+        prefix is found only by a request of the same policy.
+        """
+        sequence = group.sequences[0]
+        try:
+            self.cache.pool.declare(group.request.scheme.page_stats(self.cache.pool.geometry))
+        except Exception as error:  # no memory for them: that is this request's failure alone
+            log.exception("no page statistics for %s", group.request.scheme.name)
+            group.sequences.clear()
+            failure = StepFailed(f"there is no memory for the page statistics of {group.request.scheme.name}")
+            failure.__cause__ = error
+            self._end(group, Failed(failure))
+        else:
+            self._scheduler.add(sequence)
 
     def _step(self) -> None:
         chunks = self._scheduler.schedule()

@@ -55,6 +55,8 @@ class Outbox:
             if chunk.ends_sequence and not chunk.sequence.num_generated:
                 self.prompt_tokens += len(group.request.prompt_token_ids)
                 self.cached_tokens += group.cached_tokens
+            if chunk.count > 1:
+                continue  # an answer that is read again was measured before
             if mass is not None and isfinite(mass):  # bad logits end their request, and must not end the metric
                 group.mass_kept += mass
                 group.audited_tokens += 1

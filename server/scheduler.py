@@ -9,6 +9,9 @@ from foveate.kv_cache.manager import KVCacheManager
 
 from .sequence import Chunk, Sequence
 
+# Tokens of a preempted answer in one step: each is a decode query of its own, and what a scheme holds for one adds up.
+REREAD_TOKENS = 64
+
 
 class Scheduler:
     """Continuous batching with chunked prefill over one KV cache.
@@ -129,8 +132,13 @@ class Scheduler:
 
 def _chunk(sequence: Sequence, start: int, room: int) -> int:
     """Tokens to compute from ``start`` on: all, or what there is room for, cut between tiles where that leaves any."""
-    left = len(sequence.tokens) - start
-    if left <= room:
-        return left
+    end, prompt = len(sequence.tokens), len(sequence.group.request.prompt_token_ids)
+    if start >= prompt:
+        return min(end - start, room, REREAD_TOKENS)
+    if end - prompt > REREAD_TOKENS:
+        end = prompt
+    if end - start <= room:
+        return end - start
     tile = sequence.group.tile
-    return (start + room) // tile * tile - start if (start + room) // tile * tile > start else room
+    cut = (start + room) // tile * tile
+    return cut - start if cut > start else room

@@ -67,7 +67,7 @@ class Settings(BaseSettings):
     attention: Annotated[dict[str, Any] | None, NoDecode] = Field(
         None,
         description="default attention: a scheme's name, or JSON such as "
-        '\'{"scheme": "streaming", "window_tokens": 1024}\'; dense if unset',
+        '\'{"scheme": "streaming", "budget_tokens": 1024}\'; dense if unset',
     )
     profile: Annotated[tuple[str, ...], NoDecode] = Field(
         (), description="calibration profile, as `foveate calibrate` writes it (several: repeat the flag)"

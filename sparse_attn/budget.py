@@ -34,7 +34,8 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
         units = _own_units(tiles, size, options.window_tokens)
         # Without its own token, a decode query's window still begins right before it.
         kept = [units if own else torch.where(units * size < _tile_start(tiles)[:, None], units, -1)]
-    sinks = -(-options.sink_tokens // size)
+    # No wider than the longest context, or a large number would cost its width on short prompts.
+    sinks = min(-(-options.sink_tokens // size), _longest(tiles) // size + 1)
     if sinks:
         first = torch.arange(sinks, device=selection.indices.device, dtype=torch.int32).expand(len(tiles), -1)
         last = (tiles.position + tiles.query_count - 1) // size
@@ -78,12 +79,17 @@ def _tile_start(tiles: Tiles) -> torch.Tensor:
     return tiles.position // tiles.size * tiles.size
 
 
+def _longest(tiles: Tiles) -> int:
+    """End of the tile that ends last, from host numbers."""
+    return max((position + count for *_, count, position in tiles.host), default=0)
+
+
 def _own_units(tiles: Tiles, size: int, window_tokens: int) -> torch.Tensor:
     """``[R, M]`` int32 units from the start of the window to the tile's last query, padded by -1."""
     first = (_tile_start(tiles) - window_tokens).clamp(min=0) // size
     last = (tiles.position + tiles.query_count - 1) // size
     # Longest possible span, from host numbers: no wait for the device.
-    width = (tiles.size + window_tokens - 2 + size) // size + 1
+    width = min((tiles.size + window_tokens - 2 + size) // size, _longest(tiles) // size) + 1
     units = first[:, None] + torch.arange(width, device=first.device, dtype=torch.int32)
     return torch.where(units <= last[:, None], units, -1)
 

@@ -29,6 +29,10 @@ if TYPE_CHECKING:
 OptionsClass = TypeVar("OptionsClass")
 
 
+# No option counts more tokens than this: positions stay far inside 32 bits.
+MOST_TOKENS = 1 << 24
+
+
 @dataclass(frozen=True, slots=True)
 class SchemeOptions:
     """Options that every scheme has; a scheme subclasses it and adds its own.
@@ -48,8 +52,12 @@ class SchemeOptions:
     def __post_init__(self) -> None:
         for item in fields(self):
             value = getattr(self, item.name)
-            if item.name.endswith("_tokens") and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
+            if not item.name.endswith("_tokens"):
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise SchemeConfigError(f"{item.name} must be a whole number >= 0, got {value!r}")
+            if value > MOST_TOKENS:
+                raise SchemeConfigError(f"{item.name} must be at most {MOST_TOKENS}, got {value}")
 
 
 class Role(Enum):

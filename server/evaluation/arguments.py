@@ -38,11 +38,14 @@ The directory gets results.json, a heat map (length x depth) per scheme, and tri
 answer. Trials found there are not run again, so a run that was cut off, or one with more samples, lengths
 or schemes, goes on where the last one was.
 
+A scheme named by --scheme runs without its dense tail: the tail would read the question whole, and a scheme
+whose answers are dense would then find whatever dense attention finds.
+
 examples:
   foveate eval smollm2-135m --scheme streaming -o results
   foveate eval smollm2-135m --tasks needle,agreement --lengths 4096 --budgets 512 --samples 2 -o results
   foveate eval ./my-model --policy '{{"scheme": "streaming", "budget_tokens": 1024, "sink_tokens": 64}}' -o results
-  foveate eval ./my-model --option dense_tail_tokens=0 --audit-rate 0.5 -o results
+  foveate eval ./my-model --option dense_tail_tokens=128 --audit-rate 0.5 -o results
 """
 
 

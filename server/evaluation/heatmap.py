@@ -41,6 +41,9 @@ def _figure(cells: Sequence[Cell]) -> Figure:
     for row, task in enumerate(tasks):
         for column, name in enumerate(names):
             own = [cell for cell in cells if cell.task == task and label(cell.attention) == name]
+            if not own:  # this policy was not run on this task
+                panels[row][column].set_axis_off()
+                continue
             image = _panel(panels[row][column], own, f"{task}\n{name}")
     figure.colorbar(image, ax=panels, label="answers found", shrink=0.8)
     return figure

@@ -14,6 +14,7 @@ from foveate.sparse_attn.protocol import Scheme
 
 DENSE = "dense"
 BUDGET = "budget_tokens"
+TAIL = "dense_tail_tokens"
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -76,7 +77,12 @@ def choices(
     for option in options:
         if not any(option in has for has in known.values()):
             raise SchemeConfigError(f"none of the schemes chosen has an option {option!r}")
-    wanted = [{"scheme": name, **{k: v for k, v in options.items() if k in known[name]}} for name in names]
+    # The dense tail would read the question whole, and a scheme with dense answers then finds whatever dense finds.
+    wanted = [
+        {"scheme": name, **_without_tail(name), **{k: v for k, v in options.items() if k in known[name]}}
+        for name in names
+        if name != DENSE
+    ]
     found: list[dict[str, Any]] = [{"scheme": DENSE}]
     for attention in [*wanted, *map(dict, policies)]:
         has = {item.name for item in fields(registry.load(attention["scheme"]).Options)}
@@ -85,6 +91,12 @@ def choices(
             variants = [{**attention, BUDGET: budget} for budget in budgets] or [attention]
         found += [variant for variant in variants if variant not in found]
     return found
+
+
+def _without_tail(name: str) -> dict[str, Any]:
+    """Switches a scheme's dense tail off, where it has one by default."""
+    tail = next(item for item in fields(registry.load(name).Options) if item.name == TAIL)
+    return {TAIL: 0} if tail.default else {}
 
 
 def build(

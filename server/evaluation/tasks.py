@@ -12,12 +12,12 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import pairwise, takewhile
 
 from .document import Encode, Planted, compose
 
 # Raised when a task is made in another way, so that results of both are not mixed.
-VERSION = 1
+VERSION = 2
 
 _PLACES = (
     "Ankara", "Athens", "Bergen", "Bogota", "Bremen", "Cairo", "Cork", "Dakar", "Dallas", "Denver", "Dublin", "Geneva",
@@ -75,8 +75,10 @@ class Prompt:
     turns: tuple[Turn, ...]
 
     def score(self, continuations: Sequence[str]) -> float:
-        """Share of the turns whose answer was found; one that was not reached was not."""
+        """Share of the turns whose answer was found; in a chain, of those before the first that was not."""
         found = [turn.found(text) for turn, text in zip(self.turns, continuations, strict=False)]
+        if any("{}" in turn.text for turn in self.turns):
+            found = list(takewhile(bool, found))
         return sum(found) / len(self.turns)
 
 
@@ -124,7 +126,7 @@ def multiquery(rng: random.Random, encode: Encode, length: int, depth: float | N
 def variable_tracking(rng: random.Random, encode: Encode, length: int, depth: float | None) -> Prompt:
     """A chain of four facts at random depths, the answer of each the subject of the next (RULER's variable tracking).
 
-    Each question is about what the model itself answered, so a link counts only if those before it
+    Each question is about what the model itself answered, and a link counts only if those before it
     were found. RULER gives variables the values of variables; models of 0.3B parameters do not
     follow that even with dense attention (measured: 0.2 of the links), but relations of different
     kinds they do.
@@ -142,7 +144,7 @@ def variable_tracking(rng: random.Random, encode: Encode, length: int, depth: fl
 
 TASKS = {
     "needle": Task("one fact in a long document", True, needle),
-    "multikey": Task("one fact among three of its kind", True, multikey),
+    "multikey": Task("one fact among three others of its kind", True, multikey),
     "multiquery": Task("four facts, asked for one after the other", write=multiquery),
     "variable_tracking": Task("a chain of four facts, each leading to the next", write=variable_tracking),
     "perplexity": Task("how well real text is predicted"),

@@ -142,7 +142,8 @@ class DhsaOptions(SchemeOptions):
 
     def _check_delimiters(self) -> None:
         ids = self.delimiter_ids
-        if not isinstance(ids, list | tuple) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        whole = isinstance(ids, list | tuple) and all(isinstance(i, int) and not isinstance(i, bool) for i in ids)
+        if not whole or not all(0 <= i < 2**31 for i in ids):
             raise SchemeConfigError(f"delimiter_ids must be a list of token ids, got {ids!r}")
         object.__setattr__(self, "delimiter_ids", tuple(ids))
         if (self.boundaries == "delimiter") != bool(ids):

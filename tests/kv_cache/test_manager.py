@@ -7,7 +7,6 @@ import torch
 
 from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
-from foveate.kv_cache.stats import KEY_MAX, KEY_SUM
 from foveate.kv_cache.table import BlockTable
 
 PAGE = 16
@@ -269,18 +268,3 @@ def test_a_reused_prefix_ends_at_the_multiple_asked_for(make_manager: Make, mult
     assert table.num_cached == cached
     manager.free(table)
     assert manager.num_pages_in_use == 0
-
-
-def test_statistics_declared_late_cover_what_is_written(make_manager: Make) -> None:
-    manager = make_manager()
-    pool = manager.pool
-    pool.keys.normal_(generator=torch.Generator().manual_seed(0))
-    manager.free(run(manager, tokens(20)))  # one full page stays for reuse
-    table = run(manager, tokens(40, first=100))
-    manager.declare([KEY_SUM, KEY_MAX], [table])
-    manager.declare([KEY_SUM], [])
-    cached = next(iter(set(manager.prefix.pages) - set(table.pages)))
-    for page, filled in [(cached, PAGE), *zip(table.pages, (16, 16, 8), strict=True)]:
-        rows = pool.keys[:, page, :, :filled].float()
-        torch.testing.assert_close(pool.stats[KEY_SUM][:, page], rows.sum(2))
-        assert torch.equal(pool.stats[KEY_MAX][:, page], rows.amax(2))

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import random
 import threading
 
 import pytest
 
-from foveate import LLM, SamplingParams
-from foveate.server.engine import Engine
-from foveate.server.options import EngineOptions
+from .scheme_runs import GREEDY, check_the_same, llms, prompts, tokens
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
 _BARE = {"sink_tokens": 0, "window_tokens": 16, "dense_tail_tokens": 8}
 PROMPT = {"scheme": "xattention", "block_tokens": 32, "stride_tokens": 4, "tau": 0.3, **_BARE}
 ANSWER = {"scheme": "quest", "budget_tokens": 32, "min_pages": 1, "dense_first_layers": 0, **_BARE}
@@ -25,36 +21,13 @@ POLICIES = {
 
 @pytest.fixture
 def make_llm(model_dir):
-    made = []
-
-    def make(**options):
-        options = {"dtype": "float32", "page_size": 16, "kv_cache_gib": 0.02, **options}
-        made.append(LLM.over(Engine.load(EngineOptions(model_dir, **options))))
-        return made[-1]
-
-    yield make
-    for llm in made:
-        llm.close()
-
-
-def prompts():
-    rng = random.Random(0)
-    return [[rng.randrange(256) for _ in range(length)] for length in (30, 130, 300, 257)]
-
-
-def tokens(llm, attention):
-    return [answer.token_ids for answer in llm.generate(prompts(), GREEDY, attention)]
+    with llms(model_dir) as make:
+        yield make
 
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_same_however_it_is_computed(make_llm, name):
-    policy = POLICIES[name]
-    llm = make_llm(max_batch_tokens=512)
-    want = tokens(llm, policy)
-    assert tokens(llm, policy) == want, "from a warm prefix cache"
-    assert llm.engine.snapshot().cached_tokens > 0
-    assert tokens(make_llm(max_batch_tokens=70), policy) == want, "in chunks"
-    assert tokens(llm, None) != want
+    check_the_same(make_llm, POLICIES[name])
 
 
 def test_policies_share_a_batch(make_llm):

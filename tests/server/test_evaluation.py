@@ -65,6 +65,24 @@ def test_each_scheme_runs_at_each_budget_and_dense_runs_first():
     assert found == [{"scheme": "dense"}, {"scheme": "streaming", "sink_tokens": 8, "budget_tokens": 64}]
 
 
+def test_named_schemes_are_measured_without_their_dense_tail():
+    [_, found] = choices(["kascade"], {}, [], [64])
+    assert found == {"scheme": "kascade", "dense_tail_tokens": 0, "budget_tokens": 64}
+    [_, found] = choices(["kascade"], {"dense_tail_tokens": 32}, [], [64])
+    assert found["dense_tail_tokens"] == 32
+    assert choices(["dense"], {"dense_tail_tokens": 32}, [], [64]) == [{"scheme": "dense"}]
+
+
+def test_a_task_that_a_policy_did_not_run_leaves_its_panel_empty(tmp_path):
+    heatmap = pytest.importorskip("foveate.server.evaluation.heatmap")
+    cells = [
+        report.Cell(task, 2048, 0.5, {"scheme": scheme}, 1, {"score": 1.0}, 1.0, None)
+        for task, scheme in [("needle", "dense"), ("multikey", "dense"), ("needle", "streaming")]
+    ]
+    [path] = heatmap.draw(tmp_path, cells)
+    assert path.read_bytes().startswith(b"\x89PNG")
+
+
 def test_a_policy_keeps_its_own_budget():
     assert choices([], {}, [STREAMING], [512])[1:] == [STREAMING]
     assert choices(["streaming"], {}, [STREAMING], [64])[1:] == [STREAMING], "the same policy runs once"

@@ -103,3 +103,11 @@ def test_too_short_a_prompt_is_refused(tokenizer):
 )
 def test_score_is_the_share_of_answers_contained(said, score):
     assert Prompt("", (Turn("", "123", 5), Turn("", "45", 5))).score(said) == score
+
+
+@pytest.mark.parametrize(
+    ("said", "score"), [(["a", "b", "c"], 1), (["a", "x", "c"], 1 / 3), (["x", "b", "c"], 0), (["a"], 1 / 3)], ids=str
+)
+def test_a_chain_ends_at_its_first_wrong_link(said, score):
+    turns = Turn("", "a", 5), Turn("The {} is", "b", 5), Turn("The {} has", "c", 5)
+    assert Prompt("", turns).score(said) == pytest.approx(score)

@@ -62,7 +62,7 @@ def test_a_flag_wins_over_a_variable(monkeypatch):
     ("text", "expected"),
     [
         ("streaming", {"scheme": "streaming"}),
-        ('{"scheme": "streaming", "window_tokens": 64}', {"scheme": "streaming", "window_tokens": 64}),
+        ('{"scheme": "streaming", "budget_tokens": 64}', {"scheme": "streaming", "budget_tokens": 64}),
         (
             '{"scheme": "composed", "prefill": {"scheme": "xattention", "tau": 0.8}, "decode": "quest"}',
             {"scheme": "composed", "prefill": {"scheme": "xattention", "tau": 0.8}, "decode": "quest"},
@@ -121,3 +121,7 @@ def test_settings_make_engine_options():
     assert (options.model, options.attention, options.page_size) == ("m", {"scheme": "streaming"}, 16)
     for name in ENGINE_FIELDS:
         assert getattr(EngineOptions("m"), name) == Settings.model_fields[name].default
+
+
+def test_profiles_add_up():
+    assert parse("m", "--profile", "a", "--profile", "b").profile == ("a", "b")

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 
-from foveate import LLM, SamplingParams
+from foveate import LLM
 from foveate.server import cli
 from foveate.server.calibration_text import prose
-from foveate.server.engine import Engine
-from foveate.server.options import EngineOptions
 from foveate.sparse_attn.profile import Profile
 
-GREEDY = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+from .scheme_runs import GREEDY, check_the_same, llms, prompts, tokens
+
 _SMALL = {
     "scheme": "top_theta", "budget_tokens": 24, "first_layers_budget_tokens": 0,
     "sink_tokens": 4, "window_tokens": 16, "dense_tail_tokens": 8,
@@ -38,25 +35,8 @@ def profile_file(model_dir, tmp_path_factory):
 
 @pytest.fixture
 def make_llm(model_dir, profile_file):
-    made = []
-
-    def make(**options):
-        options = {"dtype": "float32", "page_size": 16, "kv_cache_gib": 0.02, "profile": [str(profile_file)], **options}
-        made.append(LLM.over(Engine.load(EngineOptions(model_dir, **options))))
-        return made[-1]
-
-    yield make
-    for llm in made:
-        llm.close()
-
-
-def prompts():
-    rng = random.Random(0)
-    return [[rng.randrange(256) for _ in range(length)] for length in (30, 130, 300, 257)]
-
-
-def tokens(llm, attention):
-    return [answer.token_ids for answer in llm.generate(prompts(), GREEDY, attention)]
+    with llms(model_dir, profile=[str(profile_file)]) as make:
+        yield make
 
 
 def test_a_profile_says_what_it_was_made_from(profile_file):
@@ -71,13 +51,7 @@ def test_a_profile_says_what_it_was_made_from(profile_file):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_the_same_however_it_is_computed(make_llm, name):
-    policy = POLICIES[name]
-    llm = make_llm(max_batch_tokens=512)
-    want = tokens(llm, policy)
-    assert tokens(llm, policy) == want, "from a warm prefix cache"
-    assert llm.engine.snapshot().cached_tokens > 0
-    assert tokens(make_llm(max_batch_tokens=70), policy) == want, "in chunks"
-    assert tokens(llm, None) != want
+    check_the_same(make_llm, POLICIES[name])
 
 
 def test_a_roomy_budget_answers_as_dense(make_llm):
