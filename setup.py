@@ -72,6 +72,9 @@ class BuildKernels(build_ext):
         return str(Path(*fullname.split(".")[:-1], LIBRARY))
 
     def build_extension(self, ext: Extension) -> None:
+        library = Path(self.get_ext_fullpath(ext.name))
+        for old in (library, FOLDER / LIBRARY):  # what cannot be built again must not serve on
+            old.unlink(missing_ok=True)
         cxx, objects = compiler(), Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
 
@@ -82,11 +85,12 @@ class BuildKernels(build_ext):
             return target
 
         def compile_isa(name: str) -> str | None:
-            try:
-                return compile_one(f"isa_{name}", INSTRUCTION_SETS[name])
-            except CompileError as error:
-                self.warn(f"kernels for {name} are left out: {error}")
+            try:  # the flags alone: an error in a source is no reason to go without it
+                run([cxx, *INSTRUCTION_SETS[name], "-x", "c++", "-fsyntax-only", os.devnull])
+            except CompileError:
+                self.warn(f"kernels for {name} are left out: the compiler does not know {INSTRUCTION_SETS[name]}")
                 return None
+            return compile_one(f"isa_{name}", INSTRUCTION_SETS[name])
 
         with ThreadPoolExecutor() as pool:
             built = dict(zip(INSTRUCTION_SETS, pool.map(compile_isa, INSTRUCTION_SETS), strict=True))
@@ -95,7 +99,6 @@ class BuildKernels(build_ext):
             raise CompileError("no instruction set could be compiled; attention will be computed in torch")
         defines = [f"-DFOVEATE_BUILT_{name.upper()}" for name in parts]
         shared = [compile_one(name, defines) for name in SHARED]
-        library = Path(self.get_ext_fullpath(ext.name))
         library.parent.mkdir(parents=True, exist_ok=True)
         # Renamed into place: a process that runs on the old library must not see it change.
         fresh = library.with_suffix(".new")

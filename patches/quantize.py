@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[type[Int8Weight] | type[Int4Weight], int]] = {
 # Kind of the output layer: its logits decide the next token, and it works on few rows.
 HEAD_KIND = "int8wo"
 # Layers that 4 bits spare: few weights, on which every head of a group depends. Gemma 3 270M lost a third less.
-SPARED = ("k_proj", "v_proj")
+SPARED = ("k_proj", "v_proj", "qkv_proj")
 # Sums of this many products of bytes fit 32 bits.
 MOST_CHANNELS = 65536
 # What configs call the number of experts: a linear layer of that many outputs chooses among them, and stays exact.

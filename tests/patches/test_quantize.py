@@ -156,6 +156,10 @@ def test_model_is_replaced_in_place(tiny_llama, kind, caplog):
     assert len(layers) == 3 * 7 + 1
     assert not [module for module in model.modules() if type(module) is nn.Linear]
     assert model.lm_head.kind == "int8wo"
+    spared = "int8wo" if kind == "int4wo" else kind
+    for block in model.model.layers:
+        assert {block.self_attn.k_proj.kind, block.self_attn.v_proj.kind} == {spared}
+        assert {block.self_attn.q_proj.kind, block.mlp.down_proj.kind} == {kind}
     assert isinstance(model.get_input_embeddings(), nn.Embedding)
     assert "MB of memory instead of" in caplog.text
     assert fingerprint(model) == known

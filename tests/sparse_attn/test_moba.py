@@ -217,8 +217,12 @@ def gate(request):
 def test_gate_equals_reference(gate, lengths, top_k, block, pooled, sinks, window, few_values, dtype, seed):
     scheme = make(block_tokens=block, top_k=top_k, sink_tokens=sinks, window_tokens=window)
     world = World(scheme, lengths, heads=4, kv_heads=2, dtype=dtype, seed=seed)
-    if few_values:  # small whole numbers: many gates are equal, and none is rounded
-        world.q, world.k = ([part.round().clamp(-1, 1) for part in parts] for parts in (world.q, world.k))
+    # Sums of few binary digits: no gate is rounded, so the order of summation cannot decide. Of whole numbers from
+    # -1 to 1 many are equal.
+    digits, most = (1, 1) if few_values else (8, 4)
+    world.q, world.k = (
+        [(part * digits).round().div(digits).clamp(-most, most) for part in parts] for parts in (world.q, world.k)
+    )
     spans = [(length // 3, length) for length in lengths]
     world.write([(0, length) for length in lengths])
     rows = world.rows(spans)
@@ -243,6 +247,21 @@ def test_gate_of_many_shapes(gate, shape):
     want = ops.gate_blocks(*arguments, pooled=False, backend="reference")
     assert torch.equal(got[0], want[0])
     assert torch.equal(got[1], want[1])
+
+
+def test_gates_that_are_not_finite_stay_in_their_row(gate):
+    view = make_view((600,), (40,), kv_heads=1, dim=16)
+    view.pages.keys.copy_(torch.randn(view.pages.keys.shape, generator=torch.Generator().manual_seed(0)))
+    query = make_query(view, 2)
+    own = torch.arange(560, 600).int() // 16
+    arguments = view, 16, 3, (torch.zeros_like(own), own)
+    want = ops.gate_blocks(query, *arguments, pooled=False, backend="reference")
+    query[7, 0, :2] = float("inf")  # its gates are inf, -inf and NaN
+    got = gate(query, *arguments, pooled=False)
+    others = torch.ones(40, 2, dtype=torch.bool)
+    others[7, 0] = False
+    assert torch.equal(got[0][others], want[0][others])
+    assert torch.equal(got[1][others], want[1][others])
 
 
 def test_gates_shared_by_a_group_are_the_sum_of_its_heads():

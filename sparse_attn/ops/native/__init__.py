@@ -23,7 +23,7 @@ ISAS = ("avx2", "avx512", "avx512bf16", "amx")
 # The same for quantised linear layers: ``foveate_linear_isa`` of linear.h.
 LINEAR_ISAS = ("avx2", "avxvnni", "avx512vnni", "amx")
 # The fastest of them beside an instruction set for attention, so that one variable holds both back.
-LINEAR_WITH = {"avx2": "avx2", "avx512": "avx2", "avx512bf16": "avx512vnni", "amx": "amx"}
+LINEAR_WITH = {"avx2": "avxvnni", "avx512": "avx512vnni", "avx512bf16": "avx512vnni", "amx": "amx"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 DROPPED_SUMS = {"none": 0, "exact": 1, "bound": 2, "given": 3}  # ``foveate_dropped_sum``
 NO_END = 2**31 - 1  # ``farthest`` of a band without end
@@ -159,9 +159,8 @@ class Library:
         try:
             # Looked up through torch's own library, the symbol is that of the OpenMP runtime it is linked to.
             parallel = ctypes.CDLL(str(folder / "libtorch_cpu.so")).GOMP_parallel
-        except (OSError, AttributeError):
-            logger.warning("torch's thread pool was not found: the native kernels run on one thread")
-            return
+        except (OSError, AttributeError) as error:  # on one thread they would be slower than torch on all
+            raise OSError("torch's thread pool was not found") from error
         self._handle.foveate_set_parallel(parallel)
 
 

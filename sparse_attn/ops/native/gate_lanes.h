@@ -89,7 +89,8 @@ struct Gate {
             equal += gates[u * W] == least;
         }
         int64_t passed = equal - (k - above), count = 0;
-        for (int64_t u = 0; u < last - first; ++u) {
+        // Never more than fit: a NaN among the gates may have lowered ``least``.
+        for (int64_t u = 0; u < last - first && count < k; ++u) {
             if (!(gates[u * W] >= least) || (gates[u * W] == least && passed-- > 0)) continue;
             chosen[count++] = int32_t(first + u);
         }

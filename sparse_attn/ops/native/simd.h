@@ -118,7 +118,7 @@ struct Vec8 {
         }
         const __m256i power = _mm256_slli_epi32(_mm256_cvtps_epi32(whole), 23);
         const F scaled = _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(p), power));
-        return _mm256_and_ps(scaled, _mm256_cmp_ps(x, set(-125.0f), _CMP_GE_OQ));
+        return _mm256_and_ps(scaled, _mm256_cmp_ps(x, set(-125.0f), _CMP_NLT_UQ));  // NaN stays NaN
     }
     // Rows become columns.
     static FOVEATE_INLINE void transpose(F (&r)[8]) {
