@@ -46,5 +46,5 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     install_handlers(app)
     for routes in (routes_completions, routes_chat, routes_meta):
         app.include_router(routes.router)
-    app.add_middleware(Limits, settings=settings, metrics=state.metrics)
+    app.add_middleware(Limits, settings=settings, metrics=state.metrics, keys=state.keys)
     return app

@@ -10,7 +10,7 @@ from fastapi.responses import JSONResponse, Response
 
 from .answers import Answer, Choice, progress_body, usage_body
 from .engine_protocol import EngineLike
-from .limits import OWNER
+from .keys import OWNER
 from .request import Delta, Finished, Progress, Usage
 from .schemas import GenerationBody
 from .sse import PING_SECONDS, EventStream

@@ -7,8 +7,6 @@ gives each answer its ``x-request-id`` and counts error answers.
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import hmac
 import logging
 import uuid
 from contextlib import suppress
@@ -16,6 +14,7 @@ from contextlib import suppress
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
+from .keys import ADMIN, OWNER, KeyRing, unauthorized
 from .metrics import ServerMetrics
 from .settings import Settings
 
@@ -24,7 +23,6 @@ MAX_LABEL_BYTES = 128
 LINGER_SECONDS = 2.0
 _TIMEOUT = 408
 _MAX_LENGTH_DIGITS = 18  # Python refuses to read numbers of thousands of digits
-OWNER = "foveate.owner"  # scope key: digest of the API key that was used, in hex
 
 _log = logging.getLogger(__name__)
 
@@ -32,11 +30,11 @@ _log = logging.getLogger(__name__)
 class Limits:
     """Wraps ``app``; every refusal closes the connection, since the body was not read to its end."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, keys: KeyRing) -> None:
         self._app = app
         self._settings = settings
         self._metrics = metrics
-        self._keys = [_digest(key.get_secret_value().encode()) for key in settings.api_key]
+        self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -91,24 +89,13 @@ class Limits:
                     raise self._too_large()
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
-        """Every path but ``OPEN_PATHS`` needs a key, unknown paths too. All keys are compared, in constant time."""
-        if not self._keys or scope["path"] in OPEN_PATHS:
+        """Every path but ``OPEN_PATHS`` needs a key, unknown paths too."""
+        if scope["path"] in OPEN_PATHS:
             return
-        given = next((value for name, value in headers if name == b"authorization"), b"")
-        kind, _, token = given.partition(b" ")
-        digest = _digest(token.strip())
-        known = False
-        for key in self._keys:
-            known |= hmac.compare_digest(digest, key)
-        if not known or kind.lower() != b"bearer":
-            raise ApiError(
-                401,
-                "Send a valid API key as 'Authorization: Bearer KEY'.",
-                type="authentication_error",
-                code="invalid_api_key",
-                headers={"www-authenticate": "Bearer"},
-            )
-        scope[OWNER] = digest.hex()
+        caller = self._keys.caller(next((value for name, value in headers if name == b"authorization"), b""))
+        if self._keys.locked and not caller.owner:
+            raise unauthorized()
+        scope[OWNER], scope[ADMIN] = caller.owner, caller.admin
 
     async def _read(self, headers: list[tuple[bytes, bytes]], receive: Receive) -> bytes | None:
         """The whole body, or ``None`` when the client left before its end."""
@@ -142,10 +129,6 @@ async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _digest(key: bytes) -> bytes:
-    return hashlib.sha256(key).digest()
 
 
 def _label(headers: list[tuple[bytes, bytes]]) -> bytes:

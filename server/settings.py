@@ -7,12 +7,15 @@ Each field is also the flag ``--field-name`` of ``foveate serve`` and the variab
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from foveate.sparse_attn import registry
+
+from .settings_checks import read_keys
 
 # Fields that shape the engine rather than the HTTP server: `foveate generate` takes these too.
 ENGINE_FIELDS = (
@@ -48,6 +51,11 @@ class Settings(BaseSettings):
         description="key that clients must send (several: repeat the flag, or separate by commas in the "
         "variable, which other users of the machine cannot read)",
     )
+    api_key_file: Path | None = Field(None, description="file of such keys, one per line; read again on SIGHUP")
+    admin_key: Annotated[list[SecretStr], NoDecode] = Field(
+        [], description="key that the admin paths need, and that opens every other path too (several: as --api-key)"
+    )
+    admin_key_file: Path | None = Field(None, description="file of admin keys, one per line; read again on SIGHUP")
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="element type of the model")
     device: str = Field("auto", description="torch device, such as cpu or cuda:0")
@@ -97,7 +105,7 @@ class Settings(BaseSettings):
     drain_seconds: float = Field(30, ge=0, allow_inf_nan=False, description="time for running answers after SIGTERM")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="what is logged")
 
-    @field_validator("api_key", mode="before")
+    @field_validator("api_key", "admin_key", mode="before")
     @classmethod
     def _split_keys(cls, value: Any) -> Any:
         if isinstance(value, str):
@@ -108,6 +116,13 @@ class Settings(BaseSettings):
         if "" in keys:
             raise ValueError("an API key must not be empty")
         return keys
+
+    @field_validator("api_key_file", "admin_key_file")
+    @classmethod
+    def _holds_keys(cls, value: Path | None) -> Path | None:
+        if value is not None:
+            read_keys(value)
+        return value
 
     @field_validator("profile", mode="before")
     @classmethod

@@ -9,6 +9,7 @@ from fastapi import FastAPI, Request
 from .chat_template import ChatTemplate
 from .engine_protocol import EngineLike
 from .errors import ApiError
+from .keys import KeyRing
 from .metrics import ServerMetrics
 from .settings import Settings
 from .text_worker import TextWorker
@@ -39,6 +40,7 @@ class ServerState:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
+        self.keys = KeyRing(settings)
         self.metrics = ServerMetrics(lambda: self._served.engine if self._served else None)
         self.text = TextWorker(_TEXT_THREADS, _TEXT_SECONDS)
         self.draining = False

@@ -7,7 +7,7 @@ import re
 
 import pytest
 
-from foveate.server import limits
+from foveate.server import keys
 from foveate.server.app import create_app
 from foveate.server.settings import Settings
 
@@ -173,8 +173,8 @@ class TestKeys:
 
     def test_keys_are_compared_as_digests(self, locked, monkeypatch):
         compared = []
-        real = limits.hmac.compare_digest
-        monkeypatch.setattr(limits.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
+        real = keys.hmac.compare_digest
+        monkeypatch.setattr(keys.hmac, "compare_digest", lambda a, b: compared.append((a, b)) or real(a, b))
         locked.get("/v1/models", headers={"authorization": "Bearer first-key"})
         assert [tuple(map(len, pair)) for pair in compared] == [(32, 32)] * 2, "all keys, by 32 bytes each"
 
