@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from foveate.sparse_attn import registry
 
+from ..argument_types import one_of, policy, several, share, whole
 from .tasks import TASKS
 
 # Settings that make sense here; prefix reuse is off, and the policies are this command's own matter.
@@ -54,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--output", required=True, type=Path, metavar="DIR", help="where the results are kept")
     parser.add_argument(
         "--scheme",
-        type=_several(_one_of(registry.names(), "scheme")),
+        type=several(one_of(registry.names(), "scheme")),
         metavar="NAME,...",
         help="schemes to compare with dense (default: all, unless there is a --policy)",
     )
@@ -62,37 +59,37 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--option", action="append", default=[], metavar="NAME=VALUE", help="given to every --scheme that has it"
     )
     parser.add_argument(
-        "--policy", action="append", default=[], type=_policy, metavar="JSON", help="a scheme with its own options"
+        "--policy", action="append", default=[], type=policy, metavar="JSON", help="a scheme with its own options"
     )
     parser.add_argument(
         "--budgets",
-        type=_several(_whole),
+        type=several(whole),
         default=[256, 512, 1024],
         metavar="N,...",
         help="budget_tokens of every policy that has them and says nothing itself (default: 256,512,1024)",
     )
     parser.add_argument(
         "--tasks",
-        type=_several(_one_of(tuple(TASKS), "task")),
+        type=several(one_of(tuple(TASKS), "task")),
         default=list(TASKS),
         metavar="NAME,...",
         help="what to do (default: all)",
     )
     parser.add_argument(
         "--lengths",
-        type=_several(_whole),
+        type=several(whole),
         default=[2048, 4096, 8192],
         metavar="N,...",
         help="tokens of prompt and answer (default: 2048,4096,8192); those beyond the context are left out",
     )
     parser.add_argument(
         "--depths",
-        type=_several(_share),
+        type=several(share),
         default=[0.1, 0.5, 0.9],
         metavar="X,...",
         help="where the fact stands, 0 is the beginning of the document (default: 0.1,0.5,0.9)",
     )
-    parser.add_argument("--samples", type=_whole, default=4, metavar="N", help="prompts per cell (default: 4)")
+    parser.add_argument("--samples", type=whole, default=4, metavar="N", help="prompts per cell (default: 4)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes other prompts (default: 0)")
     parser.add_argument(
         "--text", type=Path, metavar="FILE", help="for perplexity and agreement (default: Python's reference manual)"
@@ -105,47 +102,3 @@ def schemes_of(given: argparse.Namespace) -> list[str]:
     if given.scheme is not None:
         return list(given.scheme)
     return [] if given.policy else list(registry.names())
-
-
-def _several(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
-    def parse(text: str) -> list[Any]:
-        return list(dict.fromkeys(kind(part.strip()) for part in text.split(",")))
-
-    return parse
-
-
-def _one_of(names: tuple[str, ...], what: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in names:
-            raise argparse.ArgumentTypeError(f"there is no {what} {text!r}; there are: {', '.join(names)}")
-        return text
-
-    return parse
-
-
-def _whole(text: str) -> int:
-    if not (text.isascii() and text.isdigit() and int(text) > 0):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number from 0 to 1")
-    return value
-
-
-def _policy(text: str) -> dict[str, Any]:
-    try:
-        policy = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise argparse.ArgumentTypeError(f"not valid JSON: {error}") from None
-    if not isinstance(policy, dict) or policy.get("scheme") not in registry.names():
-        raise argparse.ArgumentTypeError(
-            f'a policy is {{"scheme": NAME, option: value, ...}}; schemes: {", ".join(registry.names())}'
-        )
-    return policy

@@ -19,6 +19,7 @@ from foveate.sparse_attn.errors import SchemeError
 from ..calibrate import options_of
 from ..engine import Engine
 from ..exceptions import EngineError, PoolTooSmall
+from ..journal import OtherResults
 from ..llm import LLM
 from ..loader import LoadedModel, load
 from ..options import EngineOptions
@@ -31,7 +32,7 @@ from .policies import Policy, Refused
 from .report import write_report
 from .tasks import TASKS, VERSION, Prompt
 from .text import Text, read_text
-from .trials import OtherResults, Trial, Trials
+from .trials import Trial, Trials
 
 log = logging.getLogger(__name__)
 

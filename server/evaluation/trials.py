@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..journal import Journal
+
 VERSION = 1
 FILE = "trials.jsonl"
-
-
-class OtherResults(Exception):
-    """The directory holds results that cannot be compared with those to come."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,14 +61,12 @@ class Trials:
     """
 
     def __init__(self, directory: Path, header: Mapping[str, Any], fresh: bool = False) -> None:
-        directory.mkdir(parents=True, exist_ok=True)
-        self._path = directory / FILE
         self.header = {"format": "foveate-trials", "version": VERSION, **header}
+        self._journal = Journal(directory / FILE, self.header, fresh)
         self._found: dict[tuple[str, int, float | None, int, str], Trial] = {}
-        if self._path.exists() and not fresh:
-            self._restore()
-        else:
-            self._path.write_text(json.dumps(self.header) + "\n", encoding="utf-8")
+        for read in self._journal.lines:
+            trial = Trial(**{**read, "answers": tuple(read["answers"]), "expected": tuple(read["expected"])})
+            self._found[trial.key] = trial
 
     def __iter__(self) -> Iterator[Trial]:
         return iter(self._found.values())
@@ -81,27 +76,5 @@ class Trials:
 
     def add(self, trial: Trial) -> None:
         """Writes a trial down."""
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(trial)) + "\n")
+        self._journal.add(asdict(trial))
         self._found[trial.key] = trial
-
-    def _restore(self) -> None:
-        lines = self._path.read_text(encoding="utf-8").splitlines(keepends=True)
-        header = json.loads(lines[0]) if lines else {}
-        differing = sorted(
-            name
-            for name in {*header, *self.header}
-            if header.get(name) != json.loads(json.dumps(self.header)).get(name)
-        )
-        if differing:
-            raise OtherResults(
-                f"{self._path} holds results with another {', '.join(differing)}; "
-                "choose another directory, or forget them with --fresh"
-            )
-        whole = [line for line in lines if line.endswith("\n")]
-        if len(whole) < len(lines):  # cut off in the middle of a line
-            self._path.write_text("".join(whole), encoding="utf-8")
-        for line in whole[1:]:
-            read = json.loads(line)
-            trial = Trial(**{**read, "answers": tuple(read["answers"]), "expected": tuple(read["expected"])})
-            self._found[trial.key] = trial

@@ -18,7 +18,8 @@ from foveate.server.evaluation import forced, report
 from foveate.server.evaluation.policies import Refused, build, choices, label
 from foveate.server.evaluation.tasks import TASKS, Prompt, Turn
 from foveate.server.evaluation.text import read_text
-from foveate.server.evaluation.trials import OtherResults, Trial, Trials
+from foveate.server.evaluation.trials import Trial, Trials
+from foveate.server.journal import OtherResults
 from foveate.server.llm import LLM
 from foveate.server.loader import load
 from foveate.server.options import EngineOptions
