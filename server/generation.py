@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import Request
@@ -14,38 +15,71 @@ from .keys import OWNER
 from .request import Delta, Finished, Progress, Usage
 from .schemas import GenerationBody
 from .sse import PING_SECONDS, EventStream
-from .state import state_of
+from .state import ServerState, state_of
 from .streaming import ClientDisconnected, ResponseStream
 
 _CLIENT_GONE = 499  # nginx's word for it; nobody reads it
 
 
-async def respond(
-    request: Request, engine: EngineLike, body: GenerationBody, prompts: list[list[int]], answer: Answer
-) -> Response:
-    """Runs ``prompts`` and writes what comes through ``answer``.
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """A request whose body was checked and whose prompts are token ids: everything but who waits for it.
+
+    Attributes:
+        engine: Runs it.
+        body: As it was checked.
+        prompts: Token ids, one list per prompt.
+        answer: Writes what the engine says.
+    """
+
+    engine: EngineLike
+    body: GenerationBody
+    prompts: list[list[int]]
+    answer: Answer
+
+
+async def respond(request: Request, generation: Generation) -> Response:
+    """Runs ``generation`` for the client of ``request``.
 
     Raises:
         EngineError: the engine refused, or failed before an answer in one piece was complete.
         SchemeError: ``body.attention`` names no scheme or a wrong option.
     """
     state = state_of(request)
-    scheme = await state.text.run(engine.build_scheme, body.attention)
-    limits = state.settings
-    stream = ResponseStream(engine, state.metrics, limits.request_seconds, limits.write_seconds)
-    # Owners of different keys never share prefix pages, or the time to the first token would tell on them.
-    stream.submit(prompts, body.sampling(), scheme, f"{request.scope.get(OWNER, '')}/{body.cache_salt}")
+    limits, body = state.settings, generation.body
+    stream = ResponseStream(generation.engine, state.metrics, limits.request_seconds, limits.write_seconds)
+    await submit(stream, generation, state, request.scope.get(OWNER, ""))
     if body.stream:
-        return EventStream(stream, _stream(stream, body, prompts, answer), limits.write_seconds)
+        payloads = _stream(stream, body, generation.prompts, generation.answer)
+        return EventStream(stream, payloads, limits.write_seconds)
     try:
         async with stream.watching(request.receive):
-            return JSONResponse(await _collect(stream, body, len(prompts), answer))
+            return JSONResponse(await collect(stream, generation))
     except ClientDisconnected:
         return Response(status_code=_CLIENT_GONE)
 
 
-async def _collect(stream: ResponseStream, body: GenerationBody, prompts: int, answer: Answer) -> dict[str, Any]:
-    choices = [Choice(index) for index in range(prompts * body.n)]
+async def submit(stream: ResponseStream, generation: Generation, state: ServerState, owner: str) -> None:
+    """Gives the prompts of ``generation`` to the engine, for the holder of the key ``owner``.
+
+    Raises:
+        EngineError: the engine refused.
+        SchemeError: ``body.attention`` names no scheme or a wrong option.
+    """
+    body = generation.body
+    scheme = await state.text.run(generation.engine.build_scheme, body.attention)
+    # Owners of different keys never share prefix pages, or the time to the first token would tell on them.
+    stream.submit(generation.prompts, body.sampling(), scheme, f"{owner}/{body.cache_salt}")
+
+
+async def collect(stream: ResponseStream, generation: Generation) -> dict[str, Any]:
+    """The answer in one piece, when everything has come.
+
+    Raises:
+        Exception: whatever ended a prompt before its end.
+    """
+    body = generation.body
+    choices = [Choice(index) for index in range(len(generation.prompts) * body.n)]
     usages: list[Usage] = []
     async for item in stream.events(PING_SECONDS):
         match item:
@@ -53,7 +87,7 @@ async def _collect(stream: ResponseStream, body: GenerationBody, prompts: int, a
                 choices[prompt * body.n + delta.index].add(delta)
             case (_, Finished(usage)):
                 usages.append(usage)
-    return {**answer.whole(choices), "usage": usage_body(usages)}
+    return {**generation.answer.whole(choices), "usage": usage_body(usages)}
 
 
 async def _stream(

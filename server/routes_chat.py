@@ -12,13 +12,13 @@ from fastapi.responses import Response
 
 from .answers import FINGERPRINT, Choice, chat_logprobs
 from .errors import ApiError
-from .generation import respond
+from .generation import Generation, respond
 from .openapi import body_schema
 from .prompts import chat_prompt
 from .request import Delta, TokenLogprob
 from .schemas_chat import ChatBody
-from .state import Served, state_of
-from .validation import read_body
+from .state import Served, ServerState, state_of
+from .validation import parse_request, validate
 
 router = APIRouter()
 
@@ -27,13 +27,21 @@ router = APIRouter()
 async def chat_completions(request: Request) -> Response:
     state = state_of(request)
     state.served()
-    body = await read_body(request, ChatBody)
+    return await respond(request, await prepare(state, await parse_request(request)))
+
+
+async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
+    """The JSON body ``data`` of a chat, checked and read.
+
+    Raises:
+        ApiError: 400, 404 for another model, 503 while no request is taken.
+    """
+    body = validate(ChatBody, data)
     served = state.served_as(body.model)
     if body.n > state.settings.max_sequences:
         raise ApiError(400, f"n: at most {state.settings.max_sequences}", param="n", code="invalid_value")
     prompt = await chat_prompt(body, served, state.text, state.settings.max_messages)
-    answer = ChatAnswer(served, body.logprobs)
-    return await respond(request, served.engine, body, [prompt], answer)
+    return Generation(served.engine, body, [prompt], ChatAnswer(served, body.logprobs))
 
 
 class ChatAnswer:

@@ -11,13 +11,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from .answers import FINGERPRINT, Choice, completion_logprobs
-from .generation import respond
+from .generation import Generation, respond
 from .openapi import body_schema
 from .prompts import Prompt, completion_prompts
 from .request import Delta
 from .schemas import CompletionBody
-from .state import Served, state_of
-from .validation import read_body
+from .state import Served, ServerState, state_of
+from .validation import parse_request, validate
 
 router = APIRouter()
 
@@ -26,11 +26,20 @@ router = APIRouter()
 async def completions(request: Request) -> Response:
     state = state_of(request)
     state.served()
-    body = await read_body(request, CompletionBody)
+    return await respond(request, await prepare(state, await parse_request(request)))
+
+
+async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
+    """The JSON body ``data`` of a completion, checked and read.
+
+    Raises:
+        ApiError: 400, 404 for another model, 503 while no request is taken.
+    """
+    body = validate(CompletionBody, data)
     served = state.served_as(body.model)
     prompts = await completion_prompts(body, served.engine, state.text, state.settings.max_sequences)
     answer = CompletionAnswer(served, body, prompts)
-    return await respond(request, served.engine, body, [prompt.token_ids for prompt in prompts], answer)
+    return Generation(served.engine, body, [prompt.token_ids for prompt in prompts], answer)
 
 
 class CompletionAnswer:
