@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import threading
 import time
 from collections import deque
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -16,21 +13,20 @@ import torch
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
-from foveate.sparse_attn.errors import SchemeConfigError
-from foveate.sparse_attn.protocol import Phase, Scheme
+from foveate.sparse_attn.protocol import Scheme
 
-from .detokenizer import Detokenizer
+from .admission import Admission
 from .engine_protocol import EngineSnapshot, EngineState
-from .exceptions import ContextOverflow, EngineDead, InvalidRequest, PoolTooSmall, QueueFull, RequestAborted, StepFailed
+from .exceptions import EngineDead, QueueFull, RequestAborted, StepFailed
 from .loader import LoadedModel, geometry_for, load
 from .options import EngineOptions
 from .output import Outbox
 from .request import Failed, Finished, GenerationRequest
 from .runner import Runner
-from .sampling import Sampled, SamplerRow, check_sampling, sample
+from .sampling import Sampled, sample
 from .scheduler import Scheduler
+from .scheme_builder import SchemeBuilder
 from .sequence import RequestGroup, Sequence
-from .stopping import StopChecker
 
 log = logging.getLogger(__name__)
 
@@ -52,6 +48,7 @@ class Engine:
         self._scheduler = Scheduler(
             self.cache, max_batch_tokens=options.max_batch_tokens, max_running=options.max_running
         )
+        self._admission = Admission(loaded, self.cache)
         self._runner = Runner(loaded, self.cache, options.audit_rate)
         self._outbox = Outbox()
         self._groups: dict[str, RequestGroup] = {}
@@ -60,8 +57,7 @@ class Engine:
         self._wake = threading.Condition()
         self._state: EngineState = "ready"
         self._heartbeat = time.monotonic()
-        self._build = lru_cache(maxsize=1024)(self._build_scheme)
-        self._default = {"scheme": "dense", **(options.attention or {})}
+        self._schemes = SchemeBuilder(loaded, options.attention)
         self.created = int(time.time())
         self.default_scheme = self.build_scheme(None)
         self._thread = threading.Thread(target=self._run, name="foveate-engine", daemon=True)
@@ -110,22 +106,12 @@ class Engine:
         return registry.describe()
 
     def build_scheme(self, attention: dict[str, Any] | None) -> Scheme:
-        """The scheme of a request; equal choices give the same object, so that they share kernel calls.
+        """The scheme of a request's ``attention`` field; ``None`` is the default.
 
         Raises:
             SchemeError: no such scheme or option, or it does not fit this model.
         """
-        given = dict(self._default if attention is None else attention)
-        name = given.pop("scheme", self._default["scheme"])
-        return self._build(name, json.dumps(given, sort_keys=True))
-
-    def _build_scheme(self, name: str, options: str) -> Scheme:
-        scheme = registry.build(name, self._loaded.profiles, **json.loads(options))
-        if any(scheme.for_phase(phase).moves_positions for phase in Phase) and self._loaded.rotary is None:
-            raise SchemeConfigError(
-                f"{name} moves positions, but the rotary embedding of this model is of a kind that cannot be moved"
-            )
-        return scheme
+        return self._schemes.build(attention)
 
     def submit(self, request: GenerationRequest) -> None:
         """Takes a request.
@@ -137,7 +123,7 @@ class Engine:
             QueueFull: too many requests wait.
             EngineDead: the engine has stopped or is stopping.
         """
-        group = self._admit(request)
+        group = self._admission.admit(request)
         with self._wake:
             if self._state != "ready":
                 raise EngineDead("the server is shutting down")
@@ -193,37 +179,6 @@ class Engine:
     @property
     def _busy(self) -> bool:
         return bool(self._inbox or self._groups)
-
-    def _admit(self, request: GenerationRequest) -> RequestGroup:
-        """Checks a request against model and pool, and makes its first sequence."""
-        prompt, params = request.prompt_token_ids, request.sampling
-        check_sampling(params, self.vocab_size)
-        if not prompt:
-            raise InvalidRequest("the prompt holds no token", param="prompt")
-        if min(prompt) < 0 or max(prompt) >= self.vocab_size:
-            raise InvalidRequest(f"token ids must be from 0 to {self.vocab_size - 1}", param="prompt")
-        room = self.context_length - len(prompt)
-        wanted = params.max_tokens if params.max_tokens is not None else max(room, 1)
-        if wanted > room:
-            raise ContextOverflow(len(prompt), wanted, self.context_length)
-        if len(prompt) + wanted > self.cache.capacity_tokens:
-            raise PoolTooSmall(len(prompt) + wanted, self.cache.capacity_tokens)
-        policy = f"{request.scheme.identity}\0{request.salt}"
-        group = RequestGroup(request, hashlib.sha256(policy.encode("utf-8", "surrogatepass")).digest(), wanted)
-        group.sequences.append(self._sequence(group, 0))
-        return group
-
-    def _sequence(self, group: RequestGroup, index: int) -> Sequence:
-        request = group.request
-        prompt, params = request.prompt_token_ids, request.sampling
-        return Sequence(
-            group,
-            index,
-            list(prompt),
-            SamplerRow(params, prompt, [], sorted(self._loaded.eos_token_ids), index),
-            Detokenizer(self.tokenizer, prompt, params),
-            StopChecker(params),
-        )
 
     def _run(self) -> None:
         try:
@@ -312,7 +267,7 @@ class Engine:
             return [sequence]
         assert sequence.table is not None
         for index in range(1, group.request.sampling.n):
-            choice = self._sequence(group, index)
+            choice = self._admission.sequence(group, index)
             choice.table = self.cache.fork(sequence.table)
             choice.num_computed = sequence.num_computed
             group.sequences.append(choice)
