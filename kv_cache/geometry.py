@@ -32,11 +32,11 @@ class CacheGeometry:
         head_dim: D, channels per head.
         page_size: Tokens per page, a power of two from 16 to 128.
         num_pages: P, pages in the pool.
-        dtype: Element type of K and V.
+        dtype: Element type of K and V; int8 stands with a float32 scale per token and KV head, on a CPU only.
         device: Where the pool lives.
 
     Raises:
-        CacheConfigError: a size is out of range.
+        CacheConfigError: a size is out of range, or no kernel of the device reads such pages.
     """
 
     num_layers: int
@@ -56,12 +56,24 @@ class CacheGeometry:
             raise CacheConfigError(
                 f"page_size must be a power of two from {MIN_PAGE_SIZE} to {MAX_PAGE_SIZE}, got {size}"
             )
+        if self.quantized and self.device.type != "cpu":
+            raise CacheConfigError(f"K and V in int8 are read by the kernels for CPUs only, not on {self.device}")
 
     @property
     def bytes_per_page(self) -> int:
-        """Bytes of K and V of one page over all layers, statistics not counted."""
-        elements = self.num_layers * self.num_kv_heads * self.page_size * self.head_dim
-        return 2 * elements * self.dtype.itemsize
+        """Bytes of K and V of one page over all layers, scales counted, statistics not."""
+        return self.page_size * self.bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of K and V of one token over all layers, scales counted."""
+        row = self.head_dim * self.dtype.itemsize + (torch.float32.itemsize if self.quantized else 0)
+        return 2 * self.num_layers * self.num_kv_heads * row
+
+    @property
+    def quantized(self) -> bool:
+        """Whether K and V are int8 with scales."""
+        return self.dtype == torch.int8
 
     def pages_for(self, num_tokens: int) -> int:
         """Pages needed for ``num_tokens`` tokens of one sequence."""

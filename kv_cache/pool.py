@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import itertools
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 
 import torch
 
@@ -24,6 +26,8 @@ class PagePool:
     Attributes:
         keys: ``[L, P, G, page_size, D]``, L layers.
         values: ``[L, P, G, page_size, D]``.
+        key_scales: ``[L, P, G, page_size]`` float32 where K and V are int8, else ``None``; see ``stored.py``.
+        value_scales: Likewise.
         stats: Declared statistic -> ``[L, P, G, D]`` float32.
     """
 
@@ -38,8 +42,22 @@ class PagePool:
         )
         self.keys = torch.empty(shape, dtype=geometry.dtype, device=geometry.device)
         self.values = torch.empty(shape, dtype=geometry.dtype, device=geometry.device)
+        self.key_scales: torch.Tensor | None = None
+        self.value_scales: torch.Tensor | None = None
+        if geometry.quantized:
+            self.key_scales = torch.empty(shape[:-1], dtype=torch.float32, device=geometry.device)
+            self.value_scales = torch.empty(shape[:-1], dtype=torch.float32, device=geometry.device)
         self.stats: dict[PageStat, torch.Tensor] = {}
-        self._layers = [LayerPages(self.keys[i], self.values[i], {}) for i in range(geometry.num_layers)]
+        self._layers = [
+            LayerPages(
+                self.keys[i],
+                self.values[i],
+                {},
+                None if self.key_scales is None else self.key_scales[i],
+                None if self.value_scales is None else self.value_scales[i],
+            )
+            for i in range(geometry.num_layers)
+        ]
         self.declare(stats)
 
     def declare(self, stats: Iterable[PageStat]) -> None:
@@ -56,8 +74,7 @@ class PagePool:
             rows = torch.full(shape, stat.fold.empty, dtype=torch.float32, device=geometry.device)
             self.stats[stat] = rows
             self._layers = [
-                LayerPages(pages.keys, pages.values, {**pages.stats, stat: rows[i]})
-                for i, pages in enumerate(self._layers)
+                replace(pages, stats={**pages.stats, stat: rows[i]}) for i, pages in enumerate(self._layers)
             ]
 
     @property
@@ -69,11 +86,16 @@ class PagePool:
         return self._layers[index]
 
     def copy_page(self, source: int, target: int) -> None:
-        """Copies K, V and statistics of a page over all layers. Does not wait for the device."""
-        for tensor in (self.keys, self.values, *self.stats.values()):
+        """Copies K, V, scales and statistics of a page over all layers. Does not wait for the device."""
+        for tensor in self._tensors():
             tensor[:, target].copy_(tensor[:, source])
 
     @property
     def nbytes(self) -> int:
-        """Bytes of K, V and statistics, mapped or not."""
-        return sum(tensor.nbytes for tensor in (self.keys, self.values, *self.stats.values()))
+        """Bytes of K, V, scales and statistics, mapped or not."""
+        return sum(tensor.nbytes for tensor in self._tensors())
+
+    def _tensors(self) -> Iterator[torch.Tensor]:
+        """Everything that belongs to a page; its second axis is the page."""
+        scales = (tensor for tensor in (self.key_scales, self.value_scales) if tensor is not None)
+        return itertools.chain((self.keys, self.values), scales, self.stats.values())

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from .stats import PageStat
+from .stored import StoredRows
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -18,16 +19,33 @@ class LayerPages:
     Attributes:
         keys: ``[P, G, page_size, D]``.
         values: ``[P, G, page_size, D]``.
-        stats: Declared statistic -> ``[P, G, D]`` float32.
+        stats: Declared statistic -> ``[P, G, D]`` float32, of the rows as they are read.
+        key_scales: ``[P, G, page_size]`` float32 where K and V are int8, else ``None``.
+        value_scales: Likewise.
     """
 
     keys: torch.Tensor
     values: torch.Tensor
     stats: Mapping[PageStat, torch.Tensor]
+    key_scales: torch.Tensor | None = None
+    value_scales: torch.Tensor | None = None
 
     @property
     def page_size(self) -> int:
         return self.keys.shape[2]
+
+    @property
+    def quantized(self) -> bool:
+        """Whether K and V are int8 with scales."""
+        return self.key_scales is not None
+
+    def key_rows(self, dtype: torch.dtype = torch.float32) -> StoredRows:
+        """The keys as floats; int8 is read as ``dtype``."""
+        return StoredRows(self.keys, self.key_scales, dtype)
+
+    def value_rows(self, dtype: torch.dtype = torch.float32) -> StoredRows:
+        """The values as floats; int8 is read as ``dtype``."""
+        return StoredRows(self.values, self.value_scales, dtype)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

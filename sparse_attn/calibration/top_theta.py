@@ -98,7 +98,7 @@ class TopThetaCalibrator(Calibrator):
         ):
             wanted = [n for n in range(context - count + 1, context + 1) if n in self._point]
             if wanted:
-                keys = gather_pages(view.pages.keys, view, sequence).float()
+                keys = gather_pages(view.pages.key_rows(), view, sequence).float()
                 for visible in wanted:
                     one = query[start + visible - 1 - (context - count)]
                     self._record(_logits(one, keys[:, :visible], layer), layer.index, visible)

@@ -35,7 +35,7 @@ def scores(
     for place, row in enumerate(rows):
         sequence, start, count, position = tiles.host[row]
         if sequence != held:
-            keys = gather_pages(view.pages.keys, view, sequence).to(query.dtype)
+            keys = gather_pages(view.pages.key_rows(), view, sequence).to(query.dtype)
             held = sequence
         end = position + count
         folded = query[start : start + count].reshape(count, kv_heads, heads // kv_heads, -1)

@@ -85,6 +85,6 @@ def _keys(view: PagedView, sequence: int, kv_head: int, length: int) -> torch.Te
     used = -(-context // view.page_size)
     table = view.rows.block_tables[sequence, :used].long()
     keys = torch.zeros(length, view.head_dim)
-    found = view.pages.keys[:, kv_head].index_select(0, table).flatten(0, 1)
+    found = view.pages.key_rows()[table, kv_head].flatten(0, 1)
     keys[:context] = found[:context]
     return keys

@@ -66,7 +66,7 @@ def attention_ratio(
     ):
         stop += count
         rows = min(count, last_queries)
-        keys = gather_pages(view.pages.keys, view, sequence)
+        keys = gather_pages(view.pages.key_rows(), view, sequence)
         queries = torch.unflatten(query[stop - rows : stop], 1, (len(keys), -1))
         position = torch.arange(context - rows, context, device=query.device)
         hidden = position[:, None] < torch.arange(context, device=query.device)

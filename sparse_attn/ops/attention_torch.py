@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import torch
 
+from foveate.kv_cache.stored import StoredRows
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
@@ -50,7 +51,7 @@ def prefill(query: torch.Tensor, view: PagedView, selection: Selection | None, s
 def _dense_sequence(query: torch.Tensor, view: PagedView, sequence: int, spec: AttentionSpec) -> Result:
     count = query.shape[0]
     first = view.rows.host_context_lens[sequence] - count
-    keys, values = gather_sequence(view, sequence)
+    keys, values = gather_sequence(view, sequence, query.dtype)
     plain = spec.band == Band() and not spec.softcap
     block = DENSE_BLOCK if spec.band == Band() else BAND_BLOCK
     outs, lses = [], []
@@ -118,13 +119,14 @@ def _selected_tile(
     head = torch.arange(selected_heads) // (selected_heads // kv_heads)
     flat = ((pages * kv_heads + head[:, None]) * view.page_size + safe % view.page_size).flatten()
 
-    def gather(pool: torch.Tensor) -> torch.Tensor:
-        return pool.view(-1, pool.shape[-1])[flat].view(selected_heads, -1, pool.shape[-1])
+    def gather(pool: StoredRows) -> torch.Tensor:
+        return pool.flat(flat).view(selected_heads, -1, view.head_dim)
 
+    keys, values = view.pages.key_rows(query.dtype), view.pages.value_rows(query.dtype)
     mask: torch.Tensor | None = _band_mask(position, count, seen, spec.band) & valid[:, None, :]
     if mask is not None and bool(mask.all()):
         mask = None
-    return _block(query, gather(view.pages.keys), gather(view.pages.values), mask, spec)
+    return _block(query, gather(keys), gather(values), mask, spec)
 
 
 def _band_mask(position: int, count: int, seen: torch.Tensor, band: Band) -> torch.Tensor:

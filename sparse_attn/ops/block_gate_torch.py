@@ -115,7 +115,7 @@ def block_means(view: PagedView, sequence: int, block_tokens: int, blocks: int) 
     means = []
     step = max(_SLAB_PAGES, per_block)
     for begin in range(0, len(pages), step):
-        keys = view.pages.keys[pages[begin : begin + step]].float()
+        keys = view.pages.key_rows()[pages[begin : begin + step]].float()
         keys = keys.view(-1, per_block, view.num_kv_heads, per_page, view.page_size // per_page, view.head_dim)
         means.append(keys.mean(dim=(1, 4)).transpose(0, 1).flatten(1, 2))
     if not means:

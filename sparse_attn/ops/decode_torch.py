@@ -60,9 +60,9 @@ def decode(query: torch.Tensor, view: PagedView, selection: Selection | None, sp
     rows = query.view(sequences, kv_heads, heads // kv_heads, dim)
     outs: list[torch.Tensor] = []
     lses: list[torch.Tensor] = []
-    pools = view.pages.keys, view.pages.values
+    pools = view.pages.key_rows(query.dtype), view.pages.value_rows(query.dtype)
     if plan.runs is None:
-        keys, values = (pool.index_select(0, plan.whole) for pool in pools)
+        keys, values = (pool.pages(plan.whole) for pool in pools)
         _append(outs, lses, rows[plan.whole_owner], keys, values, spec.scale)
     else:
         done = 0
@@ -75,7 +75,7 @@ def decode(query: torch.Tensor, view: PagedView, selection: Selection | None, sp
             keys, values = (pool[page : page + 1, :, first:last] for pool in pools)
             _append(outs, lses, rows[sequence : sequence + 1], keys, values, spec.scale)
     else:
-        keys, values = (pool.index_select(0, plan.edges) for pool in pools)
+        keys, values = (pool.pages(plan.edges) for pool in pools)
         # Hidden rows may never have been written: 0 * NaN would be NaN.
         hidden = plan.edge_hidden[:, None, :, None]
         keys, values = keys.masked_fill(hidden, 0), values.masked_fill(hidden, 0)

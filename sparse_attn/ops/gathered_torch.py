@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import embedding_bag
 
+from foveate.kv_cache.stored import StoredRows
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
@@ -113,7 +114,7 @@ def _part(
     lists = _lists(indices, among, view.num_kv_heads)
     # One pair stands for the ``fold`` heads that share a row of the selection; they lie side by side.
     rows = query.reshape(tokens * kinds, fold * dim)[lists.pairs // width].view(-1, _ROWS * fold, dim)
-    keys, values, unwritten = _units(view, sequence, lists, size)
+    keys, values, unwritten = _units(view, sequence, lists, size, query.dtype)
     mask = None
     if masked:
         at = first_position + lists.pairs.view(-1, _ROWS, 1) // (kinds * width)
@@ -157,9 +158,11 @@ def _lists(indices: torch.Tensor, among: torch.Tensor, kv_heads: int) -> _Lists:
     return _Lists(owner % span, owner // span, listed, places.view(indices.shape))
 
 
-def _units(view: PagedView, sequence: int, lists: _Lists, size: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def _units(
+    view: PagedView, sequence: int, lists: _Lists, size: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """``(keys, values)`` ``[C, size, D]`` of each run's unit, and which of their rows lie behind the context."""
-    page_size, dim = view.page_size, view.head_dim
+    page_size = view.page_size
     pieces = max(size // page_size, 1)  # pages of a unit
     shares = max(page_size // size, 1)  # units of a page
     logical = lists.units[:, None] * size // page_size + torch.arange(pieces)
@@ -168,8 +171,9 @@ def _units(view: PagedView, sequence: int, lists: _Lists, size: int) -> tuple[to
     share = lists.units[:, None] % shares
     flat = ((pages * view.num_kv_heads + lists.heads[:, None]) * shares + share).flatten()
 
-    def gather(pool: torch.Tensor) -> torch.Tensor:
-        return pool.view(-1, min(size, page_size) * dim)[flat].view(-1, size, dim)
+    def gather(pool: StoredRows) -> torch.Tensor:
+        return pool.flat(flat, min(size, page_size)).view(-1, size, view.head_dim)
 
     places = lists.units[:, None] * size + torch.arange(size)
-    return gather(view.pages.keys), gather(view.pages.values), places >= view.rows.host_context_lens[sequence]
+    keys, values = gather(view.pages.key_rows(dtype)), gather(view.pages.value_rows(dtype))
+    return keys, values, places >= view.rows.host_context_lens[sequence]

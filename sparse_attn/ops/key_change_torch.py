@@ -15,7 +15,7 @@ def token_keys(view: PagedView, sequence: int, start: int, stop: int) -> torch.T
     page = view.page_size
     first = start // page
     pages = view.rows.block_tables[sequence, first : -(-stop // page)].long()
-    rows = view.pages.keys[pages].transpose(1, 2).flatten(0, 1).flatten(1)
+    rows = view.pages.key_rows()[pages].transpose(1, 2).flatten(0, 1).flatten(1)
     return rows[start - first * page : stop - first * page].float()
 
 

@@ -45,9 +45,11 @@ def key_arguments(view: PagedView, spec: AttentionSpec) -> dict[str, Any]:
     """Arguments that prefill and decode share.
 
     Raises:
-        ValueError: K and V are laid out differently, or channels are not next to each other.
+        ValueError: K and V are laid out differently, channels are not next to each other, or they are int8.
     """
     keys, values = view.pages.keys, view.pages.values
+    if view.pages.quantized:
+        raise ValueError("the Triton kernels do not read int8 pages")
     if keys.stride() != values.stride() or keys.stride(3) != 1 or view.rows.block_tables.stride(1) != 1:
         raise ValueError("K and V pages need equal strides, and 1 between channels and between table entries")
     return {

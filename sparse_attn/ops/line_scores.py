@@ -31,7 +31,7 @@ def line_scores(
         ``(columns [H, L], diagonals [H, L])`` float32 over the L keys of the sequence: the weight on
         key ``j``, and on the keys at distance ``j``, summed over the queries.
     """
-    keys = gather_pages(view.pages.keys, view, sequence)
+    keys = gather_pages(view.pages.key_rows(), view, sequence)
     count, heads, _ = query.shape
     length = keys.shape[1]
     group = heads // len(keys)

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import torch
 
+from foveate.kv_cache.stored import StoredRows
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
 
 
-def gather_sequence(view: PagedView, sequence: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Keys and values ``[G, context, D]`` of one sequence, in order of position."""
-    return gather_pages(view.pages.keys, view, sequence), gather_pages(view.pages.values, view, sequence)
+def gather_sequence(
+    view: PagedView, sequence: int, dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values ``[G, context, D]`` of one sequence, in order of position; int8 is read as ``dtype``."""
+    keys, values = view.pages.key_rows(dtype), view.pages.value_rows(dtype)
+    return gather_pages(keys, view, sequence), gather_pages(values, view, sequence)
 
 
-def gather_pages(pool: torch.Tensor, view: PagedView, sequence: int) -> torch.Tensor:
+def gather_pages(pool: StoredRows, view: PagedView, sequence: int) -> torch.Tensor:
     """Rows ``[G, context, D]`` of one sequence from ``pool``, the keys or the values of ``view``."""
     context = view.rows.host_context_lens[sequence]
     used = -(-context // view.page_size)

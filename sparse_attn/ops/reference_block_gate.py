@@ -31,7 +31,7 @@ def gate_blocks(
         own = torch.arange(context - count, context, device=query.device) // block_tokens
         block = torch.arange(blocks, device=query.device)
         first, end = (edge[part, None] for edge in candidates)
-        keys = gather_pages(view.pages.keys, view, sequence).float()
+        keys = gather_pages(view.pages.key_rows(), view, sequence).float()
         edges = range(0, context, block_tokens)
         means = torch.stack([keys[:, edge : edge + block_tokens].mean(1) for edge in edges], dim=1)
         gates = torch.einsum("qhd,hud->qhu", query[part].float(), means.repeat_interleave(group, dim=0))

@@ -38,10 +38,9 @@ def whole_page_sums(view: PagedView, size: int) -> torch.Tensor:
 
 def part_page_sums(view: PagedView, size: int) -> torch.Tensor:
     """See ``ops.sums.unit_sums``; ``size`` divides the page size. Pages that lie side by side are not copied."""
-    keys = view.pages.keys
-    _, heads, page, dim = keys.shape
+    keys, heads, page, dim = view.pages.key_rows(), view.num_kv_heads, view.page_size, view.head_dim
     pages = view.rows.block_tables.shape[1]
-    sums = torch.empty(view.rows.num_sequences, pages, heads, page // size, dim, device=keys.device)
+    sums = torch.empty(view.rows.num_sequences, pages, heads, page // size, dim, device=view.pages.keys.device)
     for sequence, place, first, count in _runs(view, max(1, SLAB_BYTES // (heads * page * dim * 4))):
         if first is None:
             part = keys[view.rows.block_tables[sequence, place : place + count].long()]
@@ -88,20 +87,18 @@ def cut_part_sums(view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple
 
 def chunk_sums(view: PagedView, start: torch.Tensor, length: torch.Tensor) -> torch.Tensor:
     """See ``ops.sums.chunk_sums``; on a CPU, since the number of keys is asked for."""
-    keys = view.pages.keys
-    heads, page, dim = keys.shape[1:]
+    keys, heads, page, dim = view.pages.key_rows(), view.num_kv_heads, view.page_size, view.head_dim
     sums = torch.zeros(*start.shape, heads, dim)
     flat_sums, lengths, starts = sums.view(-1, heads * dim), length.flatten().long(), start.flatten().long()
     sequence = torch.arange(start.shape[0]).repeat_interleave(start.shape[1])
     ends = torch.cumsum(lengths, 0)
     total, step = int(ends[-1]) if len(ends) else 0, max(1, SLAB_BYTES // (heads * dim * 4))
-    rows = keys.view(-1, dim)
     for first in range(0, total, step):
         place = torch.arange(first, min(first + step, total))
         run = torch.searchsorted(ends, place, right=True)
         position = starts[run] + place - (ends - lengths)[run]
         row = view.rows.block_tables[sequence[run], position // page].long() * heads * page + position % page
-        found = rows[(row[:, None] + torch.arange(heads) * page).flatten()]
+        found = keys.flat((row[:, None] + torch.arange(heads) * page).flatten())
         flat_sums.index_add_(0, run, found.view(len(place), heads * dim).float())
     return sums
 
@@ -137,7 +134,7 @@ def cut_page_sums(view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple
     pages, before, behind, edges, in_unit, in_rest, unit = view.rows.plans[key]
     statistic = view.pages.stats[KEY_SUM][pages]
     sums = _grouped(torch.where(before, statistic, 0.0), size // view.page_size)[:, : _units(cuts, size)]
-    keys = view.pages.keys[edges].float()  # [S, 2, G, page, D]
+    keys = view.pages.key_rows()[edges].float()  # [S, 2, G, page, D]
     # Unwritten slots may hold NaN, so they are not multiplied by 0.
     sums.scatter_add_(1, unit.expand(-1, -1, *sums.shape[2:]), torch.where(in_unit, keys, 0.0).sum((1, 3))[:, None])
     rest = torch.where(in_rest, keys, 0.0).sum((1, 3))

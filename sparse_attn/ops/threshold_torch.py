@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from foveate.kv_cache.stored import StoredRows
 from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
@@ -142,7 +143,7 @@ def _decode(
     first = begin // size
     pages = view.rows.block_tables[sequence, first : -(-end // size)].long()
     own = slice(begin - first * size, end - first * size)
-    logits = _scores(rows, view.pages.keys, pages)[..., own].float() * spec.scale
+    logits = _scores(rows, view.pages.key_rows(rows.dtype), pages)[..., own].float() * spec.scale
     logits = _soft_capped(logits, spec)
     theta = plan.theta[sequence].view(kv_heads, -1, 1)
     read = logits > theta
@@ -170,32 +171,32 @@ def _decode(
     flat = (pages[at // size] * kv_heads + torch.arange(kv_heads)[:, None]) * size + at % size
     kept = torch.gather(read, 2, listed[:, None].expand(-1, rows.shape[1], -1))
     kept &= valid[:, None]
-    if view.pages.keys.dtype == torch.float32:
+    if rows.dtype == torch.float32:
         chosen = torch.gather(weights, 2, listed[:, None].expand(-1, rows.shape[1], -1)) * kept
     else:
         # Logits in 16 bits are good enough to choose and to sum what is dropped, not to weigh what is kept.
-        keys = _rows(view.pages.keys, flat).float()
+        keys = _rows(view.pages.key_rows(), flat).float()
         exact = _soft_capped(torch.matmul(rows.float(), keys.transpose(1, 2)) * spec.scale, spec)
         chosen = torch.exp(exact - peak) * kept
     total = chosen.sum(-1, keepdim=True)
-    values = _rows(view.pages.values, flat)
+    values = _rows(view.pages.value_rows(rows.dtype), flat)
     out = torch.matmul(chosen.to(values.dtype), values).float()
     parts.out[sequence] = (out / total.clamp(min=torch.finfo(torch.float32).tiny)).view(heads, dim)
     parts.lse[sequence] = (peak + total.log()).flatten()
 
 
-def _scores(rows: torch.Tensor, pool: torch.Tensor, pages: torch.Tensor) -> torch.Tensor:
+def _scores(rows: torch.Tensor, pool: StoredRows, pages: torch.Tensor) -> torch.Tensor:
     """``[G, r, n]``: queries ``rows [G, r, D]`` times all keys of ``pages``, not scaled."""
     first, count = int(pages[0]), pages.shape[0]
     side_by_side = bool((pages == torch.arange(first, first + count)).all())
     # Pages that lie side by side are read where they lie.
-    keys = pool[first : first + count] if side_by_side else pool.index_select(0, pages)
+    keys = pool[first : first + count] if side_by_side else pool.pages(pages)
     return torch.matmul(rows, keys.transpose(2, 3)).permute(1, 2, 0, 3).flatten(2)
 
 
-def _rows(pool: torch.Tensor, flat: torch.Tensor) -> torch.Tensor:
+def _rows(pool: StoredRows, flat: torch.Tensor) -> torch.Tensor:
     """``[G, m, D]``: the rows at ``flat [G, m]`` of a pool ``[P, G, page, D]``."""
-    return pool.view(-1, pool.shape[-1]).index_select(0, flat.flatten()).view(*flat.shape, -1)
+    return pool.flat(flat.flatten()).view(*flat.shape, -1)
 
 
 def _soft_capped(logits: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -214,7 +215,7 @@ def _prefill(
     """The queries ``part`` of the packed row, block by block."""
     count = part.stop - part.start
     first = view.rows.host_context_lens[sequence] - count
-    keys, values = gather_sequence(view, sequence)
+    keys, values = gather_sequence(view, sequence, query.dtype)
     reach = keys.shape[1] if spec.band.farthest is None else min(keys.shape[1], spec.band.farthest + count)
     block = max(1, min(count, BLOCK_BYTES // (query.shape[1] * reach * keys.element_size())))
     for start in range(0, count, block):

@@ -26,7 +26,7 @@ def causal_value_mean(view: PagedView) -> torch.Tensor:
         first = (context - count) // size
         table = view.rows.block_tables[sequence, : -(-context // size)].long()
         before = view.pages.stats[VALUE_SUM][table[:first]].sum(0)
-        rows = view.pages.values[table[first:]].transpose(1, 2).flatten(0, 1)[: context - first * size].float()
+        rows = view.pages.value_rows()[table[first:]].transpose(1, 2).flatten(0, 1)[: context - first * size].float()
         sums = rows.cumsum(0)[-count:] + before
         positions = torch.arange(context - count, context, device=sums.device)
         means.append(sums / (positions + 1)[:, None, None])

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from foveate.kv_cache.stats import Fold, PageStat
+from foveate.kv_cache.stored import quantize
 from foveate.kv_cache.view import LayerPages
 
 Backend = Literal["torch", "triton"]
@@ -54,15 +55,21 @@ def _write_kv_torch(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, s
         key, value, slots = key[written], value[written], slots[written]
     page, offset = slots // pages.page_size, slots % pages.page_size
     # Advanced indices around a slice put the token axis first: [T, G, D], as key has it.
-    pages.keys[page, :, offset] = key.to(pages.keys.dtype)
-    pages.values[page, :, offset] = value.to(pages.values.dtype)
+    if pages.key_scales is not None and pages.value_scales is not None:
+        stored_key, pages.key_scales[page, :, offset] = quantize(key)
+        stored_value, pages.value_scales[page, :, offset] = quantize(value)
+    else:
+        stored_key, stored_value = key.to(pages.keys.dtype), value.to(pages.values.dtype)
+    pages.keys[page, :, offset] = stored_key
+    pages.values[page, :, offset] = stored_value
     if not pages.stats or not len(slots):
         return
+    # The statistics are those of the rows as they will be read.
+    read = {"key": pages.key_rows()[page, :, offset], "value": pages.value_rows()[page, :, offset]}
     touched, run = torch.unique_consecutive(page, return_inverse=True)
     fresh = page[offset == 0]
     for stat, kept in pages.stats.items():
-        # Through the pool's dtype, so that the statistic is that of the stored rows.
-        rows = (key if stat.source == "key" else value).to(pages.keys.dtype).float()
+        rows = read[stat.source].float()
         kept[fresh] = stat.fold.empty
         spread = run[:, None, None].expand_as(rows)
         kept[touched] = kept[touched].scatter_reduce_(0, spread, rows, _SCATTER[stat.fold])
@@ -77,5 +84,5 @@ def page_stats(pages: LayerPages, page: int, num_tokens: int) -> Mapping[PageSta
     Returns:
         Declared statistic -> ``[G, D]`` float32.
     """
-    source = {"key": pages.keys, "value": pages.values}
+    source = {"key": pages.key_rows(), "value": pages.value_rows()}
     return {stat: stat.fold.reduce(source[stat.source][page, :, :num_tokens].float(), dim=1) for stat in pages.stats}

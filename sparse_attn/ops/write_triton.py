@@ -150,6 +150,8 @@ def plan(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch
         ValueError: K and V are laid out differently, or a statistic is not contiguous.
     """
     tokens, heads, dim = key.shape
+    if pages.quantized:
+        raise ValueError("the Triton kernels do not write int8 pages")
     if pages.keys.stride() != pages.values.stride() or pages.keys.stride(3) != 1:
         raise ValueError("K and V pages need equal strides, and 1 between channels")
     if not all(kept.is_contiguous() for kept in pages.stats.values()):
