@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterable, Sequence
+from importlib import import_module
 from pathlib import Path
 from types import UnionType
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
@@ -15,6 +16,7 @@ from pydantic.fields import FieldInfo
 from foveate import __version__
 from foveate.sparse_attn import registry
 
+from .bench.arguments import BENCH, MODES, Mode, name_model
 from .evaluation.arguments import EXAMPLES, SETTINGS, add_arguments
 from .settings import ENGINE_FIELDS, Settings
 
@@ -113,6 +115,11 @@ def build_parser() -> argparse.ArgumentParser:
     add_settings(evaluate, SETTINGS)
     evaluate.set_defaults(run=lambda given: _evaluate(given, evaluate))
 
+    bench = _command(commands, "bench", "measure speed", BENCH)
+    modes = bench.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    for name, mode in MODES.items():
+        _add_bench(modes, name, mode)
+
     doctor = _command(commands, "doctor", "check this machine, and a model", _DOCTOR)
     doctor.add_argument("model", metavar="MODEL", nargs="?", help="packaged name, local directory or hub id")
     doctor.set_defaults(run=_doctor)
@@ -158,6 +165,15 @@ def _command(commands: Any, name: str, purpose: str, examples: str) -> argparse.
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     return parser
+
+
+def _add_bench(modes: Any, name: str, mode: Mode) -> None:
+    parser = _command(modes, name, mode.purpose, mode.help)
+    mode.add(parser)
+    if mode.settings:
+        _add_model(parser, required=False)
+        add_settings(parser, mode.settings)
+    parser.set_defaults(run=lambda given: _bench(given, parser, name, mode))
 
 
 def _add_model(parser: argparse.ArgumentParser, required: bool) -> None:
@@ -215,6 +231,16 @@ def _evaluate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int
     from .evaluation.run import run
 
     return run(given, settings)
+
+
+def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser, name: str, mode: Mode) -> int:
+    settings = None
+    if mode.settings:
+        name_model(given, parser)
+        settings = read_settings(given, parser)
+    run = import_module(f".bench.{name}", __package__).run
+    status: int = run(given) if settings is None else run(given, settings)
+    return status
 
 
 def _pull(given: argparse.Namespace) -> int:

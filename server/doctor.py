@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import statistics
 import time
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
 
 import torch
 
@@ -20,11 +17,9 @@ from foveate.sparse_attn.ops import native
 
 from .exceptions import EngineError
 from .loader import LoadedModel, load
+from .machine import cores, cpu_flags, memory_bytes, version_of
 from .options import EngineOptions
 from .packaged import PackagedModelError
-
-# Instruction sets that decide how fast a CPU multiplies matrices.
-CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 GEMM_SIZE, GEMM_RUNS = 512, 5
 
@@ -83,10 +78,10 @@ def _machine() -> Iterator[tuple[str, str]]:
     yield "python", platform.python_version()
     yield "torch", torch.__version__
     for package in ("transformers", "triton", "flashinfer-python"):
-        yield package, _version(package)
-    yield "cores", f"{_cores()} ({torch.get_num_threads()} torch threads)"
-    yield "memory", f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
-    yield "cpu", f"{torch.backends.cpu.get_cpu_capability()} ({', '.join(_cpu_flags()) or 'flags unknown'})"
+        yield package, version_of(package)
+    yield "cores", f"{cores()} ({torch.get_num_threads()} torch threads)"
+    yield "memory", f"{memory_bytes() / 2**30:.1f} GiB"
+    yield "cpu", f"{torch.backends.cpu.get_cpu_capability()} ({', '.join(cpu_flags()) or 'flags unknown'})"
     yield "attention kernels on cpu", _kernels()
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
@@ -137,24 +132,3 @@ def _facts(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
 def _print(lines: Iterator[tuple[str, str]]) -> None:
     for name, value in lines:
         print(f"{name + ':':<28} {value}", flush=True)
-
-
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _cpu_flags() -> list[str]:
-    try:
-        words = set(Path("/proc/cpuinfo").read_text(encoding="utf-8").split())
-    except OSError:
-        return []
-    return [flag for flag in CPU_FLAGS if flag in words]

@@ -77,13 +77,13 @@ def load(options: EngineOptions) -> LoadedModel:
         ProfileError: a profile cannot be read, or was made for another model.
     """
     path = resolve(options.model)
-    device = _device(options.device)
+    device = device_of(options.device)
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(path, **common)
     model = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
-        dtype=_dtype(options.dtype, device),
+        dtype=dtype_of(options.dtype, device),
         attn_implementation="eager",
         use_safetensors=True,
         **common,
@@ -91,7 +91,18 @@ def load(options: EngineOptions) -> LoadedModel:
     model.train(False)
     model.requires_grad_(False)
     torch.nn.Module.to(model, device)  # the library's own `to` is typed for something else
-    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
+    return ready(model, transformers.AutoTokenizer.from_pretrained(path, **common), options)
+
+
+def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
+    """Makes a model that is on its device serve: verified if need be, quantised, attached.
+
+    Raises:
+        UnsupportedModel: the model's attention cannot be ours; the message says why.
+        QuantizationError: its weights cannot be quantised so, or it is not on a CPU.
+        InvalidRequest: an option does not fit the model.
+        ProfileError: a profile cannot be read, or was made for another model.
+    """
     found = facts(model.config)
     if found.model_type not in VERIFIED:
         log.info("%s is not a verified family: comparing its logits with stock attention", found.model_type)
@@ -140,13 +151,13 @@ def geometry_for(loaded: LoadedModel, options: EngineOptions) -> CacheGeometry:
     return CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, pages, loaded.dtype, device)
 
 
-def _device(name: str) -> torch.device:
+def device_of(name: str) -> torch.device:
     if name != "auto":
         return torch.device(name)
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _dtype(name: str, device: torch.device) -> torch.dtype | str:
+def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
     if name != "auto":
         dtype: torch.dtype = getattr(torch, name)
         return dtype

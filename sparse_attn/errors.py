@@ -23,9 +23,14 @@ class SchemeConfigError(SchemeError):
 
 
 class CalibrationMissing(SchemeError):
-    """The scheme needs a profile that was not given."""
+    """The scheme needs a profile that was not given.
+
+    Attributes:
+        scheme: Its name.
+    """
 
     def __init__(self, scheme: str) -> None:
+        self.scheme = scheme
         super().__init__(
             f"{scheme} needs a profile of this model. Make one with "
             f"`foveate calibrate MODEL --scheme {scheme} -o PROFILE` and give it: `--profile PROFILE`"

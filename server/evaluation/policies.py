@@ -73,14 +73,10 @@ def choices(
         UnknownScheme: a name is not registered; the message lists those that are.
         SchemeConfigError: no named scheme has one of ``options``.
     """
-    known = {name: {item.name for item in fields(registry.load(name).Options)} for name in names}
-    for option in options:
-        if not any(option in has for has in known.values()):
-            raise SchemeConfigError(f"none of the schemes chosen has an option {option!r}")
     # The dense tail would read the question whole, and a scheme with dense answers then finds whatever dense finds.
     wanted = [
-        {"scheme": name, **_without_tail(name), **{k: v for k, v in options.items() if k in known[name]}}
-        for name in names
+        {"scheme": name, **_without_tail(name), **given}
+        for name, given in ((policy.pop("scheme"), policy) for policy in named(names, options))
         if name != DENSE
     ]
     found: list[dict[str, Any]] = [{"scheme": DENSE}]
@@ -91,6 +87,20 @@ def choices(
             variants = [{**attention, BUDGET: budget} for budget in budgets] or [attention]
         found += [variant for variant in variants if variant not in found]
     return found
+
+
+def named(names: Sequence[str], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """A policy for each of ``names``, with those of ``options`` that the scheme has.
+
+    Raises:
+        UnknownScheme: a name is not registered; the message lists those that are.
+        SchemeConfigError: no named scheme has one of ``options``.
+    """
+    known = {name: {item.name for item in fields(registry.load(name).Options)} for name in names}
+    for option in options:
+        if not any(option in has for has in known.values()):
+            raise SchemeConfigError(f"none of the schemes chosen has an option {option!r}")
+    return [{"scheme": name, **{k: v for k, v in options.items() if k in known[name]}} for name in names]
 
 
 def _without_tail(name: str) -> dict[str, Any]:

@@ -1,0 +1,98 @@
+"""Where the time of a forward pass goes: attention, selection, linear layers.
+
+The seam costs nothing when nobody looks: hooks and timed functions are there while a ``with`` block runs, and the
+model and this package are as before when it ends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from transformers import AttentionInterface, PreTrainedModel
+
+from foveate.sparse_attn import attend
+
+from .interface import NAME, paged_attention, register
+
+# Writing K and V, reading the selected keys, and booking the reads; choosing the keys; products with weights.
+PARTS = ("attention", "selection", "linear")
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class PartClock:
+    """Seconds by part. While an inner part runs, the outer one's time stands still.
+
+    For one thread, the one that runs the model.
+
+    Attributes:
+        seconds: Part -> seconds so far.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.seconds: dict[str, float] = dict.fromkeys(PARTS, 0.0)
+        self._device = device
+        self._open: list[str] = []
+        self._since = 0.0
+
+    def enter(self, part: str) -> None:
+        """Begins a part inside of those that are open."""
+        self._book()
+        self._open.append(part)
+
+    def leave(self) -> None:
+        """Ends the innermost part."""
+        self._book()
+        self._open.pop()
+
+    def timed(self, part: str, function: Callable[P, R]) -> Callable[P, R]:
+        """``function``, its time booked to ``part``."""
+
+        @wraps(function)
+        def run(*args: P.args, **kwargs: P.kwargs) -> R:
+            self.enter(part)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.leave()
+
+        return run
+
+    def _book(self) -> None:
+        if self._device.type == "cuda":  # what was launched counts to the part that launched it
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        if self._open:
+            self.seconds[self._open[-1]] += now - self._since
+        self._since = now
+
+
+@contextmanager
+def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
+    """Times the parts of every forward pass of an attached model in the ``with`` block.
+
+    A linear layer is a module that says its ``in_features`` and ``out_features``, quantised ones and the output layer
+    included. Not for two models at once: the attention function is one for all.
+    """
+    clock = PartClock(model.device)
+    choose = attend._segments
+    handles: list[Any] = []
+    try:
+        for module in model.modules():
+            if all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
+                handles.append(module.register_forward_pre_hook(lambda *_: clock.enter("linear")))
+                handles.append(module.register_forward_hook(lambda *_: clock.leave(), always_call=True))
+        attend._segments = clock.timed("selection", choose)
+        AttentionInterface.register(NAME, clock.timed("attention", paged_attention))
+        yield clock
+    finally:
+        attend._segments = choose
+        register()
+        for handle in handles:
+            handle.remove()

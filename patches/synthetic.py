@@ -1,0 +1,29 @@
+"""Models with random weights, of any shape: for measuring speed where no checkpoint is."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+
+def synthetic_model(
+    model_type: str, dtype: torch.dtype, device: torch.device, seed: int = 0, **config: Any
+) -> PreTrainedModel:
+    """A causal LM whose weights come from a seed; the same seed gives the same model.
+
+    Args:
+        model_type: Family in ``transformers``, such as ``qwen2``.
+        dtype: Of the weights, which are drawn in it.
+        device: Where they are drawn.
+        seed: Of the weights.
+        config: Fields of the family's config.
+    """
+    made = AutoConfig.for_model(model_type, **config)
+    with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="eager")
+    model.train(False)
+    model.requires_grad_(False)
+    return model

@@ -1,0 +1,117 @@
+"""A report of speed that says of itself what was measured, with what, and where."""
+
+from __future__ import annotations
+
+import json
+from argparse import Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..loader import LoadedModel
+from ..machine import describe, load_average
+from ..options import EngineOptions
+
+FORMAT, VERSION = "foveate-bench", 1
+
+# Given on the command line, but no matter of a report: functions, keys, and where the report goes.
+_NOT_TOLD = ("run", "api_key", "output", "fresh")
+
+
+class Report:
+    """What every report says, whatever was measured; made when the measuring begins.
+
+    Args:
+        kind: ``latency``, ``throughput``, ``serve`` or ``ops``.
+        given: The command line.
+        device: Where it is measured.
+    """
+
+    def __init__(self, kind: str, given: Namespace, device: torch.device) -> None:
+        self.kind = kind
+        self._given = given
+        self._about = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": kind,
+            "created": datetime.now(UTC).isoformat(timespec="seconds"),
+            "machine": describe(device),
+            "options": {name: _plain(value) for name, value in vars(given).items() if name not in _NOT_TOLD},
+        }
+        self._load = load_average()
+
+    def finish(
+        self,
+        body: Mapping[str, Any],
+        text: str,
+        draw: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None,
+    ) -> str:
+        """Writes ``KIND.json`` and the plots if there is an output directory; returns what is to be printed.
+
+        Args:
+            body: The rest of the JSON object.
+            text: Tables for a reader.
+            draw: Writes plots of the whole object into a directory. May raise ``ImportError``.
+        """
+        load = {"start": self._load, "end": load_average()}
+        whole = {**self._about, "load_average": load, **body}
+        machine = self._about["machine"]
+        told = [
+            text,
+            f"{machine['cpu']} ({machine['kernels'] or 'no native kernels'}), {machine['threads']} threads of "
+            f"{machine['cores']} cores on {machine['device']}; load average {load['start']} to {load['end']}",
+        ]
+        directory: Path | None = self._given.output
+        if directory is not None:
+            directory.mkdir(parents=True, exist_ok=True)
+            target = directory / f"{self.kind}.json"
+            part = target.with_name(f".{target.name}.part")
+            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+            part.replace(target)
+            names = [target.name]
+            try:
+                names += [path.name for path in draw(directory, whole)] if draw else []
+            except ImportError:
+                told.append("No plots: matplotlib is missing. Get it with `pip install 'foveate[bench]'`.")
+            told.append(f"written to {directory}: {', '.join(names)}")
+        return "\n\n".join(part for part in told if part)
+
+
+def model_facts(loaded: LoadedModel, options: EngineOptions) -> dict[str, Any]:
+    """The model, as far as its speed depends on it."""
+    facts = asdict(loaded.attached.facts)
+    wanted = ("model_type", "num_layers", "num_heads", "num_kv_heads", "head_dim", "vocab_size")
+    config = loaded.model.config.get_text_config()
+    return {
+        "name": loaded.name,
+        **{name: facts[name] for name in wanted},
+        "hidden_size": config.hidden_size,
+        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
+        "dtype": str(loaded.dtype).removeprefix("torch."),
+        "quantization": options.quantization,
+    }
+
+
+def engine_facts(options: EngineOptions) -> dict[str, Any]:
+    """Options of the engine that measured."""
+    return {name: _plain(value) for name, value in asdict(options).items()}
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table; the first row is its head, the first column is text and the others are numbers."""
+    marks = ["---", *["---:"] * (len(rows[0]) - 1)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [rows[0], marks, *rows[1:]])
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, Mapping):
+        return {str(name): _plain(inner) for name, inner in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [_plain(inner) for inner in value]
+    return value if value is None or isinstance(value, (str, int, float, bool)) else str(value)
