@@ -8,8 +8,6 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 readonly VENV=.venv
 readonly STAMP=$VENV/.foveate-setup
-readonly TORCH_CPU=2.13.0 # the oldest release that pyproject.toml allows: what we claim is what we test
-readonly TORCH_CUDA=2.15.0 # the CUDA build pins its own triton; this is the release that pins the one we test (3.9)
 readonly FLASHINFER=0.7.2.post1 # where no GPU is: its kernels cannot run there, but our calls are checked against it
 
 say() { printf 'setup: %s\n' "$*" >&2; }
@@ -17,6 +15,7 @@ die() {
     printf 'setup: error: %s\n' "$@" >&2
     exit 1
 }
+source deploy/torch.sh
 
 find_python() {
     local candidate
@@ -43,7 +42,7 @@ check_tools() {
 
 # What the environment is made from; changing any of it makes the next run install again.
 fingerprint() {
-    "$1" - pyproject.toml setup.py deploy/setup.sh sparse_attn/ops/native/*.{cpp,h} <<'PY'
+    "$1" - pyproject.toml setup.py deploy/setup.sh deploy/torch.sh sparse_attn/ops/native/*.{cpp,h} <<'PY'
 import hashlib, os, pathlib, sys
 parts = [pathlib.Path(name).read_bytes() for name in sys.argv[1:]]
 parts.append(f"{os.getcwd()} {sys.version_info[:2]}".encode())
@@ -64,42 +63,14 @@ for distribution in importlib.metadata.distributions():
 PY
 }
 
-torch_version() { # prints the version in the environment, fails where there is none that will do
-    "$VENV/bin/python" - <<'PY' 2>/dev/null
-import torch
-assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 13)
-print(torch.__version__)
-PY
-}
-
-# Would plain pip take a torch without CUDA? Asks for the metadata of the wheel it would choose.
-pip_torch_is_cpu() {
-    "$VENV/bin/python" -m pip install --dry-run --no-deps --quiet --report - "torch==$TORCH_CPU" 2>/dev/null |
-        "$VENV/bin/python" -c '
-import json, sys
-chosen = json.load(sys.stdin)["install"][0]["metadata"]
-cuda = [need for need in chosen.get("requires_dist", []) if need.startswith(("nvidia-", "cuda-"))]
-sys.exit(not ("+cpu" in chosen["version"] or sys.platform == "darwin" or not cuda))' 2>/dev/null
-}
-
 has_nvidia_gpu() { nvidia-smi -L >/dev/null 2>&1; }
 
 install_torch() {
     if torch_version >/dev/null; then return; fi
     if has_nvidia_gpu; then
-        say "NVIDIA GPU found: installing torch $TORCH_CUDA with CUDA"
-        "$VENV/bin/python" -m pip install "torch==$TORCH_CUDA"
-    elif pip_torch_is_cpu; then
-        say "installing torch $TORCH_CPU for CPU"
-        "$VENV/bin/python" -m pip install "torch==$TORCH_CPU"
+        install_torch_cuda
     else
-        say "installing torch $TORCH_CPU for CPU (with uv, which knows where the builds without CUDA are)"
-        "$VENV/bin/python" -m pip install --quiet uv
-        "$VENV/bin/uv" pip install --python "$VENV/bin/python" --torch-backend=cpu "torch==$TORCH_CPU" ||
-            die "The CPU build of torch could not be fetched. Either put its wheel into a folder and run" \
-                "    PIP_FIND_LINKS=/that/folder make ..." \
-                "or accept the build with CUDA (several gigabytes), then run this again:" \
-                "    $VENV/bin/pip install torch==$TORCH_CUDA"
+        install_torch_cpu
     fi
     torch_version >/dev/null || die "torch was installed into $VENV but does not import: $VENV/bin/python -c 'import torch'"
 }
