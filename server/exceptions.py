@@ -9,6 +9,8 @@ EngineError
 ├── EngineDead          the engine has stopped
 ├── RequestAborted      the caller cut the request off
 ├── BadLogits           the model gave NaN for this request
+├── NoTokenLeft         what the request forbids leaves no token to draw
+├── RequestFailed       the server failed at this request alone
 └── StepFailed          the step that computed this request failed
 """
 
@@ -66,6 +68,14 @@ class RequestAborted(EngineError):
 
 class BadLogits(EngineError):
     """The model gave logits that are not finite for this request."""
+
+
+class NoTokenLeft(EngineError):
+    """What the request forbids leaves no token to draw."""
+
+
+class RequestFailed(EngineError):
+    """The server failed at something that concerns this request alone: its sampling, its text, its pages."""
 
 
 class StepFailed(EngineError):

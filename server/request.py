@@ -20,7 +20,7 @@ class SamplingParams:
     """How the next token is chosen and when generation ends.
 
     Args:
-        max_tokens: Tokens to generate at most; ``None`` fills the context.
+        max_tokens: Tokens to generate at most; ``None`` fills the context, 0 only reads the prompt.
         min_tokens: No end-of-text, stop id or stop string before this many tokens.
         temperature: 0 is greedy.
         top_k: 0 or -1 is off.
@@ -37,6 +37,8 @@ class SamplingParams:
         include_stop_str_in_output: Keep the stop string in the text.
         skip_special_tokens: Leave special tokens out of the text.
         logprobs: ``None``, or how many alternatives to report beside each chosen token.
+        prompt_logprobs: The same for each token of the prompt but the first, for which nothing is predicted.
+            Such a request computes its whole prompt, cached or not.
         n: Choices per prompt; the prompt is computed once.
     """
 
@@ -57,6 +59,7 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     logprobs: int | None = None
+    prompt_logprobs: int | None = None
     n: int = 1
 
 
@@ -102,6 +105,13 @@ class Progress:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of the next tokens of the prompt, from its second token on. They come before any ``Delta``."""
+
+    entries: tuple[TokenLogprob, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class Delta:
     """New text of choice ``index``. ``finish_reason`` is set on its last delta.
 
@@ -130,7 +140,7 @@ class Failed:
     error: Exception
 
 
-Event = Progress | Delta | Finished | Failed
+Event = Progress | PromptLogprobs | Delta | Finished | Failed
 EventSink = Callable[[Event], None]
 
 
@@ -145,6 +155,7 @@ class GenerationRequest:
         scheme: The attention policy, already built and checked.
         salt: Separates prefix-cache entries of different owners.
         on_event: Called from the engine's thread, must not block.
+        priority: Smaller goes first; equal ones by age.
     """
 
     request_id: str
@@ -153,4 +164,5 @@ class GenerationRequest:
     scheme: Scheme
     on_event: EventSink
     salt: str = ""
+    priority: int = 0
     arrival: float = field(default_factory=time.monotonic)

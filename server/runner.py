@@ -15,6 +15,7 @@ from foveate.sparse_attn.audit import Audit
 from foveate.sparse_attn.protocol import Phase, Scheme, StepGroup, StepState
 
 from .loader import LoadedModel
+from .prompt_scores import PromptScorer, PromptScores
 from .sequence import Chunk
 
 
@@ -35,11 +36,13 @@ class StepResult:
         logits: ``[N, vocab]`` for the chunks that end their sequence, in order.
         keys_read: Per chunk ``(reads done, reads of dense attention)``.
         mass_kept: Per chunk the share of attention mass that was kept, ``None`` if it was not audited.
+        prompt_scores: Per chunk what was asked for of its prompt's tokens, ``None`` if nothing was.
     """
 
     logits: torch.Tensor
     keys_read: list[tuple[float, float]]
     mass_kept: list[float | None]
+    prompt_scores: list[PromptScores]
 
 
 class Runner:
@@ -62,9 +65,11 @@ class Runner:
         positions: list[int] = []
         slots: list[int] = []
         last_row: dict[int, int] = {}
+        scorer = PromptScorer(self.loaded, chunks)
         for part in parts:
             table = part.chunk.sequence.table
             assert table is not None
+            scorer.place(part.owner, part.start, part.count, len(ids))
             ids += part.chunk.sequence.tokens[part.start : part.start + part.count]
             positions += range(part.start, part.start + part.count)
             slots += self.cache.slots(table, part.start, part.start + part.count)
@@ -85,14 +90,16 @@ class Runner:
             keys_read=torch.zeros(len(chunks), 2, dtype=torch.float64, device=device),
             observer=audit,
         )
-        output = self.loaded.model(
-            input_ids=upload(ids)[None],
-            position_ids=row[None],
-            use_cache=False,
-            # Logits of the last tokens only; a step in the middle of a prompt still needs one row.
-            logits_to_keep=upload(wanted or [len(ids) - 1]),
-            foveate_step=PackedStep(step),
-        )
+        with scorer.watching() as more_logits:
+            output = self.loaded.model(
+                input_ids=upload(ids)[None],
+                position_ids=row[None],
+                use_cache=False,
+                # Logits of the last tokens only; a step in the middle of a prompt still needs one row.
+                logits_to_keep=upload(wanted or [len(ids) - 1]),
+                foveate_step=PackedStep(step),
+            )
+            scores = scorer.scores(more_logits)
         for chunk in chunks:
             sequence = chunk.sequence
             sequence.num_computed = chunk.start + chunk.count
@@ -102,7 +109,7 @@ class Runner:
         mass: list[float | None] = [None] * len(chunks)
         if audit is not None:
             mass = [kept / layers if layers else None for kept, layers in audit.kept.tolist()]
-        return StepResult(output.logits[0, : len(wanted)], reads, mass)
+        return StepResult(output.logits[0, : len(wanted)], reads, mass, scores)
 
     def _pack(self, chunks: list[Chunk]) -> tuple[list[StepGroup], list[_Part]]:
         """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row."""

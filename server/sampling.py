@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .exceptions import BadLogits
+from .exceptions import BadLogits, EngineError, NoTokenLeft
 from .logits import edit_logits, probabilities, upload
+from .logprobs import as_logprobs, fetch, log_probabilities
 from .request import TokenLogprob
 from .sampler_row import SamplerRow
 from .sampling_limits import check_sampling
@@ -28,7 +29,7 @@ class Sampled(NamedTuple):
 
     token_id: int
     logprob: TokenLogprob | None = None
-    error: BadLogits | None = None
+    error: EngineError | None = None
 
 
 def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
@@ -56,17 +57,17 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
             drawn = draw_rows(edited.index_select(0, where), [rows[index] for index in chosen])
             tokens.index_copy_(0, where, drawn)
     reporting = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
-    report = _log_probabilities(logits, tokens, reporting) if reporting else []
-    ids, is_sound, is_left, *reported = _fetch(tokens.int(), sound.int(), left.int(), *report)
-    logprobs = _as_logprobs(ids, reporting, *reported) if reporting else {}
+    report = log_probabilities(logits, tokens, reporting) if reporting else []
+    ids, is_sound, is_left, *reported = fetch(tokens.int(), sound.int(), left.int(), *report)
+    logprobs = as_logprobs(ids, reporting, *reported) if reporting else {}
     result = []
     for index, (token, ok, any_left) in enumerate(zip(ids.tolist(), is_sound.tolist(), is_left.tolist(), strict=True)):
         if not ok:
             error = BadLogits("the model gave logits that are not finite")
             result.append(Sampled(-1, error=error))
         elif not any_left:
-            error = BadLogits("penalties, logit_bias and min_tokens leave no token to choose from")
-            result.append(Sampled(-1, error=error))
+            left_none = NoTokenLeft("penalties, logit_bias and min_tokens leave no token to choose from")
+            result.append(Sampled(-1, error=left_none))
         else:
             result.append(Sampled(token, logprobs.get(index)))
     return result
@@ -111,41 +112,3 @@ def draw(probs: Tensor, generators: Sequence[torch.Generator | None]) -> Tensor:
     # 0 / 0 would be NaN, and NaN would win: a token with no probability could be drawn.
     noise.clamp_(min=torch.finfo(noise.dtype).tiny)
     return (probs / noise).max(-1).indices
-
-
-def _log_probabilities(logits: Tensor, tokens: Tensor, reporting: dict[int, int]) -> list[Tensor]:
-    """For rows that ask: log-probability of the token ``[R]``, the best ids ``[R, K]``, and theirs ``[R, K]``."""
-    where = upload(torch.tensor(list(reporting)), logits.device)
-    chosen = logits.index_select(0, where).float() + 0.0  # -0.0 becomes 0.0, which has the same bits when equal
-    total = chosen.logsumexp(-1, keepdim=True)
-    vocab_size = chosen.shape[1]
-    # Logits in bfloat16 are often equal: ordered by (logit, id), alternatives do not depend on the batch. The bits
-    # of a float, with all but the sign flipped below zero, order as it does.
-    bits = chosen.view(torch.int32).long()
-    keys = (bits ^ ((bits >> 63) & 0x7FFF_FFFF)) * vocab_size - torch.arange(vocab_size, device=chosen.device)
-    top_ids = keys.topk(min(max(reporting.values()), vocab_size)).indices
-    logprobs = chosen.gather(1, tokens.index_select(0, where)[:, None]) - total
-    return [logprobs[:, 0], top_ids.int(), chosen.gather(1, top_ids) - total]
-
-
-def _as_logprobs(
-    tokens: Tensor, reporting: dict[int, int], logprobs: Tensor, top_ids: Tensor, top_logprobs: Tensor
-) -> dict[int, TokenLogprob]:
-    """What ``_log_probabilities`` found, by row. Tokens that the model rules out (-inf) are no alternatives."""
-    return {
-        index: TokenLogprob(
-            int(tokens[index]),
-            logprob,
-            tuple((id_, value) for id_, value in zip(ids[:count], values[:count], strict=True) if value > -torch.inf),
-        )
-        for (index, count), logprob, ids, values in zip(
-            reporting.items(), logprobs.tolist(), top_ids.tolist(), top_logprobs.tolist(), strict=True
-        )
-    }
-
-
-def _fetch(*tensors: Tensor) -> list[Tensor]:
-    """32-bit tensors on the host, in one transfer."""
-    flat = torch.cat([tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]).cpu()
-    parts = flat.split_with_sizes([tensor.numel() for tensor in tensors])
-    return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

@@ -38,13 +38,15 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
     _integer(params, "n", 1, MAX_CHOICES)
     _integer(params, "min_tokens", 0)
     if params.max_tokens is not None:
-        _integer(params, "max_tokens", 1)
+        _integer(params, "max_tokens", 0)
         if params.min_tokens > params.max_tokens:
             raise InvalidRequest(
                 f"min_tokens ({params.min_tokens}) must not be above max_tokens ({params.max_tokens})", "min_tokens"
             )
     if params.logprobs is not None:
         _integer(params, "logprobs", 0, MAX_LOGPROBS)
+    if params.prompt_logprobs is not None:
+        _integer(params, "prompt_logprobs", 0, MAX_LOGPROBS)
     if params.seed is not None:
         _integer(params, "seed", -_INT64, _INT64 - 1)
     _check_stops(params.stop)

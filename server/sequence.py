@@ -14,6 +14,23 @@ from .sampling import SamplerRow
 from .stopping import StopChecker
 
 
+@dataclass(slots=True)
+class Wait:
+    """How a sequence stands in the queue; only the scheduler uses it.
+
+    Attributes:
+        found_tokens: Tokens of it that the prefix index held when somebody asked.
+        is_blocked: It was its turn, and there were too few pages.
+        passed_tokens: Tokens of the sequences that came in before it since then.
+        pages: With fewer free pages it does not fit; 0 where that is not known.
+    """
+
+    found_tokens: int | None = None
+    is_blocked: bool = False
+    passed_tokens: int = 0
+    pages: int = 0
+
+
 @dataclass(slots=True, eq=False)
 class Sequence:
     """Tokens, pages and sampler state of one choice. Only the engine's thread touches it.
@@ -27,6 +44,7 @@ class Sequence:
         stopping: Watches for stop strings.
         table: Its pages; ``None`` while it waits.
         num_computed: Tokens whose K and V are in pages.
+        wait: How it stands in the queue.
     """
 
     group: RequestGroup
@@ -37,6 +55,15 @@ class Sequence:
     stopping: StopChecker
     table: BlockTable | None = None
     num_computed: int = 0
+    wait: Wait = field(default_factory=Wait)
+
+    @property
+    def reusable_tokens(self) -> list[int]:
+        """Tokens whose keys may come from the cache. Where logits of the prompt are still wanted, they are computed."""
+        request, done = self.group.request, self.group.num_scored
+        if request.sampling.prompt_logprobs is None or done >= len(request.prompt_token_ids) - 1:
+            return self.tokens
+        return self.tokens[: done + 1]
 
     @property
     def num_remaining(self) -> int:
@@ -48,9 +75,14 @@ class Sequence:
         return len(self.tokens) - len(self.group.request.prompt_token_ids)
 
     @property
-    def arrival(self) -> tuple[float, int]:
-        """Age of its request, then the choice: the order in which sequences are served."""
-        return self.group.request.arrival, self.index
+    def priority(self) -> int:
+        """Smaller goes first."""
+        return self.group.request.priority
+
+    @property
+    def order(self) -> tuple[int, float, int]:
+        """Priority, then the age of its request, then the choice: the order in which sequences are served."""
+        return self.priority, self.group.request.arrival, self.index
 
 
 @dataclass(slots=True, eq=False)
@@ -64,6 +96,7 @@ class RequestGroup:
         sequences: Choices not yet finished. Before the prompt is computed there is one, which is
             then forked.
         cached_tokens: Prompt tokens found in the prefix cache.
+        num_scored: Positions of the prompt whose logits told of its next token, if that was asked for.
         generated_tokens: Of all choices.
         pages: Most pages that its choices held at once.
         keys_read: Key reads done.
@@ -77,6 +110,7 @@ class RequestGroup:
     max_tokens: int
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int = 0
+    num_scored: int = 0
     generated_tokens: int = 0
     pages: int = 0
     keys_read: float = 0.0

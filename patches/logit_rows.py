@@ -1,0 +1,57 @@
+"""Logits of further rows of a forward pass that was made already."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from .errors import UnsupportedModel
+
+
+class LogitRows:
+    """Keeps the hidden states of the last forward pass in the ``with`` block, and makes logits of them.
+
+    The model's own code makes the logits (its soft cap or scale included): while it does, its body
+    gives back what it gave before. So rows can be taken a few at a time, and ``[T, vocab]`` never
+    stands in memory as a whole.
+
+    Raises:
+        UnsupportedModel: the model has no body apart from its head.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        body = model.base_model
+        if body is model:
+            raise UnsupportedModel(f"{type(model).__name__} has no body apart from its head")
+        self._model = model
+        self._body = body
+        self._kept: Any = None
+
+    def __enter__(self) -> LogitRows:
+        self._hook = self._body.register_forward_hook(self._keep)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self._hook.remove()
+        self._kept = None
+
+    def of(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits ``[N, vocab]`` of ``rows``, ``[N]`` int64: places in the row ``[1, T]`` of the pass."""
+        body, own = self._body, self._body.__dict__.get("forward")
+        body.forward = lambda *args, **kwargs: self._kept
+        try:
+            logits: torch.Tensor = self._model(use_cache=False, logits_to_keep=rows).logits[0]
+        finally:
+            if own is None:
+                del body.forward
+            else:
+                body.forward = own
+        return logits
+
+    def _keep(self, body: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        self._kept = output
