@@ -83,6 +83,10 @@ class KVCacheManager:
         self.prefix_hit_tokens += table.num_cached
         return table
 
+    def find(self, token_ids: Sequence[int], namespace: bytes) -> int:
+        """Tokens at the beginning of a sequence that ``open`` would find now. Changes nothing."""
+        return len(self.prefix.match(token_ids[:-1], namespace)) * self.page_size if self.prefix_reuse else 0
+
     def pages_needed(self, table: BlockTable, num_tokens: int) -> int:
         """Pages that ``reserve`` would take, a copy of a shared page included."""
         new = max(0, self.pool.geometry.pages_for(num_tokens) - len(table.pages))
@@ -98,8 +102,14 @@ class KVCacheManager:
         pages = self.allocator.allocate(self.pages_needed(table, num_tokens))
         if copy:
             index = table.num_tokens // self.page_size
-            shared, own = table.pages[index], pages.pop()
-            self.pool.copy_page(shared, own)
+            shared, own = table.pages[index], pages[-1]
+            try:
+                self.pool.copy_page(shared, own)
+            except BaseException:  # a device that fails must not keep the pages
+                for page in pages:
+                    self.allocator.release(page)
+                raise
+            pages.pop()
             self.allocator.release(shared)
             table.pages[index] = own
         table.pages.extend(pages)
@@ -162,6 +172,15 @@ class KVCacheManager:
             self.allocator.release(table.pages.pop())
         table.num_tokens = table.num_cached = table.num_indexed = 0
         table.tail = None
+
+    def forget(self, table: BlockTable) -> None:
+        """Takes the table's pages out of the prefix index: nobody shall find what they hold.
+
+        Tables that share them keep them. What was chained behind them is not found either.
+        """
+        for page in table.pages[: table.num_indexed]:
+            self.prefix.discard(page)
+            self.allocator.unregister(page)
 
     def reset_prefix(self) -> None:
         """Forgets every prefix page that no sequence holds."""

@@ -105,6 +105,11 @@ class PrefixIndex:
         """
         del self._by_key[self._by_page.pop(page).key]
 
+    def discard(self, page: int) -> None:
+        """Forgets a page if it has an entry."""
+        if page in self._by_page:
+            self.remove(page)
+
     def _key(self, parent: PrefixEntry | None, token_ids: Sequence[int], namespace: bytes) -> tuple[bytes, bytes]:
         packed = array("q", token_ids).tobytes()
         root = self._digest(namespace) if parent is None else parent.key

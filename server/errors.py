@@ -66,6 +66,8 @@ _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     ),
     (engine_errors.RequestAborted, _Row(503, _OURS, "aborted", "The request was cut off.")),
     (engine_errors.BadLogits, _Row(500, _OURS, "bad_logits", "The model gave values that are not finite.")),
+    (engine_errors.NoTokenLeft, _Row(400, _BAD, "no_token_left")),
+    (engine_errors.RequestFailed, _Row(500, _OURS, "request_failed", "The server failed at this request.")),
     (engine_errors.StepFailed, _Row(500, _OURS, "step_failed", "Computing this request failed.")),
     (UnknownScheme, _Row(400, _BAD, "unknown_scheme", None, "attention")),
     (CalibrationMissing, _Row(400, _BAD, "calibration_missing", None, "attention")),

@@ -47,7 +47,7 @@ async def respond(request: Request, generation: Generation) -> Response:
     """
     state = state_of(request)
     limits, body = state.settings, generation.body
-    stream = ResponseStream(generation.engine, state.metrics, limits.request_seconds, limits.write_seconds)
+    stream = ResponseStream(generation.engine, state.metrics, limits.request_timeout, limits.write_seconds)
     await submit(stream, generation, state, request.scope.get(OWNER, ""))
     if body.stream:
         payloads = _stream(stream, body, generation.prompts, generation.answer)

@@ -23,7 +23,9 @@ class EngineOptions:
         max_context: Tokens of prompt and answer; the model's own limit if ``None``.
         max_batch_tokens: Tokens computed per step; long prompts go in chunks of this size.
         max_running: Sequences computed at once.
+        step_seconds: Time of a step while answers are written; chunks of prompts shrink to fit.
         max_queued_requests: Requests that may wait.
+        max_queued_tokens: Prompt tokens that may wait; one request may always wait, whatever its length.
         attention: Default policy, such as ``{"scheme": "streaming", "budget_tokens": 1024}``.
         profile: Files of calibration profiles, one per scheme; those that come with the package for
             this model are found by themselves.
@@ -43,7 +45,9 @@ class EngineOptions:
     max_context: int | None = None
     max_batch_tokens: int = 512
     max_running: int = 256
+    step_seconds: float = 0.25
     max_queued_requests: int = 256
+    max_queued_tokens: int = 1_000_000
     attention: dict[str, Any] | None = None
     profile: Sequence[str] = ()
     prefix_reuse: bool = True

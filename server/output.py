@@ -63,12 +63,12 @@ class Outbox:
                 name = group.request.scheme.name
                 self.mass_kept = {**self.mass_kept, name: self.mass_kept.get(name, MassHistogram()).plus(mass)}
 
-    def tell_progress(self, chunk: Chunk) -> None:
-        """Says how far a prompt has come."""
+    def tell_progress(self, chunk: Chunk) -> bool:
+        """Says how far a prompt has come; False if the caller's function failed."""
         group = chunk.sequence.group
         elapsed = time.monotonic() - group.request.arrival
         total = len(group.request.prompt_token_ids)
-        self.send(group, Progress(total, group.cached_tokens, min(chunk.start + chunk.count, total), elapsed))
+        return self.send(group, Progress(total, group.cached_tokens, min(chunk.start + chunk.count, total), elapsed))
 
     def delta(self, sequence: Sequence, drawn: Sampled, eos_token_ids: Set[int]) -> Delta:
         """The event of the token that was just added to ``sequence``."""

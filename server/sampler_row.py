@@ -101,3 +101,14 @@ class SamplerRow:
         if self._generator is None and self.params.seed is not None:
             self._generator = torch.Generator(device).manual_seed(self.params.seed + self.choice)
         return self._generator
+
+    def stream_state(self) -> torch.Tensor | None:
+        """Where the random stream stands; ``None`` while nothing was drawn from it."""
+        return None if self._generator is None else self._generator.get_state()
+
+    def restore_stream(self, state: torch.Tensor | None) -> None:
+        """Puts the random stream back to where ``stream_state`` found it."""
+        if self._generator is not None and state is not None:
+            self._generator.set_state(state)
+        else:
+            self._generator = None

@@ -3,142 +3,264 @@
 from __future__ import annotations
 
 import bisect
+import math
+from collections import Counter
 
-from foveate.kv_cache.errors import OutOfPages
+from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.table import BlockTable
 
-from .sequence import Chunk, Sequence
+from .pace import Pace
+from .sequence import Chunk, Sequence, Wait
 
 # Tokens of a preempted answer in one step: each is a decode query of its own, and what a scheme holds for one adds up.
 REREAD_TOKENS = 64
+# A prompt gets so many tokens however long a step with answers takes already, so that it comes to its end.
+LEAST_TOKENS = 32
+
+
+class SequenceFault(Exception):
+    """The cache failed at one sequence; its cause is the error."""
+
+    def __init__(self, sequence: Sequence) -> None:
+        super().__init__("the cache failed at a sequence")
+        self.sequence = sequence
 
 
 class Scheduler:
     """Continuous batching with chunked prefill over one KV cache.
 
-    Each step has room for ``max_batch_tokens``. Every decoding sequence gets one; chunks of
-    prompts take the rest, oldest request first. When pages run out, the cache gives up
-    unreferenced prefix pages first (that is the cache's doing); then the youngest running
-    sequence is preempted: its pages are freed and it waits to be computed again from its tokens.
-    The oldest is never preempted for a younger one, so every request ends.
+    Each step has room for ``max_batch_tokens``. Every answer gets one token; prompts share the rest,
+    which the pace bounds while answers are written, so that no answer waits long for its next token.
+
+    **Who goes first among prompts.** Smaller ``priority`` before larger. Within one priority the
+    steps take turns: one serves the prompt with the fewest tokens left first, the next one the
+    oldest. So a short prompt passes a very long one at once, and the oldest prompt gets half of the
+    room however many short ones come: it waits at most twice as long as if it were served alone
+    after those before it. Turns rather than shares of a step, since chunks stay large and tiles whole.
+
+    **Who comes in.** A prompt comes in when all its tokens fit into free pages beside what the
+    prompts that are in still need, so prompts do not preempt each other half way. Where the first in
+    the queue does not fit, younger ones may pass it until they add up to as many tokens as it has;
+    then it is next, whatever comes.
+
+    **When pages run out.** The cache gives up unreferenced prefix pages first (that is the cache's
+    doing); then the running sequence of the largest priority, among those the youngest, is
+    preempted: its pages are freed and it waits to be computed again from its tokens. The oldest is
+    never preempted for a younger one of its priority, so every request ends. A waiting request
+    preempts running ones only if their priority is larger than its own.
 
     Attributes:
-        waiting: Sequences without pages, oldest first.
-        running: Sequences with pages, oldest first.
+        waiting: Sequences without pages, in the order of ``Sequence.order``.
+        running: Sequences with pages, in the same order.
         preemptions: How often a sequence was put back to waiting.
     """
 
-    def __init__(self, cache: KVCacheManager, *, max_batch_tokens: int, max_running: int) -> None:
+    def __init__(self, cache: KVCacheManager, *, max_batch_tokens: int, max_running: int, pace: Pace) -> None:
         self.cache = cache
         self.max_batch_tokens = max_batch_tokens
         self.max_running = max_running
+        self.pace = pace
         self.waiting: list[Sequence] = []
         self.running: list[Sequence] = []
         self.preemptions = 0
+        self._oldest_first = False
 
     @property
     def has_work(self) -> bool:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        """Queues a new or preempted sequence by age; one that has pages already (a fork) runs on."""
+        """Queues a new or preempted sequence in order; one that has pages already (a fork) runs on."""
         queue = self.waiting if sequence.table is None else self.running
-        bisect.insort(queue, sequence, key=lambda item: item.arrival)
+        bisect.insort(queue, sequence, key=lambda item: item.order)
 
     def remove(self, sequence: Sequence) -> None:
-        """Takes a sequence out, finished or aborted, and frees its pages."""
-        queue = self.waiting if sequence.table is None else self.running
-        queue.remove(sequence)
+        """Takes a sequence out, finished or aborted, and frees its pages; one that is not here is let be."""
+        for queue in (self.waiting, self.running):
+            if sequence in queue:
+                queue.remove(sequence)
         self._free(sequence)
 
     def schedule(self) -> list[Chunk]:
-        """Chooses the next step's chunks, with pages reserved for all of them.
+        """Chooses the next step's chunks, with pages reserved for all of them: answers first, then prompts.
 
-        Empty only when there is no work. Decoding sequences come first, then prompts.
+        Empty only when there is no work, or no page for any of it.
+
+        Raises:
+            SequenceFault: the cache failed at one sequence. Without it the next call may succeed.
         """
         chunks: list[Chunk] = []
-        room = self.max_batch_tokens
-        decoding = [sequence for sequence in self.running if sequence.num_remaining == 1]
-        prefilling = [sequence for sequence in self.running if sequence.num_remaining > 1]
-        for sequence in decoding + prefilling:
-            if room == 0:
-                break
+        for sequence in [sequence for sequence in self.running if sequence.num_remaining == 1]:
             # An older sequence may have taken this one's pages a moment ago.
-            if sequence.table is not None:
-                chunk = self._grow(sequence, _chunk(sequence, sequence.num_computed, room), chunks)
-                if chunk is not None:
-                    chunks.append(chunk)
-                    room = self.max_batch_tokens - sum(item.count for item in chunks)
-        while room and self.waiting and len(self.running) < self.max_running:
-            chunk = self._admit(self.waiting[0], room)
-            if chunk is None:
+            if sequence.table is not None and len(chunks) < self.max_batch_tokens:
+                self._grow(Chunk(sequence, sequence.num_computed, 1), chunks)
+        work = self.pace.room if chunks else math.inf
+        if self.waiting and self.waiting[0].wait.is_blocked:
+            self._come_in(self.waiting[0], chunks)
+        is_first = True
+        for sequence in self._prompts():
+            room = self.max_batch_tokens - sum(chunk.count for chunk in chunks)
+            if room == 0 or not (is_first or work > 0):
                 break
-            chunks.append(chunk)
-            room -= chunk.count
+            if sequence.table is None and not (sequence in self.waiting and self._come_in(sequence, chunks)):
+                continue
+            chunk = self._cut(sequence, room, work, is_first)
+            if chunk.count and self._grow(chunk, chunks):
+                work -= self.pace.work(chunk)
+                is_first = False
+                if not chunk.ends_sequence and chunk.start < len(sequence.group.request.prompt_token_ids):
+                    break  # it took what there was; who waits shall look for a common prefix when it is complete
         return chunks
 
-    def _grow(self, sequence: Sequence, count: int, chunks: list[Chunk]) -> Chunk | None:
-        """Reserves pages for ``count`` more tokens, preempting younger sequences if it must."""
+    def _prompts(self) -> list[Sequence]:
+        """Prompts, and answers to be read again, in the order in which they are served in this step."""
+        prompts = [sequence for sequence in self.running if sequence.num_remaining > 1] + self.waiting
+        if len(prompts) < 2:
+            return prompts
+        self._oldest_first = not self._oldest_first
+        return sorted(prompts, key=_order if self._oldest_first else self._shortest)
+
+    def _shortest(self, sequence: Sequence) -> tuple[int, int, tuple[int, float, int]]:
+        left = sequence.num_remaining
+        if sequence.table is None:
+            if sequence.wait.found_tokens is None:
+                sequence.wait.found_tokens = self.cache.find(sequence.reusable_tokens, sequence.group.namespace)
+            left -= sequence.wait.found_tokens
+        return sequence.priority, left, sequence.order
+
+    def _cut(self, sequence: Sequence, room: int, work: float, is_first: bool) -> Chunk:
+        """The next chunk of a prompt: all of it, or what there is room for, cut between tiles where that leaves any.
+
+        What a scheme selects may change where a tile is cut, so the pace alone never cuts one.
+        """
+        start, end = sequence.num_computed, len(sequence.tokens)
+        prompt, tile = len(sequence.group.request.prompt_token_ids), sequence.group.tile
+        if start >= prompt:
+            return Chunk(sequence, start, min(end - start, room, REREAD_TOKENS))
+        if end - prompt > REREAD_TOKENS:
+            end = prompt
+        if work < math.inf:
+            paced = self.pace.tokens(work, Chunk(sequence, start, 0))
+            least = tile - start % tile
+            if is_first:
+                paced = max(paced, least, LEAST_TOKENS)
+            elif paced < min(least, end - start):
+                return Chunk(sequence, start, 0)
+            room = min(room, paced)
+        if end - start <= room:
+            return Chunk(sequence, start, end - start)
+        cut = (start + room) // tile * tile
+        return Chunk(sequence, start, cut - start if cut > start else room)
+
+    def _grow(self, chunk: Chunk, chunks: list[Chunk]) -> bool:
+        """Reserves the pages of ``chunk`` and adds it, preempting sequences after it in order if it must."""
+        sequence = chunk.sequence
         assert sequence.table is not None
         while True:
             try:
-                self.cache.reserve(sequence.table, sequence.num_computed + count)
+                self.cache.reserve(sequence.table, chunk.start + chunk.count)
             except OutOfPages:
                 victim = self.running[-1]
-                self._preempt(victim)
-                chunks[:] = [chunk for chunk in chunks if chunk.sequence is not victim]
+                self._preempt(victim, chunks)
                 if victim is sequence:
-                    return None
+                    return False
+            except Exception as error:
+                raise SequenceFault(sequence) from error
             else:
-                return Chunk(sequence, sequence.num_computed, count)
+                chunks.append(chunk)
+                return True
 
-    def _admit(self, sequence: Sequence, room: int) -> Chunk | None:
-        """Starts the oldest waiting sequence if all its tokens so far fit into free pages.
-
-        Asking for all of them, and not for the first chunk alone, keeps prompts that were let in
-        from preempting each other half way.
-        """
-        table = self.cache.open(sequence.tokens, sequence.group.namespace, sequence.group.tile)
-        needed = self.cache.pages_needed(table, len(sequence.tokens) + 1)
-        if needed > self.cache.available and self.running:
-            self.cache.free(table)
-            return None
-        count = _chunk(sequence, table.num_tokens, room)
+    def _come_in(self, sequence: Sequence, chunks: list[Chunk]) -> bool:
+        """Gives a waiting sequence the pages that hold its beginning and a seat, if all its tokens so far fit."""
+        head = self.waiting[0]
+        passes = sequence is not head and head.wait.is_blocked
+        if passes and not (
+            sequence.priority == head.priority and head.wait.passed_tokens + len(sequence.tokens) <= len(head.tokens)
+        ):
+            return False
+        if len(self.running) >= self.max_running and not self._may_preempt_for(sequence):
+            return False
+        free = self.cache.available - self._promised()
+        if self.running and free < sequence.wait.pages and not self._may_preempt_for(sequence):
+            return False
         try:
-            self.cache.reserve(table, table.num_tokens + count)
-        except OutOfPages:
+            table = self.cache.open(sequence.reusable_tokens, sequence.group.namespace, sequence.group.tile)
+        except Exception as error:
+            raise SequenceFault(sequence) from error
+        try:
+            fits = self._make_room(sequence, table, chunks)
+        except BaseException as error:
             self.cache.free(table)
-            return None
+            if isinstance(error, CacheError) or not isinstance(error, Exception):
+                raise
+            raise SequenceFault(sequence) from error
+        if not fits:
+            missing = self.cache.pages_needed(table, len(sequence.tokens) + 1)
+            missing -= self.cache.available - self._promised()
+            self.cache.free(table)
+            sequence.wait.pages = free + missing
+            sequence.wait.is_blocked = True
+            return False
+        if passes:
+            head.wait.passed_tokens += len(sequence.tokens)
         self.waiting.remove(sequence)
+        sequence.wait = Wait()
         sequence.table = table
         sequence.num_computed = table.num_tokens
         if not sequence.num_generated:
             sequence.group.cached_tokens = table.num_cached
         self.add(sequence)
-        return Chunk(sequence, sequence.num_computed, count)
+        return True
 
-    def _preempt(self, sequence: Sequence) -> None:
+    def _make_room(self, sequence: Sequence, table: BlockTable, chunks: list[Chunk]) -> bool:
+        """Whether ``sequence`` with ``table`` fits, after preempting what its priority allows if that is enough."""
+        needed = self.cache.pages_needed(table, len(sequence.tokens) + 1)
+        victims = [item for item in self.running if item.priority > sequence.priority]
+        kept = len(self.running) - len(victims)
+        holders = Counter(page for item in victims for page in _pages(item))
+        gained = sum(self.cache.allocator.references(page) == count for page, count in holders.items())
+        if kept >= self.max_running or (kept and self.cache.available + gained - self._promised(victims) < needed):
+            return False
+        while victims and not self._fits(needed):
+            self._preempt(victims.pop(), chunks)
+        return self._fits(needed)
+
+    def _fits(self, needed: int) -> bool:
+        if not self.running:
+            return True
+        return len(self.running) < self.max_running and needed <= self.cache.available - self._promised()
+
+    def _promised(self, without: list[Sequence] | None = None) -> int:
+        """Pages that prompts which are in will still take."""
+        return sum(
+            self.cache.pages_needed(item.table, len(item.tokens) + 1)
+            for item in self.running
+            if item.num_remaining > 1 and item.table is not None and not (without and item in without)
+        )
+
+    def _may_preempt_for(self, sequence: Sequence) -> bool:
+        return bool(self.running) and self.running[-1].priority > sequence.priority
+
+    def _preempt(self, sequence: Sequence, chunks: list[Chunk]) -> None:
         self.running.remove(sequence)
         self._free(sequence)
         self.preemptions += 1
+        chunks[:] = [chunk for chunk in chunks if chunk.sequence is not sequence]
         self.add(sequence)
 
     def _free(self, sequence: Sequence) -> None:
         if sequence.table is not None:
             self.cache.free(sequence.table)
+            for item in self.waiting:
+                item.wait.pages = 0  # now it may fit
         sequence.table = None
         sequence.num_computed = 0
 
 
-def _chunk(sequence: Sequence, start: int, room: int) -> int:
-    """Tokens to compute from ``start`` on: all, or what there is room for, cut between tiles where that leaves any."""
-    end, prompt = len(sequence.tokens), len(sequence.group.request.prompt_token_ids)
-    if start >= prompt:
-        return min(end - start, room, REREAD_TOKENS)
-    if end - prompt > REREAD_TOKENS:
-        end = prompt
-    if end - start <= room:
-        return end - start
-    tile = sequence.group.tile
-    cut = (start + room) // tile * tile
-    return cut - start if cut > start else room
+def _order(sequence: Sequence) -> tuple[int, float, int]:
+    return sequence.order
+
+
+def _pages(sequence: Sequence) -> list[int]:
+    return [] if sequence.table is None else sequence.table.pages

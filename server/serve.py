@@ -23,6 +23,7 @@ from .http_protocol import bounded_protocol
 from .settings import Settings
 from .state import ServerState, state_of_app
 
+_TIMES = ("_seconds", "_timeout")
 _GRACE_SECONDS = 5  # for connections to take their last bytes after the engine has stopped
 
 _log = logging.getLogger(__name__)
@@ -70,7 +71,7 @@ def address_of(listener: socket.socket) -> str:
 
 def limits_of(settings: Settings) -> dict[str, float]:
     """The limits on requests, by their names in ``Settings``."""
-    names = [name for name in Settings.model_fields if name.startswith("max_") or name.endswith("_seconds")]
+    names = [name for name in Settings.model_fields if name.startswith("max_") or name.endswith(_TIMES)]
     return {name: getattr(settings, name) for name in names if getattr(settings, name) is not None}
 
 

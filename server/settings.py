@@ -71,7 +71,14 @@ class Settings(BaseSettings):
     max_context: int | None = Field(None, ge=1, description="tokens of prompt and answer; the model's own if unset")
     max_batch_tokens: int = Field(512, ge=1, description="tokens computed per step; long prompts go in such chunks")
     max_running: int = Field(256, ge=1, description="requests computed at once")
+    step_seconds: float = Field(
+        0.25,
+        gt=0,
+        allow_inf_nan=False,
+        description="time of a step while answers are written: chunks of long prompts shrink to fit",
+    )
     max_queued_requests: int = Field(256, ge=1, description="requests that may wait; more are answered 429")
+    max_queued_tokens: int = Field(1_000_000, ge=1, description="prompt tokens that may wait; more are answered 429")
     attention: Annotated[dict[str, Any] | None, NoDecode] = Field(
         None,
         description="default attention: a scheme's name, or JSON such as "
@@ -94,7 +101,16 @@ class Settings(BaseSettings):
     max_header_bytes: int = Field(32 * 2**10, ge=1024, description="bytes of a request's headers; more is answered 431")
     max_sequences: int = Field(64, ge=1, description="prompts times n of one request")
     max_messages: int = Field(2048, ge=1, description="messages of one chat request")
-    request_seconds: float = Field(600, gt=0, allow_inf_nan=False, description="time for one answer, waiting included")
+    batch_dir: Path | None = Field(
+        None, description="directory of /v1/files and /v1/batches; without it these paths are closed"
+    )
+    batch_in_flight: int = Field(64, ge=1, description="lines of batch files that are in work at once")
+    max_batch_lines: int = Field(50_000, ge=1, description="lines of one batch on the server")
+    max_file_bytes: int = Field(256 * 2**20, ge=1024, description="bytes of an uploaded file; more is answered 413")
+    max_stored_bytes: int = Field(16 * 2**30, ge=1024, description="bytes of all files in --batch-dir before uploads stop")
+    request_timeout: float = Field(
+        600, gt=0, allow_inf_nan=False, description="seconds for one answer, waiting included"
+    )
     read_seconds: float = Field(30, gt=0, allow_inf_nan=False, description="time for a client to send its request")
     write_seconds: float = Field(
         30, gt=0, allow_inf_nan=False, description="time that a client may stop reading, or read too slowly"

@@ -40,7 +40,7 @@ class RequestTimeout(ApiError):
     def __init__(self, seconds: float) -> None:
         super().__init__(
             504,
-            f"The answer was not complete after {seconds:g} seconds (--request-seconds).",
+            f"The answer was not complete after {seconds:g} seconds (--request-timeout).",
             type="server_error",
             code="request_timeout",
             headers={"x-should-retry": "false"},

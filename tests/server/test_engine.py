@@ -278,7 +278,7 @@ def test_bad_logits_end_one_request_alone(make_engine, monkeypatch):
     engine = make_engine()
     good, bad = prompts_of(20, 21)
     want = run(engine, [good])
-    real = engine._runner.run
+    real = engine._stepper.runner.run
 
     def poisoned(chunks):
         result = real(chunks)
@@ -288,7 +288,7 @@ def test_bad_logits_end_one_request_alone(make_engine, monkeypatch):
                 logits[row] = float("nan")
         return replace(result, logits=logits)
 
-    monkeypatch.setattr(engine._runner, "run", poisoned)
+    monkeypatch.setattr(engine._stepper.runner, "run", poisoned)
     events = [submit(engine, prompt)[1] for prompt in (good, bad)]
     assert tokens_of(collect(events[0])) == want[0]
     assert isinstance(collect(events[1])[-1].error, BadLogits)
@@ -297,7 +297,7 @@ def test_bad_logits_end_one_request_alone(make_engine, monkeypatch):
 
 def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(make_engine, monkeypatch):
     engine = make_engine()
-    real, calls = engine._runner.run, []
+    real, calls = engine._stepper.runner.run, []
 
     def broken(chunks):
         calls.append(chunks)
@@ -305,7 +305,7 @@ def test_a_failed_step_fails_its_requests_and_the_engine_goes_on(make_engine, mo
             raise RuntimeError("broken")
         return real(chunks)
 
-    monkeypatch.setattr(engine._runner, "run", broken)
+    monkeypatch.setattr(engine._stepper.runner, "run", broken)
     assert isinstance(collect(submit(engine, [1, 2, 3])[1])[-1].error, StepFailed)
     assert run(engine, [[1, 2, 3]])
     assert engine.state == "ready"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from types import SimpleNamespace
 
 import pytest
@@ -11,19 +12,36 @@ from hypothesis import strategies as st
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
+from foveate.server.request import SamplingParams
 from foveate.server.scheduler import Scheduler
 from foveate.server.sequence import Sequence
 
 
-def make_sequence(prompt, arrival, namespace=b"", tile=1):
-    request = SimpleNamespace(prompt_token_ids=list(prompt), arrival=arrival)
-    group = SimpleNamespace(request=request, namespace=namespace, cached_tokens=0, tile=tile)
+def make_sequence(prompt, arrival, namespace=b"", tile=1, priority=0):
+    request = SimpleNamespace(
+        prompt_token_ids=list(prompt), arrival=arrival, priority=priority, sampling=SamplingParams()
+    )
+    group = SimpleNamespace(
+        request=request, namespace=namespace, cached_tokens=0, tile=tile, keys_read=0.0, keys_dense=0.0, num_scored=0
+    )
     return Sequence(group, 0, list(prompt), None, None, None)
 
 
-def make_scheduler(pages=64, room=32, running=8, prefix=False):
+class Unhurried:
+    """A pace that bounds nothing: what fits into a step is decided by tokens alone."""
+
+    room = math.inf
+
+    def work(self, chunk):
+        return chunk.count
+
+    def tokens(self, work, chunk):
+        return work
+
+
+def make_scheduler(pages=64, room=32, running=8, prefix=False, pace=None):
     cache = KVCacheManager(PagePool(CacheGeometry(1, 1, 2, 16, pages)), prefix_reuse=prefix)
-    return Scheduler(cache, max_batch_tokens=room, max_running=running)
+    return Scheduler(cache, max_batch_tokens=room, max_running=running, pace=pace or Unhurried())
 
 
 def step(scheduler):
@@ -56,19 +74,27 @@ def test_decoding_comes_before_prompts():
     assert [chunk.count for chunk in step(scheduler)] == [1, 31]
 
 
-def test_oldest_waits_first_and_nobody_overtakes_it():
+def test_who_passes_a_blocked_prompt_adds_up_to_no_more_than_it():
     scheduler = make_scheduler(pages=8, room=128)
     first = make_sequence(range(60), 0)
     scheduler.add(first)
     step(scheduler)
-    big, small = make_sequence(range(100), 1), make_sequence(range(5), 2)
-    scheduler.add(small)
+    big = make_sequence(range(100), 1)
     scheduler.add(big)
     step(scheduler)
-    assert scheduler.waiting == [big, small]
+    assert big.wait.is_blocked
+    passed = []
+    for arrival in range(2, 40):
+        small = make_sequence(range(9), arrival)
+        scheduler.add(small)
+        step(scheduler)
+        if small.table is None:
+            break
+        passed.append(small)
+        scheduler.remove(small)
+    assert len(passed) == 100 // 9
     scheduler.remove(first)
-    step(scheduler)
-    assert big in scheduler.running
+    assert {chunk.sequence for chunk in step(scheduler)} == {big, small}
 
 
 def test_max_running_bounds_the_batch():

@@ -213,7 +213,7 @@ def test_pings_while_nothing_comes(engine, settings, exchange, eventually, monke
 
 def test_total_time_is_limited(client_of, engine, events_of):
     engine.gate.clear()
-    client = client_of(request_seconds=0.05)
+    client = client_of(request_timeout=0.05)
     whole = client.post("/v1/completions", json=TEXT)
     assert (whole.status_code, whole.json()["error"]["code"]) == (504, "request_timeout")
     assert whole.headers["x-should-retry"] == "false"
