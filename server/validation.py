@@ -33,8 +33,11 @@ class Body(BaseModel):
 BodyT = TypeVar("BodyT", bound=Body)
 
 
-def parse_json(data: bytes) -> dict[str, Any]:
+def parse_json(data: bytes, what: str = "body") -> dict[str, Any]:
     """A JSON object. NaN, Infinity, bad UTF-8, lone surrogates and deep nesting are refused.
+
+    Args:
+        what: The word for ``data`` in messages.
 
     Raises:
         ApiError: 400.
@@ -42,9 +45,9 @@ def parse_json(data: bytes) -> dict[str, Any]:
     try:
         value = pydantic_core.from_json(data, allow_inf_nan=False)
     except ValueError as error:
-        raise ApiError(400, f"The body is not valid JSON: {error}.", code="invalid_json") from None
+        raise ApiError(400, f"The {what} is not valid JSON: {error}.", code="invalid_json") from None
     if not isinstance(value, dict):
-        raise ApiError(400, "The body must be a JSON object.", code="invalid_json")
+        raise ApiError(400, f"The {what} must be a JSON object.", code="invalid_json")
     return value
 
 

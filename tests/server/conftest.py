@@ -78,6 +78,7 @@ class FakeEngine:
         self.dtype = torch.float32
         self.tokenizer = tokenizer
         self.created = 1_700_000_000
+        self.identity = {"weights": "0123", "dtype": "float32"}
         self.state: EngineState = "ready"
         self.default_scheme = registry.build("dense")
         self.script = ANSWER

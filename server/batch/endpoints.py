@@ -1,0 +1,46 @@
+"""The paths that a line may ask for. Each line goes the way of an HTTP body to that path, but for the HTTP."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping
+from math import inf
+from typing import Any
+
+from .. import routes_chat, routes_completions
+from ..errors import ApiError
+from ..generation import Generation, collect, submit
+from ..state import ServerState
+from ..streaming import ResponseStream
+
+Prepare = Callable[[ServerState, dict[str, Any]], Awaitable[Generation]]
+
+ENDPOINTS: Mapping[str, Prepare] = {
+    "/v1/completions": routes_completions.prepare,
+    "/v1/chat/completions": routes_chat.prepare,
+}
+
+
+async def prepare(state: ServerState, url: str, body: dict[str, Any]) -> Generation:
+    """The body of a line, checked and read.
+
+    Raises:
+        ApiError: it is refused.
+    """
+    if body.get("stream"):
+        raise ApiError(400, "stream: a batch has no streams", param="stream", code="unsupported_parameter")
+    return await ENDPOINTS[url](state, body)
+
+
+async def answer(state: ServerState, generation: Generation, owner: str) -> dict[str, Any]:
+    """The answer to one line, however long it waits.
+
+    Raises:
+        EngineError: the engine refused or failed.
+        SchemeError: it asks for no scheme, or for a wrong option.
+    """
+    stream = ResponseStream(generation.engine, state.metrics, seconds=inf, full_seconds=inf)
+    try:
+        await submit(stream, generation, state, owner)
+        return await collect(stream, generation)
+    finally:
+        stream.close()

@@ -1,0 +1,25 @@
+"""Why a batch cannot begin or go on, in words for whoever started it.
+
+BatchError
+├── CannotResume    the input, the model or the output is not what the last run had
+├── InUse           another process writes to the same output
+└── EngineStopped   the engine takes no more requests; what is done is safe
+"""
+
+from __future__ import annotations
+
+
+class BatchError(Exception):
+    """A batch cannot begin or go on."""
+
+
+class CannotResume(BatchError):
+    """The input, the model or the output is not what the last run had."""
+
+
+class InUse(BatchError):
+    """Another process writes to the same output."""
+
+
+class EngineStopped(BatchError):
+    """The engine takes no more requests."""
