@@ -2,6 +2,7 @@
 
 CacheError
 ├── CacheConfigError   a size or option that cannot work
+├── DamagedRun         a file of pages that is not what was written
 └── OutOfPages         the pool has no page left, even after eviction
 """
 
@@ -14,6 +15,10 @@ class CacheError(Exception):
 
 class CacheConfigError(CacheError, ValueError):
     """A size or option that cannot work."""
+
+
+class DamagedRun(CacheError):
+    """A file of pages that is not what was written, or none of ours."""
 
 
 class OutOfPages(CacheError):

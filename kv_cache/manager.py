@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from .allocator import PageAllocator
 from .errors import CacheError
 from .pool import PagePool
-from .prefix import PrefixIndex
+from .prefix import PrefixEntry, PrefixIndex
 from .table import BlockTable
 
 
@@ -172,6 +172,51 @@ class KVCacheManager:
             self.allocator.release(table.pages.pop())
         table.num_tokens = table.num_cached = table.num_indexed = 0
         table.tail = None
+
+    def restore(
+        self,
+        parent: PrefixEntry | None,
+        token_ids: Sequence[int],
+        namespace: bytes,
+        fill: Callable[[int], None],
+    ) -> PrefixEntry | None:
+        """Puts a full page into the prefix index without computing it. No table holds it: it may be evicted at once.
+
+        Args:
+            parent: Of the page before it, ``None`` for the first.
+            token_ids: Its tokens.
+            namespace: Of the chain.
+            fill: Is given the page, and writes K, V and statistics.
+
+        Returns:
+            Its entry, or that of the same page computed meanwhile; ``None`` when it would not be found: ``parent``
+            was evicted, or other tokens hold the same key.
+
+        Raises:
+            OutOfPages: all pages are held.
+        """
+        if parent is not None and not self.prefix.has(parent):
+            return None
+        (page,) = self.allocator.allocate(1)
+        try:
+            # Taking the page may have evicted the parent.
+            if parent is not None and not self.prefix.has(parent):
+                return None
+            fill(page)
+            entry = self.prefix.insert(parent, token_ids, namespace, page)
+            if entry is not None and entry.page == page:
+                self.allocator.mark_registered(page)
+            return entry
+        finally:
+            self.allocator.release(page)
+
+    def discard(self, keys: Iterable[bytes]) -> None:
+        """Takes pages out of the prefix index by their keys; tables that hold them keep them."""
+        for key in keys:
+            page = self.prefix.page_of(key)
+            if page is not None:
+                self.prefix.remove(page)
+                self.allocator.unregister(page)
 
     def forget(self, table: BlockTable) -> None:
         """Takes the table's pages out of the prefix index: nobody shall find what they hold.

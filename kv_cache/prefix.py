@@ -110,10 +110,44 @@ class PrefixIndex:
         if page in self._by_page:
             self.remove(page)
 
+    def has(self, entry: PrefixEntry) -> bool:
+        """Whether ``entry`` still stands: its page holds what it held, since full pages are not written."""
+        return self._by_page.get(entry.page) is entry
+
+    def keys(self) -> list[bytes]:
+        """Of all pages."""
+        return list(self._by_key)
+
+    def page_of(self, key: bytes) -> int | None:
+        """The page under a key."""
+        entry = self._by_key.get(key)
+        return None if entry is None else entry.page
+
     def _key(self, parent: PrefixEntry | None, token_ids: Sequence[int], namespace: bytes) -> tuple[bytes, bytes]:
         packed = array("q", token_ids).tobytes()
         root = self._digest(namespace) if parent is None else parent.key
         return self._digest(root + packed), packed
+
+
+def page_keys(
+    token_ids: Sequence[int], namespace: bytes, page_size: int, digest: Callable[[bytes], bytes] = sha256
+) -> list[bytes]:
+    """The keys of the full pages of ``token_ids``, as ``PrefixIndex`` makes them."""
+    keys: list[bytes] = []
+    key = digest(namespace)
+    for start in range(0, len(token_ids) - page_size + 1, page_size):
+        key = digest(key + array("q", token_ids[start : start + page_size]).tobytes())
+        keys.append(key)
+    return keys
+
+
+def chain_to(entry: PrefixEntry | None) -> list[PrefixEntry]:
+    """The entries from the first page to ``entry``."""
+    chain: list[PrefixEntry] = []
+    while entry is not None:
+        chain.append(entry)
+        entry = entry.parent
+    return chain[::-1]
 
 
 def _same(entry: PrefixEntry, parent: PrefixEntry | None, packed: bytes, namespace: bytes) -> bool:

@@ -1,0 +1,69 @@
+"""One page of the pool as a row of bytes, and back."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+
+import torch
+
+from .pool import PagePool
+from .stats import PageStat
+
+
+class PageBytes:
+    """Where K, V, their scales and some statistics of a page lie in a row of bytes.
+
+    Args:
+        pool: The memory; its statistics must hold ``stats`` by the time that a page is copied.
+        stats: Statistics that belong to the page, those of the scheme that it was computed under.
+
+    Attributes:
+        nbytes: Bytes of a page.
+    """
+
+    def __init__(self, pool: PagePool, stats: Iterable[PageStat] = ()) -> None:
+        self._pool = pool
+        self._stats = sorted(set(stats), key=lambda stat: stat.name)
+        geometry = pool.geometry
+        per_page = geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
+        self.nbytes = geometry.bytes_per_page + len(self._stats) * per_page * torch.float32.itemsize
+
+    @property
+    def stat_names(self) -> tuple[str, ...]:
+        return tuple(stat.name for stat in self._stats)
+
+    def copy_out(self, page: int, target: torch.Tensor) -> None:
+        """Copies a page to ``target``, uint8, at least ``nbytes``; does not wait for a GPU if that is pinned."""
+        for rows, place in self._pairs(page, target):
+            place.copy_(rows, non_blocking=True)
+        target[self.nbytes :].zero_()
+
+    def copy_in(self, page: int, source: torch.Tensor) -> None:
+        """Copies ``source``, as ``copy_out`` filled it, to a page; does not wait for a GPU if that is pinned."""
+        for rows, place in self._pairs(page, source):
+            rows.copy_(place, non_blocking=True)
+
+    def is_finite(self, data: torch.Tensor) -> bool:
+        """Whether a page in bytes holds neither NaN nor infinity where it holds floats."""
+        first = 0
+        for rows in self._parts():
+            count = rows[:, 0].numel() * rows.itemsize
+            if rows.is_floating_point() and not bool(data[first : first + count].view(rows.dtype).isfinite().all()):
+                return False
+            first += count
+        return True
+
+    def _parts(self) -> Iterator[torch.Tensor]:
+        """Tensors ``[L, P, ...]`` in the order in which their pages follow each other."""
+        pool = self._pool
+        yield from (rows for rows in (pool.keys, pool.values, pool.key_scales, pool.value_scales) if rows is not None)
+        yield from (pool.stats[stat] for stat in self._stats)
+
+    def _pairs(self, page: int, data: torch.Tensor) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        first = 0
+        for rows in self._parts():
+            shape = rows[:, page].shape
+            size = math.prod(shape) * rows.itemsize
+            yield rows[:, page], data[first : first + size].view(rows.dtype).view(shape)
+            first += size
