@@ -7,12 +7,19 @@ import hashlib
 from foveate.kv_cache.manager import KVCacheManager
 
 from .detokenizer import Detokenizer
-from .exceptions import ContextOverflow, InvalidRequest, PoolTooSmall
+from .exceptions import ContextOverflow, InvalidRequest, PoolTooSmall, QueueFull
 from .loader import LoadedModel
+from .options import EngineOptions
 from .request import GenerationRequest
 from .sampling import SamplerRow, check_sampling
+from .sampling_limits import check_priority
+from .scheduler import Scheduler
 from .sequence import RequestGroup, Sequence
 from .stopping import StopChecker
+
+
+# Seconds that a client is told to wait, at least and at most. OpenAI's clients obey up to 120.
+_LEAST_WAIT, _LONGEST_WAIT = 1.0, 120.0
 
 
 class Admission:
@@ -33,6 +40,7 @@ class Admission:
         """
         prompt, params = request.prompt_token_ids, request.sampling
         check_sampling(params, self._loaded.vocab_size)
+        check_priority(request.priority)
         if not prompt:
             raise InvalidRequest("the prompt holds no token", param="prompt")
         if min(prompt) < 0 or max(prompt) >= self._loaded.vocab_size:
@@ -47,6 +55,40 @@ class Admission:
         group = RequestGroup(request, hashlib.sha256(policy.encode("utf-8", "surrogatepass")).digest(), wanted)
         group.sequences.append(self.sequence(group, 0))
         return group
+
+    def check_queue(
+        self, group: RequestGroup, inbox: list[RequestGroup], scheduler: Scheduler, options: EngineOptions
+    ) -> None:
+        """Refuses a request that would wait behind too many.
+
+        When it may be tried again is estimated from the rate at which prompts were computed of late: the
+        time until enough of the queue has moved up, beside prompts in work that get at most half of it.
+
+        Args:
+            group: The new one.
+            inbox: Requests that the step loop has not seen yet.
+            scheduler: Its own thread changes it meanwhile; the lists are copied at once.
+            options: The bounds.
+
+        Raises:
+            QueueFull: there is no room.
+        """
+        waiting = [item.num_remaining for item in list(scheduler.waiting)]
+        waiting += [len(item.request.prompt_token_ids) for item in inbox]
+        if not waiting:
+            return
+        tokens = len(group.request.prompt_token_ids)
+        excess = sum(waiting) + tokens - options.max_queued_tokens
+        if len(waiting) >= options.max_queued_requests:
+            full, ahead = f"{len(waiting)} requests", max(min(waiting), excess)
+        elif excess > 0:
+            full, ahead = f"{sum(waiting)} prompt tokens", excess
+        else:
+            return
+        in_work = sum(item.num_remaining for item in list(scheduler.running) if item.num_remaining > 1)
+        rate = scheduler.pace.tokens_per_second
+        seconds = (ahead + min(in_work, ahead)) / rate if rate else _LEAST_WAIT
+        raise QueueFull(full, min(max(seconds, _LEAST_WAIT), _LONGEST_WAIT))
 
     def sequence(self, group: RequestGroup, index: int) -> Sequence:
         """Choice ``index`` of a request, nothing of it computed."""

@@ -20,7 +20,7 @@ from foveate.sparse_attn.protocol import Scheme
 
 from .admission import Admission
 from .engine_protocol import EngineSnapshot, EngineState
-from .exceptions import EngineDead, QueueFull, RequestAborted
+from .exceptions import EngineDead, RequestAborted
 from .loader import LoadedModel, geometry_for, load
 from .options import EngineOptions
 from .request import Failed, GenerationRequest
@@ -125,16 +125,14 @@ class Engine:
             InvalidRequest: a value is out of range.
             ContextOverflow: prompt and answer exceed the context.
             PoolTooSmall: they exceed the KV pool.
-            QueueFull: too many requests wait.
+            QueueFull: too many requests or prompt tokens wait.
             EngineDead: the engine has stopped or is stopping.
         """
         group = self._admission.admit(request)
         with self._wake:
             if self._state != "ready":
                 raise EngineDead("the server is shutting down")
-            waiting = len(self._inbox) + len(self._stepper.scheduler.waiting)
-            if waiting >= self._options.max_queued_requests:
-                raise QueueFull(f"{waiting} requests are waiting already; try again later")
+            self._admission.check_queue(group, list(self._inbox), self._stepper.scheduler, self._options)
             self._inbox.append(group)
             self._wake.notify()
 

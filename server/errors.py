@@ -6,6 +6,7 @@ words only; the text of an unexpected exception stays in the log.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -59,7 +60,7 @@ _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     (engine_errors.ContextOverflow, _Row(400, _BAD, "context_length_exceeded")),
     (engine_errors.PoolTooSmall, _Row(400, _BAD, "kv_cache_too_small")),
     (engine_errors.RequestRefused, _Row(400, _BAD, "invalid_value")),
-    (engine_errors.QueueFull, _Row(429, "rate_limit_error", "queue_full", "Too many requests wait.", None, _RETRY)),
+    (engine_errors.QueueFull, _Row(429, "rate_limit_error", "queue_full")),
     (
         engine_errors.EngineDead,
         _Row(503, "service_unavailable", "engine_stopped", "The engine takes no requests.", None, _RETRY),
@@ -86,13 +87,16 @@ def to_api_error(error: Exception) -> ApiError:
         message = _HTTP_WORDS.get(error.status_code, "The request was refused.")
         return ApiError(error.status_code, message, code="not_found", headers=error.headers)
     row = next(row for cls, row in _TABLE if isinstance(error, cls))
+    headers = dict(row.headers)
+    if isinstance(error, engine_errors.QueueFull):
+        headers["retry-after"] = str(math.ceil(error.retry_seconds))
     return ApiError(
         row.status,
         str(error) if row.message is None else row.message,
         type=row.type,
         param=getattr(error, "param", None) if isinstance(error, engine_errors.InvalidRequest) else row.param,
         code=row.code,
-        headers=dict(row.headers),
+        headers=headers,
     )
 
 

@@ -16,6 +16,8 @@ EngineError
 
 from __future__ import annotations
 
+import math
+
 
 class EngineError(Exception):
     """Base of every error of the engine."""
@@ -55,7 +57,16 @@ class PoolTooSmall(RequestRefused):
 
 
 class QueueFull(EngineError):
-    """Too much is waiting already."""
+    """Too much is waiting already.
+
+    Args:
+        waiting: What waits, as a message says it.
+        retry_seconds: When there may be room again.
+    """
+
+    def __init__(self, waiting: str, retry_seconds: float) -> None:
+        super().__init__(f"{waiting} are waiting already; try again in about {math.ceil(retry_seconds)} s")
+        self.retry_seconds = retry_seconds
 
 
 class EngineDead(EngineError):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +14,7 @@ from fastapi.responses import JSONResponse, Response
 from .answers import Answer, Choice, progress_body, usage_body
 from .engine_protocol import EngineLike
 from .keys import OWNER
-from .request import Delta, Finished, Progress, Usage
+from .request import Delta, Finished, Progress, PromptLogprobs, Usage
 from .schemas import GenerationBody
 from .sse import PING_SECONDS, EventStream
 from .state import ServerState, state_of
@@ -47,14 +49,15 @@ async def respond(request: Request, generation: Generation) -> Response:
     """
     state = state_of(request)
     limits, body = state.settings, generation.body
-    stream = ResponseStream(generation.engine, state.metrics, limits.request_timeout, limits.write_seconds)
+    seconds = limits.request_timeout if body.timeout is None else min(body.timeout, limits.request_timeout)
+    stream = ResponseStream(generation.engine, state.metrics, seconds, limits.write_seconds)
     await submit(stream, generation, state, request.scope.get(OWNER, ""))
     if body.stream:
         payloads = _stream(stream, body, generation.prompts, generation.answer)
         return EventStream(stream, payloads, limits.write_seconds)
     try:
         async with stream.watching(request.receive):
-            return JSONResponse(await collect(stream, generation))
+            return await _rendered(await collect(stream, generation), body)
     except ClientDisconnected:
         return Response(status_code=_CLIENT_GONE)
 
@@ -69,7 +72,8 @@ async def submit(stream: ResponseStream, generation: Generation, state: ServerSt
     body = generation.body
     scheme = await state.text.run(generation.engine.build_scheme, body.attention)
     # Owners of different keys never share prefix pages, or the time to the first token would tell on them.
-    stream.submit(generation.prompts, body.sampling(), scheme, f"{owner}/{body.cache_salt}")
+    salt = f"{owner}/{body.cache_salt}"
+    stream.submit(generation.prompts, body.sampling(), scheme, salt, body.priority)
 
 
 async def collect(stream: ResponseStream, generation: Generation) -> dict[str, Any]:
@@ -83,11 +87,28 @@ async def collect(stream: ResponseStream, generation: Generation) -> dict[str, A
     usages: list[Usage] = []
     async for item in stream.events(PING_SECONDS):
         match item:
+            case (prompt, PromptLogprobs(entries)):
+                generation.answer.scored(prompt, entries)
             case (prompt, Delta() as delta):
                 choices[prompt * body.n + delta.index].add(delta)
             case (_, Finished(usage)):
                 usages.append(usage)
-    return {**generation.answer.whole(choices), "usage": usage_body(usages)}
+    write = generation.answer.whole
+    whole = write(choices) if body.prompt_alternatives is None else await asyncio.to_thread(write, choices)
+    return {**whole, "usage": usage_body(usages)}
+
+
+async def _rendered(whole: dict[str, Any], body: GenerationBody) -> Response:
+    """The answer as JSON.
+
+    With log-probabilities of a prompt that may be 30 MB. The encoder in C would hold every other request up
+    for as long as it takes, so then the one in Python writes it, in a thread, which gives way.
+    """
+    if body.prompt_alternatives is None:
+        return JSONResponse(whole)
+    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    content = await asyncio.to_thread(lambda: "".join(encoder.iterencode(whole)).encode())
+    return Response(content, media_type="application/json")
 
 
 async def _stream(
@@ -110,6 +131,8 @@ async def _stream(
                         "prompt_progress": progress_body(latest.values(), total),
                         **no_usage,
                     }
+            case (prompt, PromptLogprobs(entries)):
+                answer.scored(prompt, entries)
             case (prompt, Delta() as delta):
                 for chunk in answer.chunks(prompt * body.n + delta.index, delta):
                     yield chunk | no_usage

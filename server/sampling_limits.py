@@ -13,6 +13,7 @@ MAX_LOGPROBS = 20
 MAX_STOPS = 16
 MAX_STOP_CHARS = 256
 MAX_BIASES = 1024
+LEAST_PRIORITY, LARGEST_PRIORITY = -(2**31), 2**31 - 1
 _INT64 = 2**63
 
 
@@ -55,6 +56,16 @@ def check_sampling(params: SamplingParams, vocab_size: int) -> None:
         raise InvalidRequest("stop_token_ids must be a list of token ids", "stop_token_ids")
     _check_ids("stop_token_ids", params.stop_token_ids, MAX_STOPS, vocab_size)
     _check_ids("logit_bias", params.logit_bias, MAX_BIASES, vocab_size)
+
+
+def check_priority(priority: Any) -> None:
+    """
+    Raises:
+        InvalidRequest: it is no whole number of 32 bits.
+    """
+    if not (_is_integer(priority) and LEAST_PRIORITY <= priority <= LARGEST_PRIORITY):
+        bounds = f"from {LEAST_PRIORITY} to {LARGEST_PRIORITY}"
+        raise InvalidRequest(f"priority must be a whole number {bounds}, got {_shown(priority)}", "priority")
 
 
 def _is_number(value: Any) -> bool:

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 from pydantic import Field, ValidationInfo, field_validator
 
 from .request import SamplingParams
-from .sampling_limits import MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
+from .sampling_limits import LARGEST_PRIORITY, LEAST_PRIORITY, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
 from .validation import Body
 
 MAX_NAME_CHARS = 256
@@ -21,7 +21,6 @@ INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 _NO_GRAMMAR = "constrained output is not supported"
 _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "truncate_prompt_tokens": ((), "prompts are never cut; shorten the prompt"),
-    "prompt_logprobs": ((), "log-probabilities of the prompt are not supported"),
     "prompt_embeds": ((), "embeddings as a prompt are not supported"),
     "return_token_ids": ((False,), "token ids are not returned; see /tokenize"),
     "use_beam_search": ((False,), "beam search is not supported"),
@@ -74,11 +73,15 @@ class GenerationBody(Body):
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
+    prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     stop_token_ids: list[int] = Field([], max_length=MAX_STOPS)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     cache_salt: str = Field("", max_length=MAX_NAME_CHARS)
+
+    priority: int = Field(0, ge=LEAST_PRIORITY, le=LARGEST_PRIORITY)
+    timeout: float | None = Field(None, gt=0)
 
     attention: dict[str, Any] | None = Field(None, max_length=64)
     return_progress: bool = False
@@ -102,6 +105,13 @@ class GenerationBody(Body):
             raise ValueError("scheme must be a string")
         return value
 
+    @field_validator("prompt_logprobs")
+    @classmethod
+    def _in_one_piece(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is not None and info.data.get("stream"):
+            raise ValueError("prompt_logprobs cannot be streamed")
+        return value
+
     @field_validator("return_progress")
     @classmethod
     def _needs_stream(cls, value: bool, info: ValidationInfo) -> bool:
@@ -113,6 +123,11 @@ class GenerationBody(Body):
     def alternatives(self) -> int | None:
         """How many alternatives to report beside each chosen token; ``None`` for no log-probabilities."""
         raise NotImplementedError
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        """The same for each token of the prompt."""
+        return self.prompt_logprobs
 
     @property
     def token_limit(self) -> int | None:
@@ -137,6 +152,7 @@ class GenerationBody(Body):
             include_stop_str_in_output=self.include_stop_str_in_output,
             skip_special_tokens=self.skip_special_tokens,
             logprobs=self.alternatives,
+            prompt_logprobs=self.prompt_alternatives,
             n=self.n,
         )
 
@@ -151,7 +167,7 @@ class CompletionBody(GenerationBody):
     }
 
     prompt: str | list[Any]
-    max_tokens: int | None = Field(16, ge=1, le=INT32_MAX)
+    max_tokens: int | None = Field(16, ge=0, le=INT32_MAX)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
     add_special_tokens: bool = True
@@ -163,16 +179,14 @@ class CompletionBody(GenerationBody):
             raise ValueError("a prompt is a string, a list of strings, token ids, or a list of lists of token ids")
         return value
 
-    @field_validator("echo")
-    @classmethod
-    def _echo_has_no_logprobs(cls, value: bool, info: ValidationInfo) -> bool:
-        if value and info.data.get("logprobs") is not None:
-            raise ValueError("echo together with logprobs is not supported: the prompt has no log-probabilities")
-        return value
-
     @property
     def alternatives(self) -> int | None:
         return self.logprobs
+
+    @property
+    def prompt_alternatives(self) -> int | None:
+        asked = (self.prompt_logprobs, self.logprobs if self.echo else None)
+        return max((count for count in asked if count is not None), default=None)
 
 
 class DetokenizeBody(Body):

@@ -50,6 +50,7 @@ class EventStream(Response):
         async def write(data: bytes, more: bool = True) -> None:
             async with asyncio.timeout(self._write_seconds):
                 await send({"type": "http.response.body", "body": data, "more_body": more})
+            self._stream.spoke()
 
         async with self._stream.watching(receive):
             try:

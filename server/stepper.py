@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import time
 
+from foveate.kv_cache.errors import CacheError
 from foveate.kv_cache.manager import KVCacheManager
 
 from .admission import Admission
@@ -82,6 +83,9 @@ class Stepper:
         if not chunks:
             return
         began = time.perf_counter()
+        for group in (chunk.sequence.group for chunk in chunks):
+            if group.waited_seconds is None:
+                group.waited_seconds = time.monotonic() - group.request.arrival
         try:
             result = self.runner.run(chunks)
             self.outbox.count_step(chunks, result.keys_read, result.mass_kept)
@@ -91,12 +95,18 @@ class Stepper:
             self._fail([chunk.sequence.group for chunk in chunks], "the step that computed this request failed", error)
             check_device(self._loaded.device)
             return
-        for chunk in chunks:
-            if not chunk.sequence.num_generated and not self.outbox.tell_progress(chunk):
-                self.end(chunk.sequence.group, None)
-        for chunk, scores in zip(chunks, result.prompt_scores, strict=True):
-            self._tell_scores(chunk.sequence, scores)
-        self._draw(chunks, result)
+        try:
+            for chunk in chunks:
+                if not chunk.sequence.num_generated and not self.outbox.tell_progress(chunk):
+                    self.end(chunk.sequence.group, None)
+            for chunk, scores in zip(chunks, result.prompt_scores, strict=True):
+                self._tell_scores(chunk.sequence, scores)
+            self._draw(chunks, result)
+        except CacheError:
+            raise
+        except Exception as error:  # every known seam has a narrower net than this one
+            log.exception("the outcome of a step could not be told")
+            self._fail([chunk.sequence.group for chunk in chunks], "the step of this request failed", error)
         self.pace.observe(chunks, time.perf_counter() - began)
 
     def _schedule(self) -> list[Chunk]:

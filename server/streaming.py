@@ -40,7 +40,7 @@ class RequestTimeout(ApiError):
     def __init__(self, seconds: float) -> None:
         super().__init__(
             504,
-            f"The answer was not complete after {seconds:g} seconds (--request-timeout).",
+            f"The answer was not complete after {seconds:g} seconds (timeout, or --request-timeout).",
             type="server_error",
             code="request_timeout",
             headers={"x-should-retry": "false"},
@@ -74,8 +74,11 @@ class ResponseStream:
         self._timers: dict[int, RequestTimer] = {}
         self._error: Exception | None = None
         self._wake = asyncio.Event()
+        self._spoke_at = 0.0
 
-    def submit(self, prompts: list[list[int]], sampling: SamplingParams, scheme: Scheme, salt: str) -> None:
+    def submit(
+        self, prompts: list[list[int]], sampling: SamplingParams, scheme: Scheme, salt: str, priority: int = 0
+    ) -> None:
         """Gives one request per prompt to the engine; all of them, or none.
 
         Raises:
@@ -90,6 +93,7 @@ class ResponseStream:
                 scheme=scheme,
                 on_event=partial(self._from_engine, index),
                 salt=salt,
+                priority=priority,
             )
             self._open[index] = request.request_id
             self._timers[index] = self._metrics.timer()
@@ -101,31 +105,40 @@ class ResponseStream:
                 raise
 
     async def events(self, pause: float) -> AsyncIterator[tuple[int, Event] | None]:
-        """``(prompt, event)`` until every request ended; ``None`` whenever nothing came for ``pause`` seconds.
+        """``(prompt, event)`` until every request ended; ``None`` when nobody was told anything for ``pause`` seconds.
+
+        Events alone are no news for the client, who may not have asked for the progress of its
+        prompt: whoever writes says so by ``spoke``.
 
         Raises:
             ClientDisconnected: the client went away.
             Exception: the error of a request, after the others were aborted.
         """
+        self.spoke()
         while self._events or self._open or self._error:
             if self._error:
                 raise self._error
+            if self._spoke_at + pause <= time.monotonic():
+                self.spoke()
+                yield None
+                continue
             if not self._events:
                 self._wake.clear()
-                try:
-                    async with asyncio.timeout(min(pause, self._deadline - time.monotonic())):
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(min(self._spoke_at + pause, self._deadline) - time.monotonic()):
                         await self._wake.wait()
-                except TimeoutError:
-                    if time.monotonic() >= self._deadline:
-                        self.fail(RequestTimeout(self._seconds))
-                    else:
-                        yield None
+                if time.monotonic() >= self._deadline:
+                    self.fail(RequestTimeout(self._seconds))
                 continue
             index, event = self._events.popleft()
             if isinstance(event, Failed):
                 self.fail(event.error)
             else:
                 yield index, event
+
+    def spoke(self) -> None:
+        """Says that the client was told something just now."""
+        self._spoke_at = time.monotonic()
 
     @asynccontextmanager
     async def watching(self, receive: Receive) -> AsyncIterator[None]:

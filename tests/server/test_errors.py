@@ -97,7 +97,10 @@ REFUSED = {
     "logprobs-number-in-chat": (chat(logprobs=3), "logprobs"),
     "top_logprobs-alone": (chat(top_logprobs=3), "top_logprobs"),
     "top_logprobs-21": (chat(logprobs=True, top_logprobs=21), "top_logprobs"),
-    "echo-logprobs": (text(echo=True, logprobs=1), "echo"),
+    "prompt_logprobs-stream": (text(prompt_logprobs=1, stream=True), "prompt_logprobs"),
+    "prompt_logprobs-21": (chat(prompt_logprobs=21), "prompt_logprobs"),
+    "scores-many": (text(prompt=["a" * 4000] * 64, max_tokens=1, prompt_logprobs=20), "prompt_logprobs"),
+    "scores-many-echoed": (text(prompt=["a" * 4000] * 16, n=4, echo=True, logprobs=20), "logprobs"),
     "best_of": (text(best_of=10**6), "best_of"),
     "suffix": (text(suffix="end"), "suffix"),
     "stream-text": (text(stream="yes"), "stream"),
@@ -110,7 +113,6 @@ REFUSED = {
     "model-long": (text(model="a" * 257), "model"),
     "truncate": (text(truncate_prompt_tokens=5), "truncate_prompt_tokens"),
     "prompt_embeds": (text(prompt_embeds="AAAA"), "prompt_embeds"),
-    "prompt_logprobs": (text(prompt_logprobs=1), "prompt_logprobs"),
     "guided": (text(guided_regex="(a+)+b"), "guided_regex"),
     "structured": (chat(structured_outputs={"json": {}}), "structured_outputs"),
     "processors": (text(logits_processors=["os.system"]), "logits_processors"),
@@ -207,7 +209,7 @@ def test_refused_body(client, engine, name):
     assert error["type"] == "invalid_request_error"
     if param is not None:
         assert error["param"] == param
-    if name not in ("stream-text", "progress-whole"):
+    if name not in ("stream-text", "progress-whole") and "prompt_logprobs" not in body:
         assert check_error(client.post(path, json={**body, "stream": True}), 400) == error
     check_alive(client, engine)
 
@@ -261,7 +263,7 @@ def test_overflow_is_told_in_the_words_that_clients_look_for(client):
 @pytest.mark.parametrize(
     ("error", "status", "code", "param"),
     [
-        (QueueFull("5 wait"), 429, "queue_full", None),
+        (QueueFull("5 requests", 7.2), 429, "queue_full", None),
         (EngineDead("at 0x7f00"), 503, "engine_stopped", None),
         (PoolTooSmall(9, 5), 400, "kv_cache_too_small", None),
         (InvalidRequest("too small", "min_tokens"), 400, "invalid_value", "min_tokens"),
