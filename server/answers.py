@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -12,7 +12,7 @@ from .request import Delta, FinishReason, Progress, TokenLogprob, Usage
 from .token_text import TokenText
 
 FINGERPRINT = f"foveate-{__version__}"
-_LOWEST_LOGPROB = -9999.0  # JSON has no infinity
+_LOWEST_LOGPROB = -9999.0
 
 
 @dataclass(slots=True)
@@ -36,6 +36,10 @@ class Choice:
 
 class Answer(Protocol):
     """How one endpoint writes what the engine says."""
+
+    def scored(self, prompt: int, entries: Sequence[TokenLogprob]) -> None:
+        """Takes log-probabilities of the next tokens of a prompt; all of them come before its first ``Delta``."""
+        ...
 
     def chunks(self, choice: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """Stream events for ``delta``; none if it shows nothing yet."""
@@ -89,25 +93,12 @@ def progress_body(latest: Iterable[Progress], total: int) -> dict[str, int]:
     }
 
 
-def completion_logprobs(entries: Iterable[TokenLogprob], tokens: TokenText, offset: int) -> dict[str, Any]:
-    """The four lists of completions; ``offset`` is where the first token begins in the choice's text."""
-    body: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
-    for entry in entries:
-        text, _ = tokens.of(entry.token_id)
-        body["tokens"].append(text)
-        body["token_logprobs"].append(_finite(entry.logprob))
-        body["top_logprobs"].append({tokens.of(token)[0]: _finite(logprob) for token, logprob in entry.top})
-        body["text_offset"].append(offset)
-        offset += len(text)
-    return body
-
-
 def chat_logprobs(entries: Iterable[TokenLogprob], tokens: TokenText) -> dict[str, Any]:
     """The list of chat, each token with its bytes."""
 
     def one(token_id: int, logprob: float) -> dict[str, Any]:
         text, spelled = tokens.of(token_id)
-        return {"token": text, "logprob": _finite(logprob), "bytes": spelled}
+        return {"token": text, "logprob": finite(logprob), "bytes": spelled}
 
     return {
         "content": [
@@ -118,5 +109,6 @@ def chat_logprobs(entries: Iterable[TokenLogprob], tokens: TokenText) -> dict[st
     }
 
 
-def _finite(logprob: float) -> float:
+def finite(logprob: float) -> float:
+    """``logprob``, or the least that is written: JSON has no infinity."""
     return max(logprob, _LOWEST_LOGPROB)

@@ -16,7 +16,7 @@ from .logprobs import as_logprobs, fetch, log_probabilities
 from .request import TokenLogprob
 from .sequence import Chunk
 
-# Logits in memory at once: 64 rows of a vocabulary of 262,144 are 32 MB in bfloat16, and 0.3 GB with what comes of them.
+# Logits in memory at once: 64 rows of a vocabulary of 262,144 are 32 MB in bfloat16, 0.3 GB with what comes of them.
 BLOCK_ELEMENTS = 2**24
 BLOCK_ROWS = 512
 

@@ -11,12 +11,14 @@ from typing import Any
 
 from .engine_protocol import EngineLike
 from .errors import ApiError
-from .schemas import CompletionBody
+from .schemas import CompletionBody, GenerationBody
 from .schemas_chat import ChatPromptBody
 from .state import Served
 from .text_worker import TextWorker
 
 MAX_BYTES_PER_TOKEN = 8
+# Log-probabilities of prompts in one answer. One costs about 30 bytes of JSON, and more while it is made.
+MAX_SCORES = 1_000_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,30 @@ def check_token_ids(value: Any, engine: EngineLike, param: str) -> list[int]:
     if value and (set(map(type, value)) != {int} or min(value) < 0 or max(value) >= engine.vocab_size):
         raise ApiError(400, f"{param}: token ids are whole numbers from 0 to {engine.vocab_size - 1}", param=param)
     return value
+
+
+def check_scores(body: GenerationBody, prompts: list[list[int]]) -> None:
+    """Whether the answer has something to say, and not too much, of its prompts.
+
+    Raises:
+        ApiError: 400.
+    """
+    echoes = isinstance(body, CompletionBody) and body.echo
+    if body.token_limit == 0 and not echoes and body.prompt_logprobs is None:
+        raise ApiError(
+            400, "max_tokens: 0 needs echo=true or prompt_logprobs", param="max_tokens", code="invalid_value"
+        )
+    if body.prompt_alternatives is not None:
+        scores = sum(map(len, prompts)) * (1 + body.prompt_alternatives) * body.n
+        if scores > MAX_SCORES:
+            param = "logprobs" if body.prompt_logprobs is None else "prompt_logprobs"
+            raise ApiError(
+                400,
+                f"{param}: {scores} log-probabilities of prompt tokens, alternatives and choices counted in; "
+                f"the most is {MAX_SCORES}",
+                param=param,
+                code="invalid_value",
+            )
 
 
 def too_long(given: str, engine: EngineLike, param: str) -> ApiError:

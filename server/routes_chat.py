@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
 from .answers import FINGERPRINT, Choice, chat_logprobs
+from .completion_logprobs import prompt_logprobs
 from .errors import ApiError
 from .generation import Generation, respond
 from .openapi import body_schema
-from .prompts import chat_prompt
+from .prompts import chat_prompt, check_scores
 from .request import Delta, TokenLogprob
 from .schemas_chat import ChatBody
 from .state import Served, ServerState, state_of
@@ -41,15 +42,18 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
     if body.n > state.settings.max_sequences:
         raise ApiError(400, f"n: at most {state.settings.max_sequences}", param="n", code="invalid_value")
     prompt = await chat_prompt(body, served, state.text, state.settings.max_messages)
-    return Generation(served.engine, body, [prompt], ChatAnswer(served, body.logprobs))
+    check_scores(body, [prompt])
+    return Generation(served.engine, body, [prompt], ChatAnswer(served, body))
 
 
 class ChatAnswer:
     """Writes OpenAI's ``chat.completion`` and ``chat.completion.chunk`` objects."""
 
-    def __init__(self, served: Served, with_logprobs: bool) -> None:
+    def __init__(self, served: Served, body: ChatBody) -> None:
         self._tokens = served.tokens
-        self._with_logprobs = with_logprobs
+        self._with_logprobs = body.logprobs
+        self._prompt_alternatives = body.prompt_logprobs
+        self._scores: list[TokenLogprob] = []
         self._begun: set[int] = set()
         self._head = {
             "id": f"chatcmpl-{uuid.uuid4().hex}",
@@ -58,6 +62,9 @@ class ChatAnswer:
             "model": served.engine.model_name,
             "system_fingerprint": FINGERPRINT,
         }
+
+    def scored(self, prompt: int, entries: Sequence[TokenLogprob]) -> None:
+        self._scores += entries
 
     def chunks(self, choice: int, delta: Delta) -> Iterator[dict[str, Any]]:
         """The role first, then content, and the reason of the end in a chunk of its own."""
@@ -73,8 +80,12 @@ class ChatAnswer:
         return {**self._head, "choices": []}
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
+        scores = {}
+        if self._prompt_alternatives is not None:
+            scores["prompt_logprobs"] = prompt_logprobs(self._scores, self._prompt_alternatives, self._tokens)
         return {
             **self._head,
+            **scores,
             "object": "chat.completion",
             "choices": [
                 {

@@ -31,7 +31,11 @@ class TokenText:
         # Some tokenizers drop the space before the first token of a text, so a token is read behind another.
         self._anchor: list[int] = tokenizer.encode("a", add_special_tokens=False)[-1:]
         self._anchor_text: str = tokenizer.decode(self._anchor)
+        self._special = frozenset(tokenizer.all_special_ids)
         self.of = lru_cache(_CACHED_TOKENS)(self._of)
+
+    def is_special(self, token_id: int) -> bool:
+        return token_id in self._special
 
     def _of(self, token_id: int) -> tuple[str, list[int]]:
         decoded: str = self._tokenizer.decode([*self._anchor, token_id], skip_special_tokens=False)

@@ -28,6 +28,7 @@ from foveate.server.request import (
     Finished,
     GenerationRequest,
     Progress,
+    PromptLogprobs,
     TokenLogprob,
     Usage,
 )
@@ -103,7 +104,7 @@ class FakeEngine:
         if self.refuse is not None:
             raise self.refuse
         check_sampling(request.sampling, self.vocab_size)
-        max_tokens = request.sampling.max_tokens or 1
+        max_tokens = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
         if len(request.prompt_token_ids) + max_tokens > self.context_length:
             raise ContextOverflow(len(request.prompt_token_ids), max_tokens, self.context_length)
         with self._changed:
@@ -198,6 +199,15 @@ class FakeEngine:
         params, total = request.sampling, len(request.prompt_token_ids)
         for done in range(CHUNK, total + CHUNK, CHUNK):
             yield Progress(total, 0, min(done, total), 0.25)
+        if params.prompt_logprobs is not None:
+            ids = request.prompt_token_ids[1:]
+            tops = [tuple((i, -1.0 - i) for i in range(params.prompt_logprobs))] * len(ids)
+            yield PromptLogprobs(tuple(TokenLogprob(token, -0.25, top) for token, top in zip(ids, tops, strict=True)))
+        if params.max_tokens == 0:
+            for choice in range(params.n):
+                yield Delta(choice, "", (), None, "length")
+            yield Finished(Usage(total, 0, 0, request.scheme.name, 0.5, 1))
+            return
         tokens = self.tokenizer.encode(self.script)
         limit = min(len(tokens), params.max_tokens or len(tokens))
         reason = "length" if limit < len(tokens) else "stop"

@@ -82,8 +82,10 @@ def test_logprobs(client, engine):
     logprobs = body["choices"][0]["logprobs"]
     assert logprobs["tokens"] == ["a", "\ufffd", "\ufffd"]
     assert logprobs["token_logprobs"] == [-0.5, -9999.0, -0.5], "minus infinity is no JSON"
-    assert logprobs["text_offset"] == [0, 1, 2]
+    assert logprobs["text_offset"] == [0, 1, 1], "both bytes belong to the second character"
     assert logprobs["top_logprobs"][0] == {"a": -0.5, '"': -1.5}
+    alone = post(client, prompt="Hi", logprobs=0).json()["choices"][0]["logprobs"]
+    assert alone["top_logprobs"][0] == {"a": -0.5}, "the token itself is always among them"
 
 
 def test_streamed_logprobs_equal_those_in_one_piece(client, events_of):

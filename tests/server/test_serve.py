@@ -321,7 +321,7 @@ STUB = """
 import sys, threading, time, types
 
 class Tokenizer:
-    added_tokens_encoder, chat_template = {}, None
+    added_tokens_encoder, chat_template, all_special_ids = {}, None, []
     encode = lambda self, text, add_special_tokens: [1]
     decode = lambda self, ids: "a"
 
