@@ -204,8 +204,12 @@ class PageStore:
                 if name in self._index.runs:
                     self._index.runs[name].used = used
 
-    def remove(self, names: Sequence[str]) -> list[str]:
-        """Removes files; returns those that are gone now."""
+    def remove(self, names: Sequence[str] | None) -> list[str]:
+        """Removes files, all of them for ``None``; returns those that are gone now."""
+        if names is None:
+            self.refresh()
+            with self._lock:
+                names = list(self._index.runs)
         gone: list[str] = []
         for name in names:
             try:
@@ -312,7 +316,7 @@ class PageStore:
             os.close(folder)
 
     def _prepare(self) -> bool:
-        """Makes the folder; whether it can be used at all. It must be ours: whoever writes there chooses what is read."""
+        """Makes the folder, which must be ours: who writes there chooses what is read. False if it cannot be used."""
         try:
             self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             about = self.folder.lstat()

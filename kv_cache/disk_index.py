@@ -41,17 +41,21 @@ class Document:
     Attributes:
         id: Names it: the beginning of the key of its last page.
         runs: Its files, first to last.
-        own_bytes: Of the files that no other document needs.
+        own_runs: Those of them that no other document needs.
     """
 
     id: str
     runs: tuple[StoredRun, ...]
-    own_bytes: int
+    own_runs: tuple[StoredRun, ...]
 
     @property
     def nbytes(self) -> int:
         """Bytes of all its files, those that it shares too."""
         return sum(run.nbytes for run in self.runs)
+
+    @property
+    def own_bytes(self) -> int:
+        return sum(run.nbytes for run in self.own_runs)
 
     @property
     def tokens(self) -> int:
@@ -125,8 +129,7 @@ class RunIndex:
             for run in chain:
                 users[run.name] = users.get(run.name, 0) + 1
         documents = [
-            Document(chain[-1].header.keys[-1].hex()[:32], chain, sum(r.nbytes for r in chain if users[r.name] == 1))
-            for chain in chains
+            Document(_id(chain[-1]), chain, tuple(run for run in chain if users[run.name] == 1)) for chain in chains
         ]
         return sorted(documents, key=lambda document: (-document.runs[-1].used, document.id))
 
@@ -141,3 +144,7 @@ class RunIndex:
             names.append(here)
             here = parents[here]
         return (self.runs[item] for item in reversed(names))
+
+
+def _id(last: StoredRun) -> str:
+    return last.header.keys[-1].hex()[:32]

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields, is_dataclass
 from typing import Any
 
 import torch
@@ -15,6 +18,7 @@ from .families import facts
 SAMPLES = 64
 
 _KEPT = "_foveate_fingerprint"
+_THREADS = 4  # hashing lets other threads run; one does 1.1 GB/s
 
 
 def fingerprint(model: PreTrainedModel) -> dict[str, Any]:
@@ -56,3 +60,33 @@ def _hash(model: PreTrainedModel) -> str:
         state.update(f"{name} {tuple(weight.shape)}".encode())
         state.update(sample.view(torch.int16).numpy().tobytes())
     return state.hexdigest()
+
+
+@torch.inference_mode()
+def weights_digest(model: torch.nn.Module) -> str:
+    """SHA-256 over every parameter and buffer, quantised ones too: equal iff all weights are. Reads all of them once."""
+
+    def digest(named: tuple[str, torch.Tensor]) -> bytes:
+        name, tensor = named
+        state = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        state.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        return state.digest()
+
+    with ThreadPoolExecutor(_THREADS) as threads:
+        found = list(threads.map(digest, _tensors(model)))
+    return hashlib.sha256(b"".join(found)).hexdigest()
+
+
+def _tensors(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from sorted(model.named_parameters())
+    yield from sorted(model.named_buffers())
+    for name, module in model.named_modules():
+        # Weights that are no parameters: `quantize` puts them into a dataclass.
+        for attribute, value in vars(module).items():
+            if isinstance(value, torch.Tensor):
+                yield f"{name}.{attribute}", value
+            elif is_dataclass(value) and not isinstance(value, type):
+                for field in fields(value):
+                    inner = getattr(value, field.name)
+                    if isinstance(inner, torch.Tensor):
+                        yield f"{name}.{attribute}.{field.name}", inner

@@ -17,7 +17,6 @@ from .scheduler import Scheduler
 from .sequence import RequestGroup, Sequence
 from .stopping import StopChecker
 
-
 # Seconds that a client is told to wait, at least and at most. OpenAI's clients obey up to 120.
 _LEAST_WAIT, _LONGEST_WAIT = 1.0, 120.0
 
@@ -26,6 +25,7 @@ class Admission:
     """Checks requests against a model and its cache. Every method may be called from any thread."""
 
     def __init__(self, loaded: LoadedModel, cache: KVCacheManager) -> None:
+        self.identity = b""  # of the model, where pages outlive the engine
         self._loaded = loaded
         self._cache = cache
         self._eos = sorted(loaded.eos_token_ids)
@@ -52,7 +52,7 @@ class Admission:
         if len(prompt) + wanted > self._cache.capacity_tokens:
             raise PoolTooSmall(len(prompt) + wanted, self._cache.capacity_tokens)
         policy = f"{request.scheme.identity}\0{request.salt}"
-        group = RequestGroup(request, hashlib.sha256(policy.encode("utf-8", "surrogatepass")).digest(), wanted)
+        group = RequestGroup(request, hashlib.sha256(self.identity + policy.encode("utf-8", "surrogatepass")).digest(), wanted)
         group.sequences.append(self.sequence(group, 0))
         return group
 

@@ -19,6 +19,7 @@ from foveate.sparse_attn import registry
 from foveate.sparse_attn.protocol import Scheme
 
 from .admission import Admission
+from .document_cache import DocumentCache
 from .engine_protocol import EngineSnapshot, EngineState
 from .exceptions import EngineDead, RequestAborted
 from .loader import LoadedModel, geometry_for, load
@@ -53,6 +54,10 @@ class Engine:
         self._state: EngineState = "ready"
         self._heartbeat = time.monotonic()
         self._schemes = SchemeBuilder(loaded, options.attention)
+        self.documents = DocumentCache.of(loaded, self.cache, self._stepper.scheduler, options, self._ring)
+        if self.documents is not None:
+            self._stepper.documents = self.documents
+            self._admission.identity = self.documents.identity
         self.created = int(time.time())
         self.default_scheme = self.build_scheme(None)
         self._thread = threading.Thread(target=self._run, name="foveate-engine", daemon=True)
@@ -132,7 +137,8 @@ class Engine:
         with self._wake:
             if self._state != "ready":
                 raise EngineDead("the server is shutting down")
-            self._admission.check_queue(group, list(self._inbox), self._stepper.scheduler, self._options)
+            inbox = [*self._inbox, *(self.documents.parked if self.documents else ())]
+            self._admission.check_queue(group, inbox, self._stepper.scheduler, self._options)
             self._inbox.append(group)
             self._wake.notify()
 
@@ -161,7 +167,7 @@ class Engine:
         allocator, outbox, scheduler = self.cache.allocator, self._stepper.outbox, self._stepper.scheduler
         return EngineSnapshot(
             running=len(scheduler.running),
-            waiting=len(self._inbox) + len(scheduler.waiting),
+            waiting=len(self._inbox) + len(scheduler.waiting) + len(self.documents.parked if self.documents else ()),
             pages_total=allocator.num_pages,
             pages_free=allocator.num_free,
             pages_cached=allocator.num_cached,
@@ -177,6 +183,7 @@ class Engine:
             bad_logits=outbox.bad_logits,
             steps=outbox.steps,
             mass_kept=outbox.mass_kept,
+            disk=self.documents.counts() if self.documents else {},
         )
 
     @property
@@ -184,12 +191,15 @@ class Engine:
         return bool(self._inbox or self._stepper.groups)
 
     def _run(self) -> None:
-        stepper = self._stepper
+        stepper, clean = self._stepper, False
         try:
             while self._read_notes():
                 self._heartbeat = time.monotonic()
+                if self.documents is not None:
+                    self.documents.turn()
                 if stepper.scheduler.has_work:
                     stepper.step()
+            clean = True
         except BaseException:
             log.exception("the engine died")
             raise
@@ -202,11 +212,19 @@ class Engine:
                 with suppress(CacheError):  # what killed the engine may be that pages cannot be freed
                     stepper.end(group, None)
                 stepper.outbox.send(group, Failed(EngineDead("the engine stopped before this request was done")))
+            if self.documents is not None:
+                self.documents.close(finish=clean)
+
+    def _ring(self) -> None:
+        """Makes the loop turn."""
+        with self._wake:
+            self._wake.notify()
 
     def _read_notes(self) -> bool:
         """Takes new requests and aborts; waits while there is nothing to do. False ends the loop."""
         with self._wake:
-            if not (self._inbox or self._aborts or self._stepper.scheduler.has_work) and self._state != "dead":
+            work = self._stepper.scheduler.has_work or (self.documents is not None and self.documents.has_work)
+            if not (self._inbox or self._aborts or work) and self._state != "dead":
                 self._wake.wait(IDLE_SECONDS)
             new = list(self._inbox)
             self._inbox.clear()

@@ -38,6 +38,7 @@ class EngineSnapshot:
         bad_logits: Requests ended because the model gave logits that are not finite.
         steps: Forward passes.
         mass_kept: Attention mass that audited selections kept, by scheme.
+        disk: Numbers of the document cache, by name; see ``document_cache.py``.
     """
 
     running: int
@@ -57,6 +58,7 @@ class EngineSnapshot:
     bad_logits: int
     steps: int
     mass_kept: Mapping[str, MassHistogram] = field(default_factory=dict)
+    disk: Mapping[str, float] = field(default_factory=dict)
 
 
 class EngineLike(Protocol):

@@ -30,6 +30,9 @@ class EngineOptions:
         profile: Files of calibration profiles, one per scheme; those that come with the package for
             this model are found by themselves.
         prefix_reuse: Reuse pages of prompts that begin alike.
+        cache_dir: Where pages of prompts are kept on disk; nowhere if ``None``.
+        cache_disk_gib: Bound of the files in it, in GiB.
+        cache_min_tokens: Shorter prompts are not kept on disk.
         audit_rate: Share of decode steps, 0 to 1, in which the attention mass that selections kept is
             measured, in two layers each.
         trust_remote_code: Run Python code that comes with the model.
@@ -51,6 +54,9 @@ class EngineOptions:
     attention: dict[str, Any] | None = None
     profile: Sequence[str] = ()
     prefix_reuse: bool = True
+    cache_dir: str | None = None
+    cache_disk_gib: float = 16.0
+    cache_min_tokens: int = 1
     audit_rate: float = 0.0
     trust_remote_code: bool = False
 

@@ -1,7 +1,7 @@
 """Every setting of the server: one table, read by the command line, the environment and the code.
 
 Each field is also the flag ``--field-name`` of ``foveate serve`` and the variable
-``FOVEATE_FIELD_NAME``; a flag wins over a variable.
+``FOVEATE_FIELD_NAME``; a flag wins over a variable, and a variable over the file of ``--config``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, SecretStr, field_validator
-from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+from pydantic_settings import NoDecode, SettingsConfigDict
 
 from foveate.sparse_attn import registry
 
 from .settings_checks import read_keys
+from .settings_operation import PREFIX, OperationSettings
 
 # Fields that shape the engine rather than the HTTP server: `foveate generate` takes these too.
 ENGINE_FIELDS = (
@@ -28,19 +29,22 @@ ENGINE_FIELDS = (
     "max_batch_tokens",
     "attention",
     "profile",
+    "cache_dir",
+    "cache_disk_gib",
+    "cache_min_tokens",
     "audit_rate",
     "trust_remote_code",
 )
 
 
-class Settings(BaseSettings):
+class Settings(OperationSettings):
     """Settings of one server.
 
     Raises:
         pydantic.ValidationError: a value is out of range.
     """
 
-    model_config = SettingsConfigDict(env_prefix="FOVEATE_", extra="forbid", frozen=True, env_ignore_empty=True)
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="forbid", frozen=True, env_ignore_empty=True)
 
     model: str = Field(min_length=1, description="packaged name, local directory or hub id of the model")
     served_model_name: str | None = Field(None, min_length=1, description="name that clients use; the model's if unset")
@@ -88,6 +92,13 @@ class Settings(BaseSettings):
         (), description="calibration profile, as `foveate calibrate` writes it (several: repeat the flag)"
     )
     prefix_reuse: bool = Field(True, description="reuse KV pages of prompts that begin alike")
+    cache_dir: str | None = Field(
+        None, min_length=1, description="directory that keeps KV pages of prompts, so that they outlive the server"
+    )
+    cache_disk_gib: float = Field(
+        16.0, gt=0, allow_inf_nan=False, description="bound of the files in --cache-dir in GiB; the oldest go first"
+    )
+    cache_min_tokens: int = Field(1, ge=1, description="shorter prompts are not kept in --cache-dir")
     audit_rate: float = Field(
         0.0,
         ge=0,
@@ -107,7 +118,9 @@ class Settings(BaseSettings):
     batch_in_flight: int = Field(64, ge=1, description="lines of batch files that are in work at once")
     max_batch_lines: int = Field(50_000, ge=1, description="lines of one batch on the server")
     max_file_bytes: int = Field(256 * 2**20, ge=1024, description="bytes of an uploaded file; more is answered 413")
-    max_stored_bytes: int = Field(16 * 2**30, ge=1024, description="bytes of all files in --batch-dir before uploads stop")
+    max_stored_bytes: int = Field(
+        16 * 2**30, ge=1024, description="bytes of all files in --batch-dir before uploads stop"
+    )
     request_timeout: float = Field(
         600, gt=0, allow_inf_nan=False, description="seconds for one answer, waiting included"
     )

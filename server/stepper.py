@@ -10,6 +10,7 @@ from foveate.kv_cache.manager import KVCacheManager
 
 from .admission import Admission
 from .containment import check_device, failure, raise_if_fatal, sample_contained
+from .document_cache import DocumentCache
 from .exceptions import BadLogits, EngineError, RequestFailed, StepFailed
 from .loader import LoadedModel
 from .options import EngineOptions
@@ -39,6 +40,7 @@ class Stepper:
         runner: Computes them.
         outbox: Tells of them.
         groups: Requests that have not ended, by id.
+        documents: Keeps pages of prompts on disk, if the engine has one.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Stepper:
         self.runner = Runner(loaded, cache, options.audit_rate)
         self.outbox = Outbox()
         self.groups: dict[str, RequestGroup] = {}
+        self.documents: DocumentCache | None = None
         self._loaded = loaded
         self._cache = cache
         self._admission = admission
@@ -173,6 +176,8 @@ class Stepper:
     def _end_unanswered(self, sequence: Sequence) -> None:
         """Ends a request that wanted its prompt read and nothing else."""
         group = sequence.group
+        if self.documents is not None:
+            self.documents.prompt_done(sequence)
         group.pages = len(_pages(sequence))
         deltas = [Delta(index, "", (), None, "length") for index in range(group.request.sampling.n)]
         sent = all([self.outbox.send(group, delta) for delta in deltas])
@@ -182,6 +187,8 @@ class Stepper:
         self.outbox.bad_logits += 1
         # Keys that are not finite would spoil every later request with the same beginning.
         if sequence.table is not None:
+            if self.documents is not None:
+                self.documents.prompt_bad(sequence)
             self._cache.forget(sequence.table)
         self.end(sequence.group, Failed(error))
 
@@ -208,6 +215,8 @@ class Stepper:
             else:
                 self.end(group, Failed(drawn.error))
             return
+        if self.documents is not None and not sequence.num_generated and not sequence.index:
+            self.documents.prompt_done(sequence)
         try:
             delta = self._delta(sequence, drawn)
         except BaseException as error:

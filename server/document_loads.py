@@ -1,0 +1,244 @@
+"""Pages from disk into the pool while their request waits.
+
+Threads read and verify files into memory of their own; the engine's thread alone copies what they read into the pool,
+a slice per turn. No page is held for a load: what it brought in lies in the prefix index like any page that a
+finished request left, so a load never stands in the way of running requests, and can be given up at any moment.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+import torch
+
+from foveate.kv_cache.disk import PageStore
+from foveate.kv_cache.disk_format import pack_tokens, padded
+from foveate.kv_cache.disk_index import Span
+from foveate.kv_cache.errors import OutOfPages
+from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.page_bytes import PageBytes
+from foveate.kv_cache.prefix import PrefixEntry, page_keys
+
+from .scheduler import Scheduler
+from .sequence import Sequence
+
+log = logging.getLogger(__name__)
+
+ACTIVE_LOADS = 2
+READ_AHEAD = 3  # files that are read beyond the one being copied, of each load
+READER_THREADS = 4  # one verified 1.1 GB/s of SHA-256
+STALL_SECONDS = 20.0  # after which a disk that gives nothing is no longer waited for
+PAUSE_SECONDS = 60.0  # and nothing is read from it for so long
+
+Reading = Future[list[torch.Tensor]]
+
+
+@dataclass(slots=True, eq=False)
+class Load:
+    """One request's pages on their way.
+
+    Attributes:
+        sequence: Waits for them; it is not in the scheduler.
+        tokens: Those whose keys may be reused.
+        keys: Of its full pages.
+        layout: How a page lies in bytes.
+        parent: Entry of the last page that is in the pool, ``None`` before the first.
+        page: Logical index of the next page to copy.
+        packed: The tokens as files have them.
+        spans: Files still to be read, each with the logical index of its first page.
+        reading: Files being read, in order.
+        pages: Read pages still to be copied.
+        progress: When the last page came.
+        is_open: Whether ``start`` was called.
+    """
+
+    sequence: Sequence
+    tokens: list[int]
+    keys: list[bytes]
+    layout: PageBytes
+    parent: PrefixEntry | None = None
+    page: int = 0
+    packed: bytes = b""
+    spans: deque[tuple[Span, int]] = field(default_factory=deque)
+    reading: deque[tuple[Reading, int]] = field(default_factory=deque)
+    pages: deque[torch.Tensor] = field(default_factory=deque)
+    progress: float = 0.0
+    is_open: bool = False
+
+
+class Loads:
+    """All loads of an engine. Only its thread uses this.
+
+    Args:
+        store: Where pages are read from.
+        cache: Where they go.
+        scheduler: Sequences are taken out of its queue while they wait for pages, and put back.
+        wake: Called from other threads when there is something to copy.
+
+    Attributes:
+        restored_tokens: Tokens that were brought in.
+        parked: Loads that are not done, oldest first.
+        has_work: Whether ``turn`` has something to do at once.
+    """
+
+    def __init__(self, store: PageStore, cache: KVCacheManager, scheduler: Scheduler, wake: Callable[[], None]) -> None:
+        self.restored_tokens = 0
+        self.parked: list[Load] = []
+        self.has_work = False
+        self._store = store
+        self._cache = cache
+        self._scheduler = scheduler
+        self._wake = wake
+        self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="foveate-cache-read")
+        # Waiting sequences that were looked up before.
+        self._seen: set[Sequence] = set()
+        self._pause_until = 0.0
+
+    def take(self, layout_of: Callable[[Sequence], PageBytes], touch: Callable[[list[str]], None]) -> None:
+        """Takes waiting sequences out of the scheduler's queue of which the disk holds more than the pool."""
+        waiting = list(self._scheduler.waiting)
+        self._seen &= set(waiting)  # one that is preempted is looked up again
+        paused = time.monotonic() < self._pause_until
+        for sequence in waiting:
+            needed = self._cache.pool.geometry.pages_for(len(sequence.tokens) + 1)
+            if sequence in self._seen or needed > self._cache.capacity_tokens // self._cache.page_size:
+                continue
+            if self._scheduler.running and needed > self._cache.available:
+                continue  # it cannot come in yet, and what is brought in now may be gone by then
+            self._seen.add(sequence)
+            tokens = sequence.reusable_tokens[:-1]
+            keys = page_keys(tokens, sequence.group.namespace, self._cache.page_size)
+            spans = self._store.spans(keys)
+            if not spans:
+                continue
+            touch([span.name for span in spans])
+            load = Load(sequence, tokens, keys, layout_of(sequence))
+            if not paused and self._gain(load) > 0:
+                self._scheduler.remove(sequence)
+                self._seen.discard(sequence)
+                self.parked.append(load)
+                self.has_work = True
+
+    def turn(self, deadline: float) -> None:
+        """Copies what was read, until ``deadline`` (``time.monotonic()``)."""
+        self.has_work = False
+        for load in list(self.parked):
+            if load.sequence not in load.sequence.group.sequences:  # aborted
+                self._end(load, put_back=False)
+        for load in list(self.parked):
+            try:
+                if not load.is_open and not self._open(load):
+                    continue
+                done = self._advance(load, deadline)
+            except Exception:
+                log.exception("pages could not be brought in from disk; they are computed")
+                done = True
+            if done:
+                self._end(load, put_back=True)
+
+    def close(self) -> None:
+        """Gives up all loads, and puts their sequences back."""
+        for load in list(self.parked):
+            self._end(load, put_back=True)
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _gain(self, load: Load) -> int:
+        """Tokens that would not have to be computed, and sets where the load begins."""
+        found = self._cache.prefix.match(load.tokens, load.sequence.group.namespace)
+        load.parent = found[-1] if found else None
+        load.page = len(found)
+        size, tile = self._cache.page_size, load.sequence.group.tile
+        known = self._store.count(load.keys)
+        while known * size % tile:
+            known -= 1
+        return (known - len(found)) * size
+
+    def _open(self, load: Load) -> bool:
+        """Starts a load if there is room for it, and none under way that brings in the same pages."""
+        active = [other for other in self.parked if other.is_open]
+        if len(active) >= ACTIVE_LOADS:
+            return False
+        if self._gain(load) > 0:
+            if any(load.keys[load.page] in other.keys for other in active):
+                return False
+            first = load.page
+            for span in self._store.spans(load.keys[load.page :]):
+                load.spans.append((span, first))
+                first += span.count
+            load.packed = pack_tokens(load.tokens)
+        load.progress = time.monotonic()
+        load.is_open = True
+        return True
+
+    def _advance(self, load: Load, deadline: float) -> bool:
+        """Copies pages; true when the load is at its end."""
+        cache, size, namespace = self._cache, self._cache.page_size, load.sequence.group.namespace
+        while True:
+            while load.spans and len(load.reading) <= READ_AHEAD:
+                span, first = load.spans.popleft()
+                reading = self._readers.submit(self._store.read, span, first, namespace, load.packed)
+                load.reading.append((reading, span.count))
+                reading.add_done_callback(lambda _: self._ring())
+            if not load.pages:
+                if not load.reading:
+                    return True
+                reading, wanted = load.reading[0]
+                if not reading.done():
+                    return self._is_stalled(load)
+                load.reading.popleft()
+                load.pages.extend(reading.result())
+                load.progress = time.monotonic()
+                if len(load.pages) < wanted:  # gone or damaged: what comes after it is of no use
+                    load.spans.clear()
+                    _cancel(load)
+                if not load.pages:
+                    return True
+            if time.monotonic() > deadline:
+                self.has_work = True
+                return False
+            data = load.pages.popleft()
+            if len(data) != padded(load.layout.nbytes):
+                return True
+            tokens = load.tokens[load.page * size : (load.page + 1) * size]
+            try:
+                load.parent = cache.restore(
+                    load.parent, tokens, namespace, lambda page, data=data: load.layout.copy_in(page, data)
+                )
+            except OutOfPages:
+                return True
+            if load.parent is None:
+                return True
+            load.page += 1
+            self.restored_tokens += size
+
+    def _is_stalled(self, load: Load) -> bool:
+        if time.monotonic() - load.progress < STALL_SECONDS:
+            return False
+        log.warning("document cache: the disk gave nothing for %.0f s; pages are computed", STALL_SECONDS)
+        self._pause_until = time.monotonic() + PAUSE_SECONDS
+        return True
+
+    def _end(self, load: Load, put_back: bool) -> None:
+        _cancel(load)
+        load.pages.clear()
+        self.parked.remove(load)
+        self.has_work = self.has_work or bool(self.parked)
+        if put_back:
+            self._seen.add(load.sequence)
+            load.sequence.wait.found_tokens = None
+            self._scheduler.add(load.sequence)
+
+    def _ring(self) -> None:
+        self.has_work = True
+        self._wake()
+
+
+def _cancel(load: Load) -> None:
+    for reading, _ in load.reading:
+        reading.cancel()
+    load.reading.clear()
