@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from fastapi import FastAPI
+from starlette.middleware.cors import CORSMiddleware
 
 from foveate import __version__
 
 from . import routes_chat, routes_completions, routes_meta
+from .access import Access
 from .engine_protocol import EngineLike
 from .errors import install_handlers
 from .limits import Limits
@@ -30,9 +33,9 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         yield
-        state.text.close()
+        await asyncio.to_thread(state.close)
 
-    # No pages for browsers: they would load scripts from elsewhere. No telemetry: the server opens no connections.
+    # No pages for browsers: they would load scripts from elsewhere. No telemetry of FastAPI's own.
     app = FastAPI(
         title="foveate",
         version=__version__,
@@ -46,5 +49,16 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     install_handlers(app)
     for routes in (routes_completions, routes_chat, routes_meta):
         app.include_router(routes.router)
-    app.add_middleware(Limits, settings=settings, metrics=state.metrics, keys=state.keys)
+    # The last one added is the outermost.
+    app.add_middleware(Limits, settings=settings, keys=state.keys)
+    app.add_middleware(Access, metrics=state.metrics, tracing=state.tracing)
+    if settings.cors_origin:
+        # Without credentials: a page sends its key itself, and no cookie of the browser counts here.
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=settings.cors_origin,
+            allow_methods=["GET", "POST", "DELETE"],
+            allow_headers=["*"],
+            expose_headers=["x-request-id", "retry-after"],
+        )
     return app

@@ -18,8 +18,10 @@ from foveate.sparse_attn import registry
 
 from .batch import arguments as batch_arguments
 from .bench.arguments import BENCH, MODES, Mode, name_model
+from .config_file import ConfigFileError
 from .evaluation.arguments import EXAMPLES, SETTINGS, add_arguments
 from .settings import ENGINE_FIELDS, Settings
+from .settings_operation import told_by
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 
@@ -28,7 +30,8 @@ _SERVE = """examples:
   foveate serve ./my-model --port 0 --attention streaming
   FOVEATE_API_KEY=secret foveate serve ./my-model --host 0.0.0.0
 
-Every flag is also a variable: --max-context is FOVEATE_MAX_CONTEXT. A flag wins.
+Every flag is also a variable, --max-context is FOVEATE_MAX_CONTEXT, and a name in the file of --config, max_context.
+A flag wins over a variable, a variable over the file.
 """
 _GENERATE = """examples:
   foveate generate smollm2-135m -p "Why is the sky blue?"
@@ -151,16 +154,21 @@ def read_settings(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
     values = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
     try:
         return Settings(**values)
+    except ConfigFileError as error:
+        parser.error(str(error))
     except ValidationError as error:
-        _complain(error, parser)
+        _complain(error, values, parser)
 
 
-def _complain(error: ValidationError, parser: argparse.ArgumentParser) -> NoReturn:
+def _complain(error: ValidationError, given: dict[str, Any], parser: argparse.ArgumentParser) -> NoReturn:
     first = error.errors(include_url=False, include_input=False)[0]
+    reason = first["msg"].removeprefix("Value error, ")
+    if not first["loc"]:  # of several settings together
+        parser.error(reason)
     name = str(first["loc"][0])
     if name == "model" and first["type"] == "missing":
         parser.error("name a MODEL (or set FOVEATE_MODEL)")
-    parser.error(f"--{name.replace('_', '-')}: {first['msg'].removeprefix('Value error, ')}")
+    parser.error(f"{told_by(name, given)}: {reason}")
 
 
 def _command(commands: Any, name: str, purpose: str, examples: str) -> argparse.ArgumentParser:

@@ -1,39 +1,31 @@
 """What a request must satisfy before the application sees it: key, size, encoding, speed.
 
-A plain ASGI layer outside the application, since limits must hold while a body is read. It also
-gives each answer its ``x-request-id`` and counts error answers.
+A plain ASGI layer outside the application, since limits must hold while a body is read.
 """
 
 from __future__ import annotations
 
 import asyncio
-import logging
-import uuid
 from contextlib import suppress
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
 from .keys import ADMIN, OWNER, KeyRing, unauthorized
-from .metrics import ServerMetrics
 from .settings import Settings
 
-OPEN_PATHS = frozenset({"/health", "/metrics"})
-MAX_LABEL_BYTES = 128
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 LINGER_SECONDS = 2.0
 _TIMEOUT = 408
 _MAX_LENGTH_DIGITS = 18  # Python refuses to read numbers of thousands of digits
-
-_log = logging.getLogger(__name__)
 
 
 class Limits:
     """Wraps ``app``; every refusal closes the connection, since the body was not read to its end."""
 
-    def __init__(self, app: ASGIApp, settings: Settings, metrics: ServerMetrics, keys: KeyRing) -> None:
+    def __init__(self, app: ASGIApp, settings: Settings, keys: KeyRing) -> None:
         self._app = app
         self._settings = settings
-        self._metrics = metrics
         self._keys = keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -43,7 +35,6 @@ class Limits:
         if scope["type"] != "http":
             raise RuntimeError(f"{scope['type']} is not served")
         headers = [(name.lower(), value) for name, value in scope["headers"]]
-        send, started = self._labelled(send, _label(headers))
         try:
             self._check_headers(scope, headers)
             self._check_key(scope, headers)
@@ -51,29 +42,8 @@ class Limits:
         except ApiError as error:
             await _refuse(error, receive, send)
             return
-        if body is None:
-            return
-        try:
+        if body is not None:
             await self._app(scope, _replay(body, receive), send)
-        except Exception as error:
-            if started.is_set():
-                raise  # nothing can be said any more: the connection ends
-            _log.exception("a request failed")
-            await error_response(error)(scope, receive, send)
-
-    def _labelled(self, send: Send, label: bytes) -> tuple[Send, asyncio.Event]:
-        """``send`` with the label and the count, and whether it was used."""
-        started = asyncio.Event()
-
-        async def labelled(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                started.set()
-                message = {**message, "headers": [*message.get("headers", ()), (b"x-request-id", label)]}
-                if message["status"] >= 400:
-                    self._metrics.rejected.labels(str(message["status"])).inc()
-            await send(message)
-
-        return labelled, started
 
     def _check_headers(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         size = sum(len(name) + len(value) + 4 for name, value in headers)
@@ -129,13 +99,6 @@ async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
             while (await receive()).get("more_body", False):
                 pass
     await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-
-def _label(headers: list[tuple[bytes, bytes]]) -> bytes:
-    """The client's own id if it is fit to be shown, else a new one. It names nothing inside the server."""
-    given = next((value for name, value in headers if name == b"x-request-id"), b"")
-    fit = 0 < len(given) <= MAX_LABEL_BYTES and all(0x20 <= byte < 0x7F for byte in given)
-    return given if fit else str(uuid.uuid4()).encode()
 
 
 def _replay(body: bytes, receive: Receive) -> Receive:

@@ -68,7 +68,8 @@ class Outbox:
         group = chunk.sequence.group
         elapsed = time.monotonic() - group.request.arrival
         total = len(group.request.prompt_token_ids)
-        return self.send(group, Progress(total, group.cached_tokens, min(chunk.start + chunk.count, total), elapsed))
+        processed, waited = min(chunk.start + chunk.count, total), group.waited_seconds or 0.0
+        return self.send(group, Progress(total, group.cached_tokens, processed, elapsed, waited))
 
     def delta(self, sequence: Sequence, drawn: Sampled, eos_token_ids: Set[int]) -> Delta:
         """The event of the token that was just added to ``sequence``."""

@@ -96,12 +96,17 @@ class Usage:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """Prefill has come this far (tokens of the prompt)."""
+    """Prefill has come this far (tokens of the prompt). Times are seconds since the request's arrival.
+
+    Attributes:
+        waited_seconds: When its first chunk began to be computed.
+    """
 
     total: int
     cached: int
     processed: int
     elapsed_seconds: float
+    waited_seconds: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

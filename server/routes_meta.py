@@ -1,4 +1,4 @@
-"""Everything that is not generation: models, tokenize, detokenize, health, metrics."""
+"""Everything that is not generation: models, tokenize, detokenize, health, readiness, metrics."""
 
 from __future__ import annotations
 
@@ -74,6 +74,14 @@ async def health(request: Request) -> JSONResponse:
     if condition != "ready":
         raise unavailable(condition)
     return JSONResponse({"status": "ok"})
+
+
+@router.get("/ready")
+async def ready(request: Request) -> JSONResponse:
+    condition = state_of(request).readiness
+    if condition != "ready":
+        raise unavailable(condition)
+    return JSONResponse({"status": "ready"})
 
 
 @router.get("/metrics")

@@ -103,6 +103,7 @@ class RequestGroup:
         keys_dense: Key reads that dense attention would have done.
         mass_kept: Attention mass kept, summed over the tokens that were audited.
         audited_tokens: Their number.
+        waited_seconds: From its arrival until it was first computed; ``None`` before that.
     """
 
     request: GenerationRequest
@@ -117,6 +118,7 @@ class RequestGroup:
     keys_dense: float = 0.0
     mass_kept: float = 0.0
     audited_tokens: int = 0
+    waited_seconds: float | None = None
 
     @property
     def tile(self) -> int:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 import sys
 import threading
@@ -17,10 +18,12 @@ from types import FrameType
 
 import uvicorn
 
+from . import logs
 from .app import create_app
 from .engine_protocol import EngineLike
 from .http_protocol import bounded_protocol
 from .settings import Settings
+from .settings_operation import unknown_variables
 from .state import ServerState, state_of_app
 
 _TIMES = ("_seconds", "_timeout")
@@ -31,17 +34,22 @@ _log = logging.getLogger(__name__)
 
 def run(settings: Settings) -> int:
     """Serves until told to stop and returns the exit status."""
-    logging.basicConfig(level=settings.log_level.upper(), format="%(levelname)s %(name)s: %(message)s")
+    if settings.log_format == "json":
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws its bars by this too
+    logs.configure(settings.log_level, settings.log_format)
+    for name in unknown_variables(set(Settings.model_fields)):
+        _log.warning("%s is no setting and was passed over", name)
     try:
         listener = listen(settings.host, settings.port)
     except OSError as error:
-        print(f"foveate: cannot listen on {settings.host}:{settings.port}: {error.strerror}", file=sys.stderr)
+        complain(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", settings)
         return 1
     if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
         _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
     _log.info("limits: %s", ", ".join(f"{name}={value}" for name, value in limits_of(settings).items()))
 
     app = create_app(None, settings)
+    _reload_keys_on_hangup(state_of_app(app))
     server = FoveateServer(server_config(app, settings), state_of_app(app), listener)
     threading.Thread(target=server.load, name="foveate-load", daemon=True).start()
     server.run(sockets=[listener])
@@ -63,10 +71,29 @@ def listen(host: str, port: int) -> socket.socket:
     return socket.create_server(address[:2], family=family)
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(listener: socket.socket, tls: bool = False) -> str:
     """The URL of ``listener``."""
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"http://{host}:{port}"
+    scheme = "https" if tls else "http"
+    return f"{scheme}://[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{scheme}://{host}:{port}"
+
+
+def _reload_keys_on_hangup(state: ServerState) -> None:
+    """SIGHUP reads the key files again. On a thread: a signal's handler must neither block nor log."""
+
+    def handle(sig: int, frame: FrameType | None) -> None:
+        threading.Thread(target=state.keys.reload, name="foveate-keys", daemon=True).start()
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGHUP, handle)
+
+
+def complain(reason: str, settings: Settings) -> None:
+    """Says on stderr, in the form of the log, why the server ends."""
+    if settings.log_format == "json":
+        _log.critical("%s", reason)
+    else:
+        print(f"foveate: {reason}", file=sys.stderr, flush=True)
 
 
 def limits_of(settings: Settings) -> dict[str, float]:
@@ -84,7 +111,9 @@ def server_config(app: object, settings: Settings) -> uvicorn.Config:
         lifespan="on",
         log_config=None,
         log_level="warning" if settings.log_level == "info" else settings.log_level,
-        access_log=settings.log_level == "debug",
+        access_log=False,  # see access.py
+        ssl_certfile=settings.tls_cert,
+        ssl_keyfile=settings.tls_key,
         proxy_headers=False,
         server_header=False,
         timeout_graceful_shutdown=_GRACE_SECONDS,
@@ -117,7 +146,7 @@ class FoveateServer(uvicorn.Server):
             self._state.serve(engine)
         except Exception as error:
             _log.debug("loading failed", exc_info=True)
-            print(f"foveate: cannot serve {self._state.settings.model}: {error}", file=sys.stderr, flush=True)
+            complain(f"cannot serve {self._state.settings.model}: {error}", self._state.settings)
             self.status = 1
             self.should_exit = True
             return
@@ -125,7 +154,9 @@ class FoveateServer(uvicorn.Server):
             self.loading = False
         self._engine = engine
         self._listening.wait()
-        print(f"foveate is ready on {address_of(self._listener)}", flush=True)
+        logs.adopt_libraries()
+        tls = self._state.settings.tls_cert is not None
+        print(f"foveate is ready on {address_of(self._listener, tls)}", flush=True)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

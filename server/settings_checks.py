@@ -1,7 +1,8 @@
-"""Checks of settings that look at files, so that a wrong one is said before anything is loaded."""
+"""Checks of settings that look at the machine, so that a wrong one is said before anything is loaded."""
 
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 
 _MAX_KEY_FILE_BYTES = 2**20
@@ -28,3 +29,19 @@ def read_keys(path: Path) -> list[str]:
     if not keys:
         raise ValueError(f"{path} holds no key")
     return keys
+
+
+def require_opentelemetry() -> None:
+    """Checks that traces can be made.
+
+    Raises:
+        ValueError: the library is missing.
+    """
+    # Each name in turn: to look for a module imports its parents.
+    for name in ("opentelemetry", "opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http"):
+        try:
+            missing = importlib.util.find_spec(name) is None
+        except ModuleNotFoundError:
+            missing = True
+        if missing:
+            raise ValueError("traces need OpenTelemetry: pip install 'foveate[otel]'")

@@ -14,6 +14,7 @@ from .metrics import ServerMetrics
 from .settings import Settings
 from .text_worker import TextWorker
 from .token_text import TokenText
+from .tracing import Tracing
 
 _TEXT_THREADS = 4
 _TEXT_SECONDS = 30.0
@@ -23,6 +24,7 @@ _WORDS = {
     "draining": "The server is stopping.",
     "dead": "The engine has stopped.",
     "stalled": "The engine makes no progress.",
+    "queue_full": "Too many requests wait.",
 }
 
 
@@ -42,6 +44,9 @@ class ServerState:
         self.settings = settings
         self.keys = KeyRing(settings)
         self.metrics = ServerMetrics(lambda: self._served.engine if self._served else None)
+        self.tracing = None
+        if settings.otlp_endpoint is not None:
+            self.tracing = Tracing(settings.otlp_endpoint, settings.served_model_name or settings.model)
         self.text = TextWorker(_TEXT_THREADS, _TEXT_SECONDS)
         self.draining = False
         self._served: Served | None = None
@@ -64,6 +69,21 @@ class ServerState:
             return self.condition
         stalled = self._served.engine.snapshot().heartbeat_age_seconds > self.settings.stall_seconds
         return "stalled" if stalled else "ready"
+
+    @property
+    def readiness(self) -> str:
+        """As ``health``, and ``queue_full`` while the next request would be refused for it."""
+        health = self.health
+        if health != "ready" or self._served is None:
+            return health
+        waiting = self._served.engine.snapshot().waiting
+        return "queue_full" if waiting >= self.settings.max_queued_requests else "ready"
+
+    def close(self) -> None:
+        """Ends the threads of this state; blocks."""
+        self.text.close()
+        if self.tracing is not None:
+            self.tracing.close()
 
     def served(self) -> Served:
         """The model that is served.

@@ -241,7 +241,14 @@ def serve(image: Image, work: Path, model: Path) -> None:
 
     def inside(command: list[str], init: bool = False) -> list[str]:
         first = ["unshare", "--pid", "--fork", "--kill-child", f"--mount-proc={root}/proc"] if init else []
-        change = ["setpriv", "--no-new-privs", "chroot", f"--userspec={image.user}", "--groups=", str(root)]
+        change = [
+            shutil.which("setpriv"),
+            "--no-new-privs",
+            shutil.which("chroot"),
+            f"--userspec={image.user}",
+            "--groups=",
+            str(root),
+        ]
         return [*first, *change, "/bin/sh", "-c", 'cd "$1"; shift; exec "$@"', "sh", image.workdir, *command]
 
     def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
