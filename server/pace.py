@@ -30,7 +30,7 @@ def context_of_equal_cost(loaded: LoadedModel) -> float:
     if output is not None:
         embeddings |= {id(weight) for weight in output.parameters()}
     weights = [*loaded.model.parameters(), *loaded.model.buffers()]
-    linear = sum(weight.numel() for weight in weights if id(weight) not in embeddings)
+    linear: int = sum(weight.numel() for weight in weights if id(weight) not in embeddings)
     facts = loaded.attached.facts
     return max(linear, 1) / (2 * facts.num_layers * facts.num_heads * facts.head_dim)
 
