@@ -64,7 +64,7 @@ def _hash(model: PreTrainedModel) -> str:
 
 @torch.inference_mode()
 def weights_digest(model: torch.nn.Module) -> str:
-    """SHA-256 over every parameter and buffer, quantised ones too: equal iff all weights are. Reads all of them once."""
+    """SHA-256 over every parameter and buffer, quantised ones too: equal iff all weights are. Reads them all."""
 
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named

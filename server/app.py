@@ -11,7 +11,7 @@ from starlette.middleware.cors import CORSMiddleware
 
 from foveate import __version__
 
-from . import routes_chat, routes_completions, routes_meta
+from . import routes_cache, routes_chat, routes_completions, routes_meta
 from .access import Access
 from .engine_protocol import EngineLike
 from .errors import install_handlers
@@ -47,7 +47,7 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     )
     attach_state(app, state)
     install_handlers(app)
-    for routes in (routes_completions, routes_chat, routes_meta):
+    for routes in (routes_completions, routes_chat, routes_cache, routes_meta):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings, keys=state.keys)

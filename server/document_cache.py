@@ -184,13 +184,21 @@ class DocumentCache:
             "disk_skipped_prompts": self._saves.skipped,
         }
 
-    def describe(self) -> dict[str, Any]:
-        """What is kept, as JSON values: sizes and times, nothing of the contents. May be called from any thread."""
+    def describe(self, limit: int, after: str = "") -> dict[str, Any]:
+        """What is kept, as JSON values: sizes and times, nothing of the contents. May be called from any thread.
+
+        Args:
+            limit: Entries at most, the latest used first.
+            after: Only those that follow the one of this id; an unknown id is ignored.
+        """
         documents = self._store.documents()
+        start = next((place + 1 for place, item in enumerate(documents) if item.id == after), 0)
         return {
+            "object": "list",
+            "has_more": len(documents) > start + limit,
             "bytes": self._store.nbytes,
             "limit_bytes": self._store.limit_bytes,
-            "data": [_entry(document) for document in documents],
+            "data": [_entry(document) for document in documents[start : start + limit]],
         }
 
     def delete(self, id: str | None) -> list[str]:

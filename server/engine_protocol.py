@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import torch
 
@@ -12,6 +12,9 @@ from foveate.sparse_attn.protocol import Scheme
 
 from .mass import MassHistogram
 from .request import GenerationRequest
+
+if TYPE_CHECKING:  # it imports the libraries of models
+    from .document_cache import DocumentCache
 
 EngineState = Literal["loading", "ready", "draining", "dead"]
 
@@ -89,6 +92,11 @@ class EngineLike(Protocol):
 
     @property
     def default_scheme(self) -> Scheme: ...
+
+    @property
+    def documents(self) -> DocumentCache | None:
+        """Pages of prompts on disk; ``None`` where none are kept."""
+        ...
 
     @property
     def created(self) -> int:

@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from foveate import __version__
 
 from .current_request import CURRENT, CurrentRequest
+from .document_metrics import disk_metrics
 from .engine_protocol import EngineLike
 from .mass import BOUNDS
 from .request import Delta, Event, Failed, Finished, Progress, Usage
@@ -78,6 +79,7 @@ class _EngineCollector(Collector):
             buckets = [(str(bound), float(count)) for bound, count in zip(BOUNDS, below, strict=True)]
             mass.add_metric([scheme], [*buckets, ("+Inf", float(below[-1]))], histogram.total)
         yield mass
+        yield from disk_metrics(snapshot.disk)
 
 
 class ServerMetrics:

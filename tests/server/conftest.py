@@ -79,6 +79,7 @@ class FakeEngine:
         self.dtype = torch.float32
         self.tokenizer = tokenizer
         self.created = 1_700_000_000
+        self.documents = None
         self.identity = {"weights": "0123", "dtype": "float32"}
         self.state: EngineState = "ready"
         self.default_scheme = registry.build("dense")
