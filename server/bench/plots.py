@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 _DOTS_PER_INCH = 120
 _PARTS = {"attention": "#4c72b0", "selection": "#dd8452", "linear": "#55a868", "rest": "#b0b0b0"}
@@ -90,11 +91,18 @@ def _lines(path: Path, report: Mapping[str, Any], name: str, title: str, factor:
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
-    axes.minorticks_off()
-    axes.grid(alpha=0.3)
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
+    axes.tick_params(axis="y", which="minor", labelsize=6)
+    axes.grid(alpha=0.3, which="both")
     axes.set_xlabel("tokens of the prompt")
     axes.set_ylabel(title)
     if axes.lines:
+        if name == "first_seconds" and len(lengths) > 1:
+            least = min(min(line.get_ydata()) for line in axes.lines)
+            straight = [least * length / lengths[0] for length in lengths]
+            axes.plot(lengths, straight, color="#b0b0b0", linestyle="--", zorder=0, label="linear")
         axes.legend(fontsize=8)
     return _save(figure, path, report)
 
@@ -114,7 +122,7 @@ def _stacks(path: Path, report: Mapping[str, Any], phase: str) -> Path:
         panel.invert_yaxis()
         panel.set_title(f"{length:,} tokens", fontsize=9)
         panel.set_xlabel(f"% of {phase}")
-    figure.legend(*panel.get_legend_handles_labels(), loc="outside upper center", ncols=len(_PARTS), fontsize=8)
+    figure.legend(*panel.get_legend_handles_labels(), loc="outside lower center", ncols=len(_PARTS), fontsize=8)
     return _save(figure, path, report)
 
 
@@ -140,6 +148,3 @@ def _save(figure: Figure, path: Path, report: Mapping[str, Any]) -> Path:
     )
     figure.savefig(path, dpi=_DOTS_PER_INCH)
     return path
-
-
-Draw = Callable[[Path, Mapping[str, Any]], list[Path]]

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 from foveate.patches.parts import PartClock
@@ -117,7 +118,7 @@ def time_request(
     except KeyboardInterrupt:
         engine.abort(request.request_id)
         raise
-    gaps = tuple(later - earlier for earlier, later in zip(times, times[1:], strict=False))
+    gaps = tuple(later - earlier for earlier, later in pairwise(times))
     return Timing(times[0] - start, gaps, event.usage, _between(before, parts[0]), _between(parts[0], parts[-1]))
 
 

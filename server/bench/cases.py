@@ -1,0 +1,169 @@
+"""What the op benches are made of: cases that take turns with the machine's limit, and pages of random keys."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+
+from foveate.kv_cache.geometry import CacheGeometry, default_page_size
+from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.stats import PageStat
+from foveate.kv_cache.view import PagedView, Rows
+
+from .shapes import Shape
+
+# Decode walks through so many bytes per call, as a model does through its layers: no cache near the core holds them.
+WALK_BYTES = 400 * 10**6
+# Layers or copies that one call walks through at most: small ones need no more to leave the caches near the core.
+MOST_STEPS = 256
+# The product that stands for what the machine multiplies.
+GEMM = (2048, 4096, 4096)
+
+Call = Callable[[], object]
+Limit = Literal["mm", "sum"]
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One combination of what the command line asks for.
+
+    Attributes:
+        shape: Heads and layer sizes.
+        name: The shape's name.
+        dtype: Of queries, keys, values and weights.
+        device: Where.
+        context: Tokens in the pages.
+        queries: Of a chunk of a prompt.
+        share: Of the keys that sparse attention reads.
+        isas: Instruction sets of the native kernels; none on a GPU.
+    """
+
+    shape: Shape
+    name: str
+    dtype: torch.dtype
+    device: torch.device
+    context: int
+    queries: int
+    share: float
+    isas: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One op on one input, by several kernels.
+
+    Attributes:
+        name: What is read or computed.
+        calls: Kernel -> what to call.
+        work: Operations, or bytes, of one such call; by kernel where they differ.
+        limit: ``mm``: work is operations; ``sum``: bytes.
+        steps: Layers that one call walks through; times are told per step.
+    """
+
+    name: str
+    calls: Mapping[str, Call]
+    work: float | Mapping[str, float]
+    limit: Limit
+    steps: int = 1
+
+    def work_of(self, kernel: str) -> float:
+        return self.work[kernel] if isinstance(self.work, Mapping) else self.work
+
+
+def kernels(
+    op: Callable[..., Any], setting: Setting, native: Callable[..., Any] | None = None
+) -> dict[str, Callable[..., Any]]:
+    """The implementations of an op that this setting has.
+
+    Args:
+        op: With a ``backend`` argument that knows ``torch``.
+        setting: On a GPU there is one, which the op chooses.
+        native: Its native kernel, with an ``isa`` argument; or the op itself, where its ``backend`` knows ``native``.
+    """
+    if setting.device.type != "cpu":
+        return {"chosen by the op": op}
+    found: dict[str, Callable[..., Any]] = {}
+    if native is op and setting.isas:
+        found = {f"native {setting.isas[-1]}": partial(op, backend="native")}
+    elif native is not None:
+        found = {f"native {isa}": partial(native, isa=isa) for isa in setting.isas}
+    return found | {"torch": partial(op, backend="torch")}
+
+
+def take_turns(calls: Mapping[str, Call], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
+    """Median seconds of each; the first round warms up."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for turn in range(repeats + 1):
+        for name, call in calls.items():
+            start = clock()
+            call()
+            if turn:
+                times[name].append(clock() - start)
+    return {name: statistics.median(taken) for name, taken in times.items()}
+
+
+def clock_of(device: torch.device, cpu_time: bool) -> Callable[[], float]:
+    """Wall time, or the thread's own; waits for a GPU first."""
+    if device.type == "cuda":
+
+        def synchronized() -> float:
+            torch.cuda.synchronize(device)
+            return time.perf_counter()
+
+        return synchronized
+    return time.thread_time if cpu_time else time.perf_counter
+
+
+class Limits:
+    """What the machine can do: a large product, and reading a large tensor.
+
+    Args:
+        dtype: Of the product.
+        device: Where.
+    """
+
+    names: Mapping[Limit, str] = {"mm": "torch.mm {} x {} x {}".format(*GEMM), "sum": "sum of a large tensor"}
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        rows, inner, columns = GEMM
+        left = torch.randn(rows, inner, device=device).to(dtype)
+        right = torch.randn(inner, columns, device=device).to(dtype)
+        large = torch.randn(WALK_BYTES // 4, device=device)
+        self.calls: dict[Limit, Call] = {"mm": lambda: left @ right, "sum": lambda: large.sum()}
+        self.work: dict[Limit, float] = {"mm": 2.0 * rows * inner * columns, "sum": float(large.nbytes)}
+
+
+def pages_of(setting: Setting, queries: int, layers: int = 1, stats: Sequence[PageStat] = ()) -> list[PagedView]:
+    """One sequence in each layer of a pool of random keys and values, its pages in mixed order."""
+    size, shape = default_page_size(setting.device), setting.shape
+    pages = -(-setting.context // size)
+    geometry = CacheGeometry(layers, shape.kv_heads, shape.head_dim, size, pages, setting.dtype, setting.device)
+    pool = PagePool(geometry, stats)
+    pool.keys.normal_()
+    pool.values.normal_()
+    for stat, kept in pool.stats.items():
+        kept.copy_(stat.fold.reduce((pool.keys if stat.source == "key" else pool.values).float(), 3))
+    order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
+    rows = Rows.build([order], [setting.context], [queries], setting.device)
+    return [PagedView(pool.layer(layer), rows) for layer in range(layers)]
+
+
+def steps_to_walk(bytes_per_step: float) -> int:
+    """Layers, or copies of a weight, that together are as large as what decode walks through."""
+    return min(max(1, int(WALK_BYTES // bytes_per_step)), MOST_STEPS)
+
+
+def query_of(setting: Setting, queries: int) -> torch.Tensor:
+    shape = setting.shape
+    return torch.randn(queries, shape.heads, shape.head_dim, device=setting.device).to(setting.dtype)
+
+
+def causal_pairs(setting: Setting) -> int:
+    """(query, key) pairs of a chunk at the end of the context, one head."""
+    return sum(range(setting.context - setting.queries + 1, setting.context + 1))
