@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -52,6 +53,11 @@ class Answer(Protocol):
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer in one piece, without usage."""
         ...
+
+
+def answer_id(prefix: str, request_id: str | None) -> str:
+    """The id of an answer: a new one, or the client's own label."""
+    return f"{prefix}-{request_id or uuid.uuid4().hex}"
 
 
 def usage_body(usages: Iterable[Usage]) -> dict[str, Any]:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+import uuid
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,12 +33,14 @@ class Generation:
         body: As it was checked.
         prompts: Token ids, one list per prompt.
         answer: Writes what the engine says.
+        usage: Writes what it cost.
     """
 
     engine: EngineLike
     body: GenerationBody
     prompts: list[list[int]]
     answer: Answer
+    usage: Callable[[list[Usage]], dict[str, Any]] = usage_body
 
 
 async def respond(request: Request, generation: Generation) -> Response:
@@ -47,17 +50,28 @@ async def respond(request: Request, generation: Generation) -> Response:
         EngineError: the engine refused, or failed before an answer in one piece was complete.
         SchemeError: ``body.attention`` names no scheme or a wrong option.
     """
-    state = state_of(request)
-    limits, body = state.settings, generation.body
+    stream, body = await opened(request, generation), generation.body
+    if body.stream:
+        payloads = _stream(stream, body, generation.prompts, generation.answer)
+        return EventStream(stream, payloads, state_of(request).settings.write_seconds)
+    return await in_one_piece(request, stream, generation)
+
+
+async def opened(request: Request, generation: Generation) -> ResponseStream:
+    """The events of ``generation``, which runs from now on."""
+    state, body = state_of(request), generation.body
+    limits = state.settings
     seconds = limits.request_timeout if body.timeout is None else min(body.timeout, limits.request_timeout)
     stream = ResponseStream(generation.engine, state.metrics, seconds, limits.write_seconds)
     await submit(stream, generation, state, request.scope.get(OWNER, ""))
-    if body.stream:
-        payloads = _stream(stream, body, generation.prompts, generation.answer)
-        return EventStream(stream, payloads, limits.write_seconds)
+    return stream
+
+
+async def in_one_piece(request: Request, stream: ResponseStream, generation: Generation) -> Response:
+    """The whole answer, unless the client leaves before."""
     try:
         async with stream.watching(request.receive):
-            return await _rendered(await collect(stream, generation), body)
+            return await _rendered(await collect(stream, generation), generation.body)
     except ClientDisconnected:
         return Response(status_code=_CLIENT_GONE)
 
@@ -73,6 +87,8 @@ async def submit(stream: ResponseStream, generation: Generation, state: ServerSt
     scheme = await state.text.run(generation.engine.build_scheme, body.attention)
     # Owners of different keys never share prefix pages, or the time to the first token would tell on them.
     salt = f"{owner}/{body.cache_salt}"
+    if not body.cache_prompt:
+        salt += f"/{uuid.uuid4()}"  # nothing was ever computed under it, and nothing will be again
     stream.submit(generation.prompts, body.sampling(), scheme, salt, body.priority)
 
 
@@ -95,7 +111,7 @@ async def collect(stream: ResponseStream, generation: Generation) -> dict[str, A
                 usages.append(usage)
     write = generation.answer.whole
     whole = write(choices) if body.prompt_alternatives is None else await asyncio.to_thread(write, choices)
-    return {**whole, "usage": usage_body(usages)}
+    return {**whole, "usage": generation.usage(usages)}
 
 
 async def _rendered(whole: dict[str, Any], body: GenerationBody) -> Response:
@@ -119,7 +135,7 @@ async def _stream(
     total = sum(map(len, prompts))
     latest: dict[int, Progress] = {}
     usages: list[Usage] = []
-    async for item in stream.events(PING_SECONDS):
+    async for item in stream.events(body.sse_ping_interval or PING_SECONDS):
         match item:
             case None:
                 yield None

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from .answers import FINGERPRINT, Choice, chat_logprobs
+from .answers import FINGERPRINT, Choice, answer_id, chat_logprobs
 from .completion_logprobs import prompt_logprobs
 from .errors import ApiError
 from .generation import Generation, respond
@@ -56,7 +55,7 @@ class ChatAnswer:
         self._scores: list[TokenLogprob] = []
         self._begun: set[int] = set()
         self._head = {
-            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "id": answer_id("chatcmpl", body.request_id),
             "object": "chat.completion.chunk",
             "created": int(time.time()),
             "model": served.engine.model_name,

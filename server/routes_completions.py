@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
-from .answers import FINGERPRINT, Choice
+from .answers import FINGERPRINT, Choice, answer_id
 from .completion_logprobs import CompletionLogprobs, Lists, echoed, joined, prompt_logprobs, sliced
 from .generation import Generation, respond
 from .openapi import body_schema
@@ -58,7 +57,7 @@ class CompletionAnswer:
         self._logprobs = [CompletionLogprobs(self._tokens, body.skip_special_tokens, len(echo)) for echo in self._echo]
         self._begun: set[int] = set()
         self._head = {
-            "id": f"cmpl-{uuid.uuid4().hex}",
+            "id": answer_id("cmpl", body.request_id),
             "object": "text_completion",
             "created": int(time.time()),
             "model": served.engine.model_name,

@@ -1,8 +1,4 @@
-"""Bodies of completions, tokenize and detokenize, and the fields that all generation shares.
-
-``user``, ``metadata``, ``safety_identifier``, ``prompt_cache_key`` and the like are labels that say
-nothing about the answer; they are ignored, as unknown keys are.
-"""
+"""Bodies of completions, tokenize and detokenize, and the fields that all generation shares."""
 
 from __future__ import annotations
 
@@ -13,6 +9,7 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from .request import SamplingParams
 from .sampling_limits import LARGEST_PRIORITY, LEAST_PRIORITY, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
+from .schemas_labels import LabelledBody
 from .validation import Body
 
 MAX_NAME_CHARS = 256
@@ -32,22 +29,14 @@ _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "guided_choice": ((), _NO_GRAMMAR),
     "guided_grammar": ((), _NO_GRAMMAR),
     "logits_processors": (([],), "code in a request is never run"),
+    "vllm_xargs": (({},), "there are no arguments of this kind"),
+    "timings_per_token": ((False,), "times are in /metrics"),
+    "prompt_cache_options": (({},), "how prefixes are kept cannot be chosen"),
+    "prompt_cache_retention": (("in_memory", "in-memory"), "only in_memory can be chosen"),
 }
 
 
-class StreamOptions(Body):
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-    @field_validator("include_obfuscation")
-    @classmethod
-    def _not_offered(cls, value: bool) -> bool:
-        if value:
-            raise ValueError("obfuscation of streams is not supported")
-        return value
-
-
-class GenerationBody(Body):
+class GenerationBody(LabelledBody):
     """What completions and chat have in common. OpenAI's names first, then vLLM's, then our own.
 
     Types and plain bounds are checked here; ``sampling_limits`` checks everything again, for every
@@ -66,8 +55,6 @@ class GenerationBody(Body):
     logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
     stop: list[str] = Field([], max_length=MAX_STOPS)
-    stream: bool = False
-    stream_options: StreamOptions | None = None
 
     top_k: int = Field(0, ge=-1, le=INT32_MAX)
     min_p: float = Field(0.0, ge=0, le=1)
@@ -79,6 +66,7 @@ class GenerationBody(Body):
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
     cache_salt: str = Field("", max_length=MAX_NAME_CHARS)
+    cache_prompt: bool = True
 
     priority: int = Field(0, ge=LEAST_PRIORITY, le=LARGEST_PRIORITY)
     timeout: float | None = Field(None, gt=0)

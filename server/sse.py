@@ -35,6 +35,7 @@ class EventStream(Response):
     """
 
     media_type = "text/event-stream"
+    end = DONE
 
     def __init__(
         self, stream: ResponseStream, payloads: AsyncIterator[Mapping[str, Any] | None], write_seconds: float
@@ -45,6 +46,13 @@ class EventStream(Response):
         self._stream = stream
         self._payloads = payloads
         self._write_seconds = write_seconds
+
+    def framed(self, payload: Mapping[str, Any]) -> bytes:
+        return frame(payload)
+
+    def failed(self, error: Exception) -> bytes:
+        """What is sent in place of the rest."""
+        return frame(error_body(error))
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def write(data: bytes, more: bool = True) -> None:
@@ -57,15 +65,14 @@ class EventStream(Response):
                 await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
                 try:
                     async for payload in self._payloads:
-                        await write(PING if payload is None else frame(payload))
+                        await write(PING if payload is None else self.framed(payload))
                 except (ApiError, EngineError) as error:
-                    await write(frame(error_body(error)))
-                await write(DONE)
-                await write(b"", more=False)
+                    await write(self.failed(error))
+                await write(self.end, more=False)
             except (ClientDisconnected, OSError):
                 # TimeoutError is an OSError: a peer that reads nothing would hold its buffers for ever.
                 if abort := scope.get("state", {}).get("abort_connection"):
                     abort()
             except Exception as error:
                 _log.exception("a stream failed")
-                await write(frame(error_body(error)) + DONE, more=False)
+                await write(self.failed(error) + self.end, more=False)

@@ -31,6 +31,7 @@ class Body(BaseModel):
 
 
 BodyT = TypeVar("BodyT", bound=Body)
+_SHOWN_CHARS = 64
 
 
 def parse_json(data: bytes, what: str = "body") -> dict[str, Any]:
@@ -59,7 +60,7 @@ def validate(model: type[BodyT], data: dict[str, Any]) -> BodyT:
     """
     for name, (harmless, reason) in model.refused.items():
         value = data.get(name)
-        if value is not None and value not in harmless:
+        if value is not None and not any(type(value) is type(other) and value == other for other in harmless):
             raise ApiError(400, f"{name}: {reason}", param=name, code="unsupported_parameter")
     try:
         return model.model_validate(data)
@@ -99,5 +100,6 @@ def _path(location: tuple[str | int, ...]) -> str:
     """``("messages", 0, "content")`` as ``messages[0].content``."""
     path = ""
     for part in location:
-        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else part
+        # A key may be the client's own, and as long as the body.
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:_SHOWN_CHARS]}" if path else part[:_SHOWN_CHARS]
     return path
