@@ -181,7 +181,7 @@ class PageStore:
         name = f"{header.keys[-1].hex()}.{header.first_page}.run"
         try:
             self.make_room(size)
-            self._write_file(name, (memoryview(head), memoryview(pages.numpy()).cast("B")), used)
+            self._write_file(name, (memoryview(head), pages.numpy().data.cast("B")), used)
         except FileNotFoundError:  # somebody removed the folder, or took the part for an orphan
             self._usable = self._prepare()
             return False

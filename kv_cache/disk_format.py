@@ -148,7 +148,7 @@ def _count(value: Any, least: int) -> int:
 
 def checksum(page: torch.Tensor) -> bytes:
     """SHA-256 of the bytes ``[stride]`` uint8 of a page. Lets other threads run."""
-    return hashlib.sha256(memoryview(page.numpy())).digest()
+    return hashlib.sha256(page.numpy().data).digest()
 
 
 def head_of(header: RunHeader, token_ids: bytes) -> bytes:

@@ -69,7 +69,7 @@ def weights_digest(model: torch.nn.Module) -> str:
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named
         state = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        state.update(memoryview(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()))
+        state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.digest()
 
     with ThreadPoolExecutor(_THREADS) as threads:

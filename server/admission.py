@@ -52,7 +52,8 @@ class Admission:
         if len(prompt) + wanted > self._cache.capacity_tokens:
             raise PoolTooSmall(len(prompt) + wanted, self._cache.capacity_tokens)
         policy = f"{request.scheme.identity}\0{request.salt}"
-        group = RequestGroup(request, hashlib.sha256(self.identity + policy.encode("utf-8", "surrogatepass")).digest(), wanted)
+        namespace = hashlib.sha256(self.identity + policy.encode("utf-8", "surrogatepass")).digest()
+        group = RequestGroup(request, namespace, wanted)
         group.sequences.append(self.sequence(group, 0))
         return group
 

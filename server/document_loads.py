@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -206,9 +207,7 @@ class Loads:
                 return True
             tokens = load.tokens[load.page * size : (load.page + 1) * size]
             try:
-                load.parent = cache.restore(
-                    load.parent, tokens, namespace, lambda page, data=data: load.layout.copy_in(page, data)
-                )
+                load.parent = cache.restore(load.parent, tokens, namespace, partial(load.layout.copy_in, source=data))
             except OutOfPages:
                 return True
             if load.parent is None:

@@ -214,7 +214,7 @@ class Saves:
         pages = buffer[: save.count]
         copied = None
         if self._on_gpu:
-            copied = torch.cuda.Event()
+            copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         keys = _keys(save)
         run = _Run(save, save.first, pages, copied, self._epoch, keys)
