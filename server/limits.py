@@ -16,6 +16,7 @@ from .settings import Settings
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 LINGER_SECONDS = 2.0
+FORM_BYTES = 2**20  # what a form may take beside the file in it
 _TIMEOUT = 408
 _MAX_LENGTH_DIGITS = 18  # Python refuses to read numbers of thousands of digits
 
@@ -38,9 +39,12 @@ class Limits:
         try:
             self._check_headers(scope, headers)
             self._check_key(scope, headers)
+            if is_upload(scope, self._settings):
+                await self._app(scope, receive, send)
+                return
             body = await self._read(headers, receive)
         except ApiError as error:
-            await _refuse(error, receive, send)
+            await refuse(error, receive, send)
             return
         if body is not None:
             await self._app(scope, _replay(body, receive), send)
@@ -55,8 +59,8 @@ class Limits:
                 raise ApiError(415, "Send the body as it is, without Content-Encoding.", code="unsupported_encoding")
             if name == b"content-length" and value.isdigit():
                 digits = value.lstrip(b"0")
-                if len(digits) > _MAX_LENGTH_DIGITS or int(digits or b"0") > self._settings.max_body_bytes:
-                    raise self._too_large()
+                if len(digits) > _MAX_LENGTH_DIGITS or int(digits or b"0") > body_limit(scope, self._settings):
+                    raise self._too_large(body_limit(scope, self._settings))
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         """Every path but ``OPEN_PATHS`` needs a key, unknown paths too."""
@@ -78,17 +82,27 @@ class Limits:
                         return None
                     body += message.get("body", b"")
                     if len(body) > self._settings.max_body_bytes:
-                        raise self._too_large()
+                        raise self._too_large(self._settings.max_body_bytes)
                     if not message.get("more_body", False):
                         return bytes(body)
         except TimeoutError:
             raise ApiError(_TIMEOUT, "The body did not arrive in time.", code="body_timeout") from None
 
-    def _too_large(self) -> ApiError:
-        return ApiError(413, f"The body is larger than {self._settings.max_body_bytes} bytes.", code="body_too_large")
+    def _too_large(self, limit: int) -> ApiError:
+        return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
 
 
-async def _refuse(error: ApiError, receive: Receive, send: Send) -> None:
+def is_upload(scope: Scope, settings: Settings) -> bool:
+    """Whether a body goes to the disk as it comes; its route holds it to its limits."""
+    return settings.batch_dir is not None and scope["method"] == "POST" and scope["path"] == "/v1/files"
+
+
+def body_limit(scope: Scope, settings: Settings) -> int:
+    """Bytes that a body may have."""
+    return settings.max_file_bytes + FORM_BYTES if is_upload(scope, settings) else settings.max_body_bytes
+
+
+async def refuse(error: ApiError, receive: Receive, send: Send) -> None:
     """Answers at once and closes, but lets a client that is still sending come to an end and read the answer."""
     response = error_response(error)
     response.headers["connection"] = "close"

@@ -14,14 +14,17 @@ import signal
 import socket
 import sys
 import threading
+from functools import partial
 from types import FrameType
 
 import uvicorn
 
 from . import logs
 from .app import create_app
+from .batch.errors import BatchError
 from .engine_protocol import EngineLike
 from .http_protocol import bounded_protocol
+from .limits import body_limit
 from .settings import Settings
 from .settings_operation import unknown_variables
 from .state import ServerState, state_of_app
@@ -48,7 +51,11 @@ def run(settings: Settings) -> int:
         _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
     _log.info("limits: %s", ", ".join(f"{name}={value}" for name, value in limits_of(settings).items()))
 
-    app = create_app(None, settings)
+    try:
+        app = create_app(None, settings)
+    except BatchError as error:
+        complain(str(error), settings)
+        return 1
     _reload_keys_on_hangup(state_of_app(app))
     server = FoveateServer(server_config(app, settings), state_of_app(app), listener)
     threading.Thread(target=server.load, name="foveate-load", daemon=True).start()
@@ -106,7 +113,7 @@ def server_config(app: object, settings: Settings) -> uvicorn.Config:
     """uvicorn's settings: httptools, since h11 answers twice when both body lengths are given."""
     return uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=bounded_protocol(settings.max_header_bytes, settings.max_body_bytes, settings.read_seconds),
+        http=bounded_protocol(settings.max_header_bytes, partial(body_limit, settings=settings), settings.read_seconds),
         ws="none",
         lifespan="on",
         log_config=None,
