@@ -11,8 +11,10 @@ from starlette.middleware.cors import CORSMiddleware
 
 from foveate import __version__
 
-from . import routes_cache, routes_chat, routes_completions, routes_meta
+from . import routes_cache, routes_chat, routes_completions, routes_meta, routes_responses
 from .access import Access
+from .batch import routes_batches, routes_files
+from .batch.service import open_service
 from .engine_protocol import EngineLike
 from .errors import install_handlers
 from .limits import Limits
@@ -30,9 +32,15 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     if engine is not None:
         state.serve(engine)
 
+    batches = open_service(state)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if batches is not None:
+            await batches.start()
         yield
+        if batches is not None:
+            await batches.stop()
         await asyncio.to_thread(state.close)
 
     # No pages for browsers: they would load scripts from elsewhere. No telemetry of FastAPI's own.
@@ -46,8 +54,9 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
         telemetry={"tracing": False, "metrics": False, "logs": False, "auto_configure": False},
     )
     attach_state(app, state)
+    app.state.batches = batches
     install_handlers(app)
-    for routes in (routes_completions, routes_chat, routes_cache, routes_meta):
+    for routes in (routes_completions, routes_chat, routes_responses, routes_cache, routes_meta, routes_files, routes_batches):
         app.include_router(routes.router)
     # The last one added is the outermost.
     app.add_middleware(Limits, settings=settings, keys=state.keys)

@@ -1,0 +1,47 @@
+"""``POST /v1/responses``: OpenAI's newer endpoint, without its state."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import APIRouter, Request
+from fastapi.responses import Response
+
+from .errors import ApiError
+from .generation import Generation, in_one_piece, opened
+from .openapi import body_schema
+from .prompts import chat_prompt
+from .responses_answer import ResponsesAnswer, TypedEventStream, responses_usage
+from .schemas_responses import ResponsesBody, as_chat, renamed
+from .state import ServerState, state_of
+from .validation import parse_request, validate
+
+router = APIRouter()
+
+
+@router.post("/v1/responses", openapi_extra=body_schema(ResponsesBody))
+async def responses(request: Request) -> Response:
+    state = state_of(request)
+    state.served()
+    generation = await prepare(state, await parse_request(request))
+    stream, answer = await opened(request, generation), generation.answer
+    if generation.body.stream:
+        assert isinstance(answer, ResponsesAnswer)
+        return TypedEventStream(stream, answer.events(stream), state.settings.write_seconds, answer)
+    return await in_one_piece(request, stream, generation)
+
+
+async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
+    """The JSON body ``data`` of a response, checked and read.
+
+    Raises:
+        ApiError: 400, 404 for another model, 503 while no request is taken.
+    """
+    body = validate(ResponsesBody, data)
+    chat = as_chat(body, data)
+    served = state.served_as(body.model)
+    try:
+        prompt = await chat_prompt(chat, served, state.text, state.settings.max_messages)
+    except ApiError as error:
+        raise renamed(error) from None
+    return Generation(served.engine, chat, [prompt], ResponsesAnswer(served, body), responses_usage)
