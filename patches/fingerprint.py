@@ -69,6 +69,8 @@ def weights_digest(model: torch.nn.Module) -> str:
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named
         state = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        if tensor.layout is not torch.strided:  # laid out for a library
+            tensor = tensor.to_dense()
         state.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
         return state.digest()
 

@@ -113,7 +113,11 @@ class DocumentCache:
             pin=geometry.device.type == "cuda",
         )
         store.make_room()
-        identity = identity_of(loaded, geometry, options)
+        try:
+            identity = identity_of(loaded, geometry, options)
+        except Exception:  # a layout of weights that cannot be read
+            log.exception("no pages are kept on disk: the model cannot be told from others")
+            return None
         log.info("document cache: %d files, %.2f GiB in %s", store.num_files, store.nbytes / 2**30, store.folder)
         return cls(store, cache, scheduler, options, loaded.name, identity, wake)
 
