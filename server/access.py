@@ -65,7 +65,8 @@ class Access:
             CURRENT.reset(before)
 
     def _tell(self, scope: Scope, current: CurrentRequest, status: int, seconds: float) -> None:
-        level = logging.WARNING if status >= 500 else logging.DEBUG if scope["path"] in OPEN_PATHS else logging.INFO
+        # Probes come every few seconds, and what they find is in the metrics.
+        level = logging.DEBUG if scope["path"] in OPEN_PATHS else logging.WARNING if status >= 500 else logging.INFO
         # As it was sent: decoded, a path may hold line ends.
         path = (scope.get("raw_path") or scope["path"].encode()).decode("ascii", "backslashreplace")
         path = path.partition("?")[0][:_MAX_PATH]

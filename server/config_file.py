@@ -39,7 +39,7 @@ def file_source(settings: type[BaseSettings], path: Path) -> PydanticBaseSetting
         values = source()
     except OSError as error:
         raise ConfigFileError(f"cannot read {path}: {error.strerror}") from None
-    except (ValueError, TypeError) as error:  # TOML's and Unicode's errors are ValueErrors; a list of values is none
+    except (ValueError, TypeError, AttributeError) as error:  # the last two: no table, or names that are no text
         raise ConfigFileError(f"{path}: {_one_line(error)}") from None
     except Exception as error:
         if type(error).__module__.partition(".")[0] != "yaml":

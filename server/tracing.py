@@ -58,9 +58,8 @@ class Tracing:
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
 
             exporter = OTLPSpanExporter(endpoint=_traces_url(endpoint))
-        # The environment's OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win over these.
-        resource = Resource({"service.name": "foveate", "service.version": __version__}).merge(Resource.create())
-        if resource.attributes["service.name"] == "unknown_service":
+        resource = Resource.create({"service.version": __version__})
+        if str(resource.attributes["service.name"]).startswith("unknown_service"):  # OTEL_SERVICE_NAME does not say
             resource = resource.merge(Resource({"service.name": "foveate"}))
         self._provider = TracerProvider(resource=resource)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))

@@ -1,0 +1,247 @@
+"""Browsers, TLS, readiness, HTTP counts, and the process as its operator sees it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import ssl
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import httpx
+import pytest
+import trustme
+
+from foveate.server import engine as engine_module
+from foveate.server.app import create_app
+from foveate.server.cli import build_parser, read_settings
+from foveate.server.serve import FoveateServer, address_of, listen, server_config
+from foveate.server.settings import Settings
+from foveate.server.state import state_of_app
+
+ORIGIN = "https://app.example.org"
+PREFLIGHT = {
+    "origin": ORIGIN,
+    "access-control-request-method": "POST",
+    "access-control-request-headers": "authorization",
+}
+
+
+def parse(*arguments):
+    parser = build_parser()
+    return read_settings(parser.parse_args(["serve", "m", *arguments]), parser)
+
+
+class TestBrowsers:
+    def test_off_by_default(self, client):
+        response = client.get("/v1/models", headers={"origin": ORIGIN})
+        assert not [name for name in response.headers if name.startswith("access-control")]
+        assert client.options("/v1/models", headers=PREFLIGHT).status_code == 405
+
+    def test_an_origin_that_is_let_in(self, client_of):
+        client = client_of(cors_origin=(ORIGIN, "http://localhost:3000"), api_key=["k"])
+        answer = client.options("/v1/completions", headers=PREFLIGHT)
+        assert answer.status_code == 200, "a browser asks this without the key"
+        assert answer.headers["access-control-allow-origin"] == ORIGIN
+        assert "authorization" in answer.headers["access-control-allow-headers"].lower()
+        assert "access-control-allow-credentials" not in answer.headers
+        refused = client.get("/v1/models", headers={"origin": ORIGIN})
+        assert refused.status_code == 401
+        assert refused.headers["access-control-allow-origin"] == ORIGIN, "a page must be able to read its error"
+        good = client.get("/v1/models", headers={"origin": ORIGIN, "authorization": "Bearer k"})
+        assert (good.status_code, good.headers["access-control-allow-origin"]) == (200, ORIGIN)
+
+    @pytest.mark.parametrize("origin", ["https://evil.example", "https://app.example.org.evil.example", "null"])
+    def test_others(self, client_of, origin):
+        client = client_of(cors_origin=(ORIGIN,))
+        for response in (
+            client.options("/v1/completions", headers={**PREFLIGHT, "origin": origin}),
+            client.get("/v1/models", headers={"origin": origin}),
+        ):
+            assert "access-control-allow-origin" not in response.headers
+
+    @pytest.mark.parametrize(
+        "origin", ["app.example.org", "https://a.example/", "https://a.example/x", "javascript:x", "a b"]
+    )
+    def test_what_is_no_origin(self, origin, capsys):
+        with pytest.raises(SystemExit):
+            parse("--cors-origin", origin)
+        assert "--cors-origin: " in capsys.readouterr().err
+
+
+class TestReadiness:
+    def test_as_health(self, client, engine, settings):
+        assert client.get("/ready").json() == {"status": "ready"}
+        engine.heartbeat_age = settings.stall_seconds + 1
+        assert client.get("/ready").json()["error"]["code"] == "stalled"
+        engine.heartbeat_age, engine.state = 0.0, "draining"
+        assert client.get("/ready").status_code == 503
+
+    def test_a_full_queue_is_healthy_and_not_ready(self, client, engine, settings, monkeypatch):
+        from dataclasses import replace
+
+        now = engine.snapshot()
+        monkeypatch.setattr(engine, "snapshot", lambda: replace(now, waiting=settings.max_queued_requests))
+        assert client.get("/health").status_code == 200
+        response = client.get("/ready")
+        assert (response.status_code, response.json()["error"]["code"]) == (503, "queue_full")
+        monkeypatch.setattr(engine, "snapshot", lambda: replace(now, waiting=settings.max_queued_requests - 1))
+        assert client.get("/ready").status_code == 200
+
+    def test_it_needs_no_key(self, client_of):
+        assert client_of(api_key=["k"]).get("/ready").status_code == 200
+
+
+def test_http_counts_have_routes_and_not_paths(client):
+    client.get("/v1/models/nosuch")
+    client.get("/v1/models/other")
+    client.get("/some/thing")
+    client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 1})
+    text = client.get("/metrics").text
+    assert 'foveate_http_requests_total{route="/v1/models/{model:path}",status="404"} 2.0' in text
+    assert 'foveate_http_requests_total{route="none",status="404"} 1.0' in text
+    assert 'foveate_http_requests_total{route="/v1/completions",status="200"} 1.0' in text
+    assert "nosuch" not in text
+
+
+def test_sizes_and_times_of_requests(client):
+    client.post("/v1/completions", json={"prompt": "Hello", "max_tokens": 3})
+    text = client.get("/metrics").text
+    for line in (
+        "foveate_queue_seconds_count 1.0",
+        "foveate_prefill_seconds_count 1.0",
+        "foveate_request_prompt_tokens_sum 5.0",
+        "foveate_request_generated_tokens_sum 3.0",
+        'foveate_keys_read_fraction_sum{scheme="dense"} 0.5',
+        'foveate_prefix_cache_lookups_total{result="miss"} 1.0',
+        'foveate_build_info{dtype="torch.float32",model="fake-model"',
+        "process_resident_memory_bytes ",
+    ):
+        assert line in text
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("tls")
+    authority = trustme.CA()
+    made = authority.issue_cert("127.0.0.1")
+    made.cert_chain_pems[0].write_to_path(folder / "cert.pem")
+    made.private_key_pem.write_to_path(folder / "key.pem")
+    authority.issue_cert("localhost").private_key_pem.write_to_path(folder / "other.pem")
+    made.private_key_and_cert_chain_pem.write_to_path(folder / "both.pem")
+    authority.cert_pem.write_to_path(folder / "ca.pem")
+    return folder
+
+
+class TestTls:
+    @pytest.mark.parametrize("files", [("cert.pem", "key.pem"), ("both.pem", None)], ids=["two-files", "one-file"])
+    def test_it_is_spoken_and_nothing_else(self, engine, certificate, monkeypatch, files):
+        cert, key = (name and certificate / name for name in files)
+        monkeypatch.setattr(engine_module.Engine, "load", staticmethod(lambda settings: engine))
+        settings = Settings(model="fake-model", port=0, tls_cert=cert, tls_key=key)
+        listener = listen(settings.host, settings.port)
+        app = create_app(None, settings)
+        server = FoveateServer(server_config(app, settings), state_of_app(app), listener)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        server.load()
+        try:
+            url = address_of(listener, tls=True)
+            assert url.startswith("https://")
+            trust = ssl.create_default_context(cafile=str(certificate / "ca.pem"))
+            with httpx.Client(verify=trust) as client:
+                assert client.get(url + "/health").status_code == 200
+                body = {"prompt": "Hi", "max_tokens": 3, "stream": True}
+                assert client.post(url + "/v1/completions", json=body).text.endswith("data: [DONE]\n\n")
+            with pytest.raises(httpx.HTTPError):
+                httpx.get(url.replace("https", "http") + "/health")
+            with pytest.raises(httpx.ConnectError):
+                httpx.get(url + "/health")
+        finally:
+            server.should_exit = True
+            thread.join(10)
+        assert not thread.is_alive()
+
+    @pytest.mark.parametrize(
+        ("cert", "key", "words"),
+        [
+            ("cert.pem", "other.pem", "no certificate and its key"),
+            ("cert.pem", None, "no certificate and its key"),
+            ("key.pem", "cert.pem", "no certificate and its key"),
+            ("nosuch.pem", "key.pem", "cannot read"),
+            ("cert.pem", "nosuch.pem", "cannot read"),
+            (None, "key.pem", "--tls-key needs --tls-cert"),
+        ],
+    )
+    def test_wrong_files_are_said_at_the_start(self, certificate, capsys, cert, key, words):
+        flags = [f"--tls-cert={certificate / cert}"] if cert else []
+        flags += [f"--tls-key={certificate / key}"] if key else []
+        with pytest.raises(SystemExit) as end:
+            parse(*flags)
+        assert end.value.code == 2
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert words in line
+        assert line.startswith("foveate: error: ")
+
+
+PROCESS = """
+import sys, types
+
+class Tokenizer:
+    added_tokens_encoder, chat_template, all_special_ids = {}, None, []
+    encode = lambda self, text, add_special_tokens: [1]
+    decode = lambda self, ids: "a"
+
+class Engine:
+    state, tokenizer, created, context_length, dtype, model_name = "ready", Tokenizer(), 1, 9, "float32", "m"
+    default_scheme = types.SimpleNamespace(name="dense")
+    schemes = lambda self: []
+    def shutdown(self, drain_seconds): self.state = "dead"
+    @staticmethod
+    def load(settings):
+        import warnings
+        warnings.warn("careful\\nnow")
+        return Engine()
+
+sys.modules["foveate.server.engine"] = types.SimpleNamespace(Engine=Engine)
+from foveate.server.cli import main
+sys.exit(main(["serve", "m", "--port", "0", *sys.argv[1:]]))
+"""
+
+
+def test_a_process_reads_its_keys_again_and_writes_json_alone(tmp_path):
+    key_file = tmp_path / "keys"
+    key_file.write_text("old\n")
+    key_file.chmod(0o604)
+    command = [sys.executable, "-c", textwrap.dedent(PROCESS), "--log-format", "json", "--api-key-file", str(key_file)]
+    environment = {**os.environ, "FOVEATE_NOSUCH": "1"}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        try:
+            url = process.stdout.readline().split()[-1]
+
+            def ask(key):
+                return httpx.get(url + "/v1/models", headers={"authorization": f"Bearer {key}"}).status_code
+
+            assert (ask("old"), ask("new")) == (200, 401)
+            key_file.write_text("new\n")
+            os.kill(process.pid, signal.SIGHUP)
+            end = time.monotonic() + 10
+            while ask("new") != 200:
+                assert time.monotonic() < end, "the keys were not read again"
+                time.sleep(0.02)
+            assert ask("old") == 401
+        finally:
+            process.terminate()
+        errors = process.stderr.read()
+        assert process.wait(10) == 0
+    entries = [json.loads(line) for line in errors.splitlines()]
+    messages = " | ".join(entry["message"] for entry in entries)
+    for words in ("FOVEATE_NOSUCH is no setting", "chmod o-r", "careful\nnow", "GET /v1/models", "keys, 0 admin keys"):
+        assert words in messages
+    assert "Bearer" not in errors
