@@ -23,14 +23,18 @@ class Client:
         url: Of the server; ``/v1`` is added.
         api_key: Sent as a bearer token.
         timeout: Seconds for one whole answer.
+        transport: For tests.
     """
 
-    def __init__(self, url: str, api_key: str | None, timeout: float) -> None:
+    def __init__(
+        self, url: str, api_key: str | None, timeout: float, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
         self._timeout = timeout
         self._http = httpx.AsyncClient(
             base_url=url.rstrip("/").removesuffix("/v1") + "/v1/",
             headers={"authorization": f"Bearer {api_key}"} if api_key else {},
             timeout=timeout,
+            transport=transport,
             limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
             trust_env=False,  # no proxy on the way
         )

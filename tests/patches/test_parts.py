@@ -1,0 +1,120 @@
+"""The watch over a forward pass: what it books where, and that nothing of it stays."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+
+import pytest
+import torch
+from transformers import AttentionInterface
+
+import foveate
+from foveate.patches import interface, parts
+from foveate.patches.parts import PARTS, PartClock, watch_parts
+from foveate.patches.quantize import quantize
+from foveate.patches.synthetic import synthetic_model
+from foveate.sparse_attn import attend
+
+SIZES = {
+    "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+@pytest.fixture
+def model():
+    return synthetic_model("llama", torch.float32, torch.device("cpu"), **SIZES)
+
+
+@pytest.fixture
+def now(monkeypatch):
+    """A clock that a test sets."""
+    now = [0.0]
+    monkeypatch.setattr(parts.time, "perf_counter", lambda: now[0])
+    return now
+
+
+def test_an_inner_part_stops_the_outer_one(now):
+    clock = PartClock(torch.device("cpu"))
+    clock.enter("attention")
+    now[0] = 1.0
+    clock.enter("selection")
+    now[0] = 3.0
+    clock.leave()
+    now[0] = 7.0
+    clock.leave()
+    now[0] = 100.0
+    clock.enter("linear")
+    now[0] = 100.5
+    clock.leave()
+    assert clock.seconds == {"attention": 5.0, "selection": 2.0, "linear": 0.5}
+
+
+def test_a_function_that_raises_is_booked_and_left(now):
+    clock = PartClock(torch.device("cpu"))
+
+    def fail():
+        now[0] += 2.0
+        raise ValueError("no")
+
+    with pytest.raises(ValueError, match="no"):
+        clock.timed("linear", fail)()
+    now[0] += 5.0
+    clock.enter("attention")
+    assert clock.seconds["linear"] == 2.0
+
+
+def slow(function, seconds=0.02):
+    def run(*args, **kwargs):
+        time.sleep(seconds)
+        return function(*args, **kwargs)
+
+    return run
+
+
+@pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int8"])
+def test_parts_of_a_forward_pass_are_found(model, monkeypatch, quantized):
+    """Each part is made slow in turn, and the time shows up there and nowhere else."""
+    if quantized:
+        quantize(model, "int8")
+    layers = model.config.num_hidden_layers
+    ids = torch.arange(40)[None]
+    with foveate.attach(model, {"scheme": "streaming", "budget_tokens": 16}), torch.inference_mode():
+        model(ids)  # warms up
+        kinds = {
+            "attention": (interface.ops, "write_kv", layers),
+            "selection": (attend.budget, "keep", 1),  # the other layers read the same
+            "linear": (model.model.layers[0].mlp.down_proj, "forward", 1),
+        }
+        assert set(kinds) == set(PARTS)
+        for part, (owner, name, times) in kinds.items():
+            with monkeypatch.context() as patch:
+                patch.setattr(owner, name, slow(getattr(owner, name)))
+                with watch_parts(model) as clock:
+                    model(ids)
+            assert clock.seconds[part] >= 0.02 * times
+            others = sum(clock.seconds.values()) - clock.seconds[part]
+            assert others < clock.seconds[part], "a sleep is longer than all of a tiny model's work"
+
+
+def test_nothing_stays(model):
+    choose = attend._segments
+    with foveate.attach(model, "streaming"), torch.inference_mode():
+        with contextlib.suppress(RuntimeError), watch_parts(model):
+            assert attend._segments is not choose
+            assert AttentionInterface()[interface.NAME] is not interface.paged_attention
+            raise RuntimeError("stop")
+        assert attend._segments is choose
+        assert AttentionInterface()[interface.NAME] is interface.paged_attention
+        assert not any(module._forward_hooks or module._forward_pre_hooks for module in list(model.modules())[1:])
+
+
+def test_weights_come_from_the_seed(model):
+    again = synthetic_model("llama", torch.float32, torch.device("cpu"), **SIZES)
+    other = synthetic_model("llama", torch.float32, torch.device("cpu"), seed=1, **SIZES)
+    name = "model.layers.1.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(name), again.get_parameter(name))
+    assert not torch.equal(model.get_parameter(name), other.get_parameter(name))
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
+    assert not model.training
