@@ -23,7 +23,8 @@ def synthetic_model(
     made = AutoConfig.for_model(model_type, **config)
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), device:
         torch.manual_seed(seed)
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(made, dtype=dtype, attn_implementation="eager")
+        make: Any = AutoModelForCausalLM.from_config  # typed as nothing
+        model: PreTrainedModel = make(made, dtype=dtype, attn_implementation="eager")
     model.train(False)
     model.requires_grad_(False)
     return model

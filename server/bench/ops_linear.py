@@ -63,8 +63,13 @@ def candidates(
         return found
     for kind in KINDS:
         made = [QuantizedLinear(layer, kind) for layer in layers]
-        found[kind] = (lambda copy, made=made: made[copy](x), made[0].nbytes)
+        found[kind] = (partial(_layer, made, x), made[0].nbytes)
     return found | _torch_kernels(layers, x) if setting.dtype is torch.bfloat16 else found
+
+
+def _layer(made: list[QuantizedLinear], x: torch.Tensor, copy: int) -> torch.Tensor:
+    out: torch.Tensor = made[copy](x)
+    return out
 
 
 def _torch_kernels(layers: list[nn.Linear], x: torch.Tensor) -> dict[str, tuple[Callable[[int], object], int]]:

@@ -34,7 +34,7 @@ class Report:
     def __init__(self, kind: str, given: Namespace, device: torch.device) -> None:
         self.kind = kind
         self._given = given
-        self._about = {
+        self._about: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "kind": kind,

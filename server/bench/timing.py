@@ -15,7 +15,7 @@ from foveate.patches.parts import PartClock
 from foveate.sparse_attn.protocol import Scheme
 
 from ..engine import Engine
-from ..request import Delta, Event, Finished, GenerationRequest, Progress, SamplingParams, Usage
+from ..request import Delta, Event, Failed, Finished, GenerationRequest, Progress, SamplingParams, Usage
 
 _Note = tuple[float, Mapping[str, float], Event]
 
@@ -111,9 +111,9 @@ def time_request(
                 parts.append(seconds)
             elif isinstance(event, Finished):
                 break
-            elif cut_off and limit_seconds is not None:
-                raise TooLong(limit_seconds, processed)
-            else:
+            elif isinstance(event, Failed):
+                if cut_off and limit_seconds is not None:
+                    raise TooLong(limit_seconds, processed)
                 raise event.error
     except KeyboardInterrupt:
         engine.abort(request.request_id)

@@ -13,7 +13,7 @@ from foveate.server import cli, generate
 from foveate.server.request import Delta, Finished, Progress, Usage
 
 
-@pytest.mark.parametrize("command", ["serve", "generate", "pull", "doctor", "calibrate", "eval"])
+@pytest.mark.parametrize("command", ["serve", "generate", "pull", "doctor", "calibrate", "eval", "bench"])
 def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
