@@ -26,7 +26,7 @@ COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"
 AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
-AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16"]
+AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]
 # Source -> flags. Each that compiles defines FOVEATE_BUILT_<name> for dispatch.cpp.
 INSTRUCTION_SETS = {
     "avx2": AVX2,
@@ -39,12 +39,13 @@ INSTRUCTION_SETS = {
     "anchor_amx": AMX,
     "gate_avx2": AVX2,
     "gate_avx512": AVX512,
+    "write_avx2": AVX2,
     "linear_avx2": AVX2,
     "linear_avxvnni": [*AVX2, "-mavxvnni"],
     "linear_avx512vnni": [*AVX512, "-mavx512vnni"],
     "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-SHARED = ("dispatch", "anchor", "gate", "linear")  # sources that choose among them
+SHARED = ("dispatch", "anchor", "gate", "write", "linear")  # sources that choose among them
 
 
 def compiler() -> str:

@@ -35,7 +35,7 @@ def quantize(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def dequantize(integers: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Rows ``[..., D]`` of ``integers [..., D]`` and ``scales [...]``: multiplied in float32, then rounded to ``dtype``."""
+    """Rows ``[..., D]`` from ``integers [..., D]`` and ``scales [...]``, multiplied in float32, then rounded."""
     return (integers.float() * scales[..., None]).to(dtype)
 
 
@@ -67,7 +67,7 @@ class StoredRows:
         """``[n * length, D]``: runs of ``length`` rows side by side, copied.
 
         Args:
-            index: ``[n]`` places, in units of ``length`` rows, among the rows of all pages and heads in order of memory.
+            index: ``[n]`` places, in units of ``length`` rows, among the rows of all pages and heads as they lie.
             length: Divides the page size.
         """
         dim = self.data.shape[-1]

@@ -83,13 +83,15 @@ def _run(
         raise RuntimeError("the native CPU kernels were not built")
     if query.stride(2) != 1:
         query = query.contiguous()
-    rows, part = view.rows, slice(tile_rows.start, tile_rows.stop)
+    rows, pages, part = view.rows, view.pages, slice(tile_rows.start, tile_rows.stop)
     sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
     of_tiles = [column[part] for column in (tiles.sequence, tiles.query_start, tiles.query_count, tiles.position)]
     call.attention = Call(
         query=query.data_ptr(),
-        keys=view.pages.keys.data_ptr(),
-        values=view.pages.keys.data_ptr(),  # never read
+        keys=pages.keys.data_ptr(),
+        values=pages.keys.data_ptr(),  # never read
+        key_scales=None if pages.key_scales is None else pages.key_scales.data_ptr(),
+        value_scales=None if pages.key_scales is None else pages.key_scales.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),
         block_tables=rows.block_tables.data_ptr(),
         context_lens=rows.context_lens.data_ptr(),

@@ -16,15 +16,20 @@ Result = tuple[torch.Tensor, torch.Tensor]
 
 
 def supports(query: torch.Tensor, view: PagedView, spec: AttentionSpec) -> bool:
-    """Can the kernels compute this call? They take float32 and bfloat16, and head dims divisible by 16 up to 512."""
+    """Can the kernels compute this call?
+
+    They take queries in float32 and bfloat16, pages of the same type or of int8, and head dims divisible by 16 up to
+    512.
+    """
     pools = view.pages.keys, view.pages.values
+    stored = torch.int8 if view.pages.quantized else query.dtype
     return (
         query.device.type == "cpu"
         and query.dtype in DTYPES
         and view.head_dim % 16 == 0
         and view.head_dim <= 512
         and spec.scale > 0
-        and all(pool.dtype == query.dtype and pool.is_contiguous() for pool in pools)
+        and all(pool.dtype == stored and pool.is_contiguous() for pool in pools)
         and library() is not None
     )
 
@@ -74,6 +79,8 @@ def run(
         query=query.data_ptr(),
         keys=pages.keys.data_ptr(),
         values=pages.values.data_ptr(),
+        key_scales=None if pages.key_scales is None else pages.key_scales.data_ptr(),
+        value_scales=None if pages.value_scales is None else pages.value_scales.data_ptr(),
         out=out.data_ptr(),
         lse=lse.data_ptr(),
         sinks=None if sinks is None else sinks.data_ptr(),

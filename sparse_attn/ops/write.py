@@ -11,7 +11,9 @@ from foveate.kv_cache.stats import Fold, PageStat
 from foveate.kv_cache.stored import quantize
 from foveate.kv_cache.view import LayerPages
 
-Backend = Literal["torch", "triton"]
+from . import write_native
+
+Backend = Literal["torch", "native", "triton"]
 
 
 def write_kv(
@@ -35,18 +37,28 @@ def write_kv(
 
     Raises:
         ValueError: shapes do not fit.
+        IndexError: a slot lies behind the last page; on a CPU, where it can be seen.
     """
     if key.shape != value.shape or key.shape[0] != slots.shape[0] or key.shape[1:] != pages.keys.shape[1::2]:
         raise ValueError(
             f"key {tuple(key.shape)}, value {tuple(value.shape)} and slots {tuple(slots.shape)} "
             f"do not fit pages {tuple(pages.keys.shape)}"
         )
-    if (backend or ("triton" if key.is_cuda else "torch")) == "triton":
+    chosen = backend or _default_backend(key, value, pages)
+    if chosen == "triton":
         from . import write_triton
 
         write_triton.write_kv(key, value, pages, slots)
+    elif chosen == "native":
+        write_native.write_kv(key, value, pages, slots)
     else:
         _write_kv_torch(key, value, pages, slots)
+
+
+def _default_backend(key: torch.Tensor, value: torch.Tensor, pages: LayerPages) -> Backend:
+    if key.is_cuda:
+        return "triton"
+    return "native" if write_native.supports(key, value, pages) else "torch"
 
 
 def _write_kv_torch(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch.Tensor) -> None:

@@ -44,7 +44,8 @@ class Call(ctypes.Structure):
     """``foveate_attention`` of kernels.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "values", "out", "lse", "sinks")),
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("key_scales", "value_scales", "out", "lse", "sinks")),
         *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "query_offsets")),
         *((name, ctypes.c_void_p) for name in ("indices", "counts")),
         *((f"tile_{name}", ctypes.c_void_p) for name in ("sequence", "start", "count", "position")),
@@ -83,6 +84,20 @@ class GateCall(ctypes.Structure):
     )
 
 
+class WriteCall(ctypes.Structure):
+    """``foveate_write`` of write.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("key", "value", "slots")),
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((f"{source}_{fold}", ctypes.c_void_p) for source in ("key", "value") for fold in ("sum", "min", "max")),
+        *((f"key_{name}_stride", ctypes.c_int64) for name in ("token", "head")),
+        *((f"value_{name}_stride", ctypes.c_int64) for name in ("token", "head")),
+        *((name, ctypes.c_int64) for name in ("num_tokens", "num_pages")),
+        *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "page_size", "dtype", "num_threads")),
+    )
+
+
 class LinearCall(ctypes.Structure):
     """``foveate_linear`` of linear.h, field by field."""
 
@@ -103,6 +118,7 @@ class Library:
         decode: ``foveate_decode``.
         anchor: ``foveate_anchor_run``.
         gate: ``foveate_gate_run``.
+        write: ``foveate_write_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
         linear_isa: The one of them in use, no faster a kind than ``isa``.
         linear: ``foveate_linear_run``.
@@ -120,6 +136,7 @@ class Library:
             and self._size("foveate_threshold_size") == ctypes.sizeof(ThresholdCall)
             and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
             and self._size("foveate_gate_size") == ctypes.sizeof(GateCall)
+            and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
             raise OSError(f"{path} was built from other sources; install again")
@@ -133,6 +150,7 @@ class Library:
         self.decode = self._function("foveate_decode", Call)
         self.anchor = self._function("foveate_anchor_run", AnchorCall)
         self.gate = self._function("foveate_gate_run", GateCall)
+        self.write = self._function("foveate_write_run", WriteCall)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
         )

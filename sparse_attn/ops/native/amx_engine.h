@@ -13,6 +13,7 @@ namespace {
 struct AmxEngine {
     using Simd = Vec16;
     using T = bfloat16;
+    using Row = bfloat16;
     using F = __m512;
     static constexpr int W = 16;
     static constexpr int kVectors = 2;

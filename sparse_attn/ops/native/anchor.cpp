@@ -12,18 +12,19 @@ namespace {
 // The kernels of a call: what its instruction set lacks for its element type comes from the one below.
 const AnchorKernels* kernels_for(const foveate_attention& call) {
     const int isa = call.dtype == FOVEATE_FLOAT32 && call.isa > FOVEATE_AVX512 ? FOVEATE_AVX512 : call.isa;
+    const int pages = call.key_scales ? 1 : 0;  // int8, or the call's own type
     switch (isa) {
 #if defined(FOVEATE_BUILT_ANCHOR_AVX2)
-        case FOVEATE_AVX2: return &kAnchorAvx2[call.dtype];
+        case FOVEATE_AVX2: return &kAnchorAvx2[call.dtype + 2 * pages];
 #endif
 #if defined(FOVEATE_BUILT_ANCHOR_AVX512)
-        case FOVEATE_AVX512: return &kAnchorAvx512[call.dtype];
+        case FOVEATE_AVX512: return &kAnchorAvx512[call.dtype + 2 * pages];
 #endif
 #if defined(FOVEATE_BUILT_ANCHOR_AVX512BF16)
-        case FOVEATE_AVX512BF16: return kAnchorAvx512Bf16;
+        case FOVEATE_AVX512BF16: return &kAnchorAvx512Bf16[pages];
 #endif
 #if defined(FOVEATE_BUILT_ANCHOR_AMX)
-        case FOVEATE_AMX: return kAnchorAmx;
+        case FOVEATE_AMX: return &kAnchorAmx[pages];
 #endif
         default: return nullptr;
     }

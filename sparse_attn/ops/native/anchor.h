@@ -54,7 +54,7 @@ int64_t anchor_scratch(const foveate_anchor& call, int tile) {
 // The weights of one block of keys and ``kVectors`` vectors of columns, in ``kept``, zero where a key is hidden.
 template <class Engine>
 FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Engine>& state, Engine& engine,
-                                 const KeyBlock<typename Engine::T>& block, int v, float* kept, float* references) {
+                                 const KeyBlock<typename Engine::Row>& block, int v, float* kept, float* references) {
     using Simd = typename Engine::Simd;
     constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
     constexpr int kKeys = AnchorState<Engine>::kKeys;
@@ -120,19 +120,20 @@ template <class Engine>
 void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const AnchorState<Engine>& kept, float* scores) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
-    using T = typename Engine::T;
+    using Row = typename Engine::Row;
     constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
     constexpr int64_t kWords = AnchorState<Engine>::kBlockWords;
     const foveate_attention& call = anchor.attention;
     const int group = heads_per_kind(call), rows = item.count * group;
     PrefillState<Engine> state(kept.pass, call, rows);
     load_queries<Engine>(call, item, state);
-    KeyCursor<T> cursor(call, item.sequence, item.kind, 0, int64_t(item.position) + item.count, false);
+    KeyCursor<Row> cursor(call, item.sequence, item.kind, 0, int64_t(item.position) + item.count, false);
     Engine engine(state.engine, call.head_dim);
-    KeyBlock<T>& block = state.blocks[0];
+    KeyBlock<Row>& block = state.blocks[0];
     int64_t blocks = 0;
     int last_count = 0;
     for (cursor.fill(block, kBlock); block.count > 0; cursor.fill(block, kBlock), ++blocks) {
+        block.load_scales();
         engine.load_keys(block);
         last_count = block.count;
         for (int v = 0; v < state.vectors; v += C)

@@ -13,7 +13,7 @@ struct AnchorKernels {
     void (*end)();
 };
 
-extern const AnchorKernels* const kAnchorAvx2;        // [2], by element type
-extern const AnchorKernels* const kAnchorAvx512;      // [2]
-extern const AnchorKernels* const kAnchorAvx512Bf16;
-extern const AnchorKernels* const kAnchorAmx;
+extern const AnchorKernels* const kAnchorAvx2;        // [4]: by element type, and both again for pages of int8
+extern const AnchorKernels* const kAnchorAvx512;      // [4]
+extern const AnchorKernels* const kAnchorAvx512Bf16;  // [2]: pages of bfloat16, and of int8
+extern const AnchorKernels* const kAnchorAmx;         // [2]

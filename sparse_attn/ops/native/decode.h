@@ -14,29 +14,33 @@ namespace {
 
 template <class Products>
 struct DecodeState {
-    using T = typename Products::T;
+    using Row = typename Products::Row;
     Products products;
-    float* weights;       // [group][kDecodeBlock]
-    KeyBlock<T>* blocks;  // [2]
+    float* weights;         // [group][kDecodeBlock]
+    KeyBlock<Row>* blocks;  // [2]
 
     DecodeState(Arena& arena, const foveate_attention& call)
         : products(arena, call),
           weights(arena.take<float>(int64_t(heads_per_kind(call)) * kDecodeBlock)),
-          blocks(arena.take<KeyBlock<T>>(2)) {}
+          blocks(arena.take<KeyBlock<Row>>(2)) {}
 };
 
-// One head's logits become weights 2^(exponent - own[0]), and own[1] their sum so far.
+// One head's logits become weights 2^(exponent - own[0]), each times its value's scale, and own[1] the sum of the
+// weights so far.
 template <class Products>
-FOVEATE_INLINE void decode_softmax(const foveate_attention& call, Products& products, int head, int count,
-                                   float* weights, float* own) {
+FOVEATE_INLINE void decode_softmax(const foveate_attention& call, Products& products, int head,
+                                   const KeyBlock<typename Products::Row>& block, float* weights, float* own) {
     using S = typename Products::Simd;
     using F = typename S::F;
     constexpr int W = S::W;
+    constexpr bool kScaled = KeyBlock<typename Products::Row>::kScaled;
+    const int count = block.count;
     const bool cap = call.softcap != 0.0f;
     const F unit = S::set(cap ? kLog2E : call.scale * kLog2E);
     F top = S::set(-kInfinity);
     for (int at = 0; at < count; at += W) {
         F x = S::load(weights + at);
+        if constexpr (kScaled) x = S::mul(x, S::load(block.key_scales + at));
         if (cap) x = capped<S>(x, call.scale, call.softcap);
         x = S::first_lanes(S::mul(x, unit), count - at);
         S::store(weights + at, x);
@@ -53,8 +57,9 @@ FOVEATE_INLINE void decode_softmax(const foveate_attention& call, Products& prod
     F sum = S::zero();
     for (int at = 0; at < count; at += W) {
         const F weight = S::template exp2<true>(S::sub(S::load(weights + at), reference));
-        S::store(weights + at, weight);
         sum = S::add(sum, weight);
+        if constexpr (kScaled) S::store(weights + at, S::mul(weight, S::load(block.value_scales + at)));
+        else S::store(weights + at, weight);
     }
     own[1] += S::sum(sum);
 }
@@ -63,6 +68,7 @@ FOVEATE_INLINE void decode_softmax(const foveate_attention& call, Products& prod
 template <class Products>
 void decode_item(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch) {
     using T = typename Products::T;
+    using Row = typename Products::Row;
     const int group = heads_per_kind(call), dim = call.head_dim, stride = dim + 2;
     Arena arena(scratch);
     DecodeState<Products> state(arena, call);
@@ -80,7 +86,7 @@ void decode_item(const foveate_attention& call, const DecodeItem& item, float* p
         begin = larger(begin, item.first);
         end = smaller(end, item.last);
     }
-    KeyCursor<T> cursor(call, item.sequence, item.kind / (kinds / call.num_kv_heads), begin, end, true);
+    KeyCursor<Row> cursor(call, item.sequence, item.kind / (kinds / call.num_kv_heads), begin, end, true);
     if (call.indices) {
         const int64_t row = int64_t(item.row) * call.selected_heads + item.kind;
         cursor.select(call.indices + row * call.selected_width, int(item.first), int(item.last), call.granularity);
@@ -89,13 +95,14 @@ void decode_item(const foveate_attention& call, const DecodeItem& item, float* p
     state.blocks[0].count = 0;
     if (begin < end) cursor.fill(state.blocks[0], kDecodeBlock);
     while (state.blocks[current].count > 0) {
-        const KeyBlock<T>& block = state.blocks[current];
-        KeyBlock<T>& next = state.blocks[1 - current];
+        KeyBlock<Row>& block = state.blocks[current];
+        block.load_scales();
+        KeyBlock<Row>& next = state.blocks[1 - current];
         cursor.fill(next, kDecodeBlock);
-        Ahead<T> ahead(next, dim);
+        Ahead<Row> ahead(next, dim);
         state.products.logits(block, ahead, state.weights);
         for (int h = 0; h < group; ++h)
-            decode_softmax(call, state.products, h, block.count, state.weights + h * kDecodeBlock, partial + h * stride);
+            decode_softmax(call, state.products, h, block, state.weights + h * kDecodeBlock, partial + h * stride);
         state.products.accumulate(block, ahead, state.weights);
         current = 1 - current;
     }

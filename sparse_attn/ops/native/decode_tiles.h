@@ -11,10 +11,42 @@
 
 namespace {
 
+// Four neighbouring columns of a tile of 16 x 16 floats become rows.
+FOVEATE_INLINE void four_columns(const float* tile, __m512 (&rows)[4]) {
+    __m512 column[4];
+    for (int j = 0; j < 4; ++j) {  // in lane block L stands row 4L + j
+        __m512 v = _mm512_castps128_ps512(_mm_load_ps(tile + j * 16));
+        v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_load_ps(tile + (4 + j) * 16));
+        v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_load_ps(tile + (8 + j) * 16));
+        column[j] = _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_load_ps(tile + (12 + j) * 16));
+    }
+    const __m512 a = _mm512_unpacklo_ps(column[0], column[1]), b = _mm512_unpackhi_ps(column[0], column[1]);
+    const __m512 c = _mm512_unpacklo_ps(column[2], column[3]), d = _mm512_unpackhi_ps(column[2], column[3]);
+    rows[0] = _mm512_shuffle_ps(a, c, 0x44);
+    rows[1] = _mm512_shuffle_ps(a, c, 0xee);
+    rows[2] = _mm512_shuffle_ps(b, d, 0x44);
+    rows[3] = _mm512_shuffle_ps(b, d, 0xee);
+}
+
+// Sixteen key rows side by side: where they lie, or a copy at their place in ``copies``, with zeros behind the last key.
+template <class Row>
+const Row* tile_of(const KeyBlock<Row>& block, int at, int dim, Row* copies) {
+    const int held = larger(0, smaller(16, block.count - at));
+    bool side_by_side = held == 16;
+    for (int i = 1; side_by_side && i < 16; ++i) side_by_side = block.keys[at + i] == block.keys[at] + int64_t(i) * dim;
+    if (side_by_side) return block.keys[at];
+    const size_t bytes = size_t(dim) * sizeof(Row);
+    Row* copy = copies + int64_t(at) * dim;
+    for (int i = 0; i < held; ++i) __builtin_memcpy(copy + int64_t(i) * dim, block.keys[at + i], bytes);
+    __builtin_memset(copy + int64_t(held) * dim, 0, size_t(16 - held) * bytes);
+    return copy;
+}
+
 class TileProducts {
 public:
     using Simd = Vec16;
     using T = bfloat16;
+    using Row = bfloat16;
 
     static bool fits(const foveate_attention& call) { return call.head_dim % 32 == 0 && heads_per_kind(call) <= 16; }
 
@@ -43,7 +75,7 @@ public:
     void logits(const KeyBlock<T>& block, Ahead<T>& ahead, float* weights) {
         for (int at = 0; at < block.count; at += 64) {
             const T* keys[4];
-            for (int i = 0; i < 4; ++i) keys[i] = tile_of(block, at + 16 * i);
+            for (int i = 0; i < 4; ++i) keys[i] = tile_of(block, at + 16 * i, dim_, gathered_);
             _tile_zero(0);
             _tile_zero(1);
             _tile_zero(2);
@@ -134,32 +166,10 @@ public:
     }
 
 private:
-    // Sixteen key rows side by side: where they lie, or a copy, with zeros behind the last key.
-    const T* tile_of(const KeyBlock<T>& block, int at) {
-        const int held = larger(0, smaller(16, block.count - at));
-        bool side_by_side = held == 16;
-        for (int i = 1; side_by_side && i < 16; ++i)
-            side_by_side = block.keys[at + i] == block.keys[at] + int64_t(i) * dim_;
-        if (side_by_side) return block.keys[at];
-        T* copy = gathered_ + int64_t(at) * dim_;
-        for (int i = 0; i < held; ++i) __builtin_memcpy(copy + int64_t(i) * dim_, block.keys[at + i], size_t(dim_) * 2);
-        __builtin_memset(copy + int64_t(held) * dim_, 0, size_t(16 - held) * size_t(dim_) * 2);
-        return copy;
-    }
-
     // Columns of four heads in a tile of 16 keys x 16 heads become rows: weights[head + h][0..15].
     void heads_of(const float* tile, int head, float* weights) {
-        __m512 column[4];
-        for (int j = 0; j < 4; ++j) {  // in lane block L stands key 4L + j
-            __m512 v = _mm512_castps128_ps512(_mm_load_ps(tile + j * 16));
-            v = _mm512_mask_broadcast_f32x4(v, 0x00f0, _mm_load_ps(tile + (4 + j) * 16));
-            v = _mm512_mask_broadcast_f32x4(v, 0x0f00, _mm_load_ps(tile + (8 + j) * 16));
-            column[j] = _mm512_mask_broadcast_f32x4(v, 0xf000, _mm_load_ps(tile + (12 + j) * 16));
-        }
-        const __m512 a = _mm512_unpacklo_ps(column[0], column[1]), b = _mm512_unpackhi_ps(column[0], column[1]);
-        const __m512 c = _mm512_unpacklo_ps(column[2], column[3]), d = _mm512_unpackhi_ps(column[2], column[3]);
-        const __m512 rows[4] = {_mm512_shuffle_ps(a, c, 0x44), _mm512_shuffle_ps(a, c, 0xee),
-                                _mm512_shuffle_ps(b, d, 0x44), _mm512_shuffle_ps(b, d, 0xee)};
+        __m512 rows[4];
+        four_columns(tile, rows);
         for (int h = 0; h < smaller(4, group_ - head); ++h) _mm512_store_ps(weights + (head + h) * kDecodeBlock, rows[h]);
     }
 

@@ -14,19 +14,20 @@ constexpr int kDecodeBlock = 128;  // keys; 16 KiB of K and as much of V at 64 c
 
 // Prefetches the rows of a block to L2, first its keys, then its values, a few at a time: a burst would wait for line
 // buffers while nothing is computed. Into L1, or not at all, decode of one group of three heads ran 10 to 25 % slower.
-template <class T>
+template <class Row>
 class Ahead {
 public:
-    Ahead(const KeyBlock<T>& block, int dim) : block_(block), bytes_(dim * int(sizeof(T))) {}
+    Ahead(const KeyBlock<Row>& block, int dim) : block_(block), bytes_(dim * int(sizeof(Row))) {}
     FOVEATE_INLINE void advance(int rows) {
         for (const int end = smaller(row_ + rows, 2 * block_.count); row_ < end; ++row_) {
-            const T* row = row_ < block_.count ? block_.keys[row_] : block_.values[row_ - block_.count];
+            if (row_ < block_.count) block_.prefetch_scales(row_, row_ + 1);
+            const Row* row = row_ < block_.count ? block_.keys[row_] : block_.values[row_ - block_.count];
             for (int at = 0; at < bytes_; at += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + at, _MM_HINT_T1);
         }
     }
 
 private:
-    const KeyBlock<T>& block_;
+    const KeyBlock<Row>& block_;
     const int bytes_;
     int row_ = 0;
 };
@@ -59,13 +60,14 @@ FOVEATE_INLINE __m512 sum_lanes(const __m512 (&quads)[4]) {
 #endif
 
 // How K rows and the query are multiplied: float32 after widening.
-template <class S, class Storage>
+template <class S, class Result, class Storage = Result>
 struct FloatRows {
     using Simd = S;
-    using T = Storage;
+    using T = Result;  // of the query, too
+    using Row = Storage;
     using Q = float;
     static constexpr int kStep = S::W;  // channels per vector
-    static FOVEATE_INLINE typename S::F load(const T* key, int) { return S::load(key); }
+    static FOVEATE_INLINE typename S::F load(const Row* key, int) { return S::load(key); }
     static FOVEATE_INLINE typename S::F mac(typename S::F acc, typename S::F key, const Q* query) {
         return S::fma(key, S::load(query), acc);
     }
@@ -75,9 +77,10 @@ struct FloatRows {
 struct DotRows {
     using Simd = Vec16;
     using T = bfloat16;
+    using Row = bfloat16;
     using Q = bfloat16;
     static constexpr int kStep = 32;
-    static FOVEATE_INLINE __m512 load(const T* key, int channels) {
+    static FOVEATE_INLINE __m512 load(const Row* key, int channels) {
         // The query is padded by zeros; of the key nothing behind its row may be read, it may be NaN.
         return _mm512_castsi512_ps(channels >= 32 ? _mm512_loadu_si512(key)
                                                   : _mm512_maskz_loadu_epi16((1u << (channels & 31)) - 1, key));
@@ -105,6 +108,7 @@ class VectorProducts {
 public:
     using Simd = typename Rows::Simd;
     using T = typename Rows::T;
+    using Row = typename Rows::Row;
 
     VectorProducts(Arena& arena, const foveate_attention& call) : dim_(call.head_dim), group_(heads_per_kind(call)) {
         stride_ = round_up(dim_, Rows::kStep);
@@ -124,8 +128,8 @@ public:
         for (int i = 0; i < group_ * dim_; ++i) outputs_[i] = 0.0f;
     }
 
-    // weights[h][k] = query h times key k.
-    void logits(const KeyBlock<T>& block, Ahead<T>& ahead, float* weights) {
+    // weights[h][k] = query h times key k, without its scale.
+    void logits(const KeyBlock<Row>& block, Ahead<Row>& ahead, float* weights) {
         for (int at = 0; at < block.count; at += W) {
             by_heads<kHeads>(group_, [&](int head, auto heads) {
                 dot_products<decltype(heads)::value>(block, head == 0 ? &ahead : nullptr, at, head, weights);
@@ -140,7 +144,7 @@ public:
     }
 
     // outputs[h] += sum of weights[h][k] times value k.
-    void accumulate(const KeyBlock<T>& block, Ahead<T>& ahead, const float* weights) {
+    void accumulate(const KeyBlock<Row>& block, Ahead<Row>& ahead, const float* weights) {
         by_heads<4>(group_, [&](int head, auto heads) {
             constexpr int H = decltype(heads)::value, kWide = W == 16 ? 4 : 2;  // 16 of 32 registers, 8 of 16
             int d = 0;
@@ -160,11 +164,11 @@ private:
     static constexpr int kHeads = W == 16 ? 4 : 2;  // with four keys, 16 of 32 registers, 8 of 16, are sums
 
     template <int H>
-    void dot_products(const KeyBlock<T>& block, Ahead<T>* ahead, int at, int head, float* weights) {
+    void dot_products(const KeyBlock<Row>& block, Ahead<Row>* ahead, int at, int head, float* weights) {
         const Q* query = queries_ + int64_t(head) * stride_;
         F quads[H][W / 4];
         for (int quad = 0; quad < W / 4; ++quad) {
-            const T* key[4];
+            const Row* key[4];
             for (int i = 0; i < 4; ++i) key[i] = block.keys[smaller(at + quad * 4 + i, block.count - 1)];
             if (ahead) ahead->advance(4);
             F acc[H][4];
@@ -183,7 +187,7 @@ private:
 
     // Of H heads and V vectors of channels.
     template <int H, int V>
-    void weighted_sum(const KeyBlock<T>& block, Ahead<T>* ahead, const float* weights, int head, int d) {
+    void weighted_sum(const KeyBlock<Row>& block, Ahead<Row>* ahead, const float* weights, int head, int d) {
         float* outputs = outputs_ + int64_t(head) * dim_ + d;
         weights += head * kDecodeBlock;
         F acc[H][V];
@@ -191,7 +195,7 @@ private:
             for (int v = 0; v < V; ++v) acc[h][v] = Simd::load(outputs + h * dim_ + v * W);
         for (int k = 0; k < block.count; ++k) {
             if (ahead) ahead->advance(1);
-            const T* value = block.values[k] + d;
+            const Row* value = block.values[k] + d;
             F row[V];
             for (int v = 0; v < V; ++v) row[v] = Simd::load(value + v * W);
             for (int h = 0; h < H; ++h) {

@@ -76,8 +76,8 @@ bool cpu_has(int isa) {
     if (isa == FOVEATE_AVX512) return true;
     if (seven.eax < 1 || !(CpuId(7, 1).eax >> 5 & 1)) return false;  // AVX512-BF16
     if (isa == FOVEATE_AVX512BF16) return true;
-    const bool tiles = seven.edx >> 24 & 1, tile_bf16 = seven.edx >> 22 & 1;
-    return tiles && tile_bf16 && saves(0x60000) && may_use_tiles();
+    const bool tiles = seven.edx >> 24 & 1, tile_bf16 = seven.edx >> 22 & 1, tile_int8 = seven.edx >> 25 & 1;
+    return tiles && tile_bf16 && tile_int8 && saves(0x60000) && may_use_tiles();
 }
 
 #endif
@@ -108,18 +108,19 @@ bool has_isa(int isa) {
 // The kernels of a call: what its instruction set lacks for its element type comes from the one below.
 const IsaKernels* kernels_for(const foveate_attention& call) {
     const int isa = call.dtype == FOVEATE_FLOAT32 && call.isa > FOVEATE_AVX512 ? FOVEATE_AVX512 : call.isa;
+    const int pages = call.key_scales ? 1 : 0;  // int8, or the call's own type
     switch (isa) {
 #if defined(FOVEATE_BUILT_AVX2)
-        case FOVEATE_AVX2: return &kAvx2Kernels[call.dtype];
+        case FOVEATE_AVX2: return &kAvx2Kernels[call.dtype + 2 * pages];
 #endif
 #if defined(FOVEATE_BUILT_AVX512)
-        case FOVEATE_AVX512: return &kAvx512Kernels[call.dtype];
+        case FOVEATE_AVX512: return &kAvx512Kernels[call.dtype + 2 * pages];
 #endif
 #if defined(FOVEATE_BUILT_AVX512BF16)
-        case FOVEATE_AVX512BF16: return kAvx512Bf16Kernels;
+        case FOVEATE_AVX512BF16: return &kAvx512Bf16Kernels[pages];
 #endif
 #if defined(FOVEATE_BUILT_AMX)
-        case FOVEATE_AMX: return kAmxKernels;
+        case FOVEATE_AMX: return &kAmxKernels[pages];
 #endif
         default: return nullptr;
     }
@@ -251,7 +252,8 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
     const int64_t bytes = by_score ? kernels.threshold_scratch(call) : kernels.decode_scratch(call);
     std::atomic<int64_t> next{0};
     // A thread that is woken for less than 64 KiB of K and V costs more than it saves.
-    const int64_t read = keys * 2 * call.head_dim * (call.dtype == FOVEATE_FLOAT32 ? 4 : 2);
+    const int64_t element = call.key_scales ? 1 : call.dtype == FOVEATE_FLOAT32 ? 4 : 2;
+    const int64_t read = keys * 2 * call.head_dim * element;
     const int64_t useful = read / (64 * 1024) + 1;
     return run_threads(call, kernels, bytes + size * 4, useful < count ? useful : count, [&](void* scratch) {
         for (int64_t i; (i = next.fetch_add(1)) < count;) {

@@ -52,11 +52,12 @@ struct FloatMac {
     static FOVEATE_INLINE typename S::F mac(typename S::F a, typename S::F b, typename S::F c) { return S::fma(a, b, c); }
 };
 
-// float32 arithmetic; bfloat16 K and V are widened once per block and item.
-template <class S, class Storage>
+// float32 arithmetic; K and V of fewer bits are widened once per block and item.
+template <class S, class Result, class Storage = Result>
 struct FmaEngine {
     using Simd = S;
-    using T = Storage;
+    using T = Result;
+    using Row = Storage;
     using F = typename S::F;
     static constexpr int W = S::W;
     static constexpr int kRows = W == 16 ? 8 : 4;  // 24 of 32, 12 of 16 registers are accumulators
@@ -64,7 +65,7 @@ struct FmaEngine {
     static constexpr int kBlock = 128;  // logits of a pass: 24 KiB, 12 on AVX2
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
-    static constexpr bool kWiden = sizeof(T) == 2;
+    static constexpr bool kWiden = sizeof(Row) < 4;
     using Loops = Products<FloatMac<S>, kRows, kVectors, kBlock>;
 
     static constexpr int units(int dim) { return dim; }
@@ -74,22 +75,29 @@ struct FmaEngine {
 
     FmaEngine(void* memory, int dim) : dim_(dim), wide_(static_cast<float*>(memory)) {}
 
-    void load(const KeyBlock<T>& block) {
+    void load(const KeyBlock<Row>& block) {
         load_keys(block);
-        for (int i = 0; i < block.count; ++i)
-            values_[i] = in_float(block.values[i], wide_ + int64_t(kBlock + i) * dim_);
+        for (int i = 0; i < block.count; ++i) {
+            float scale = 1.0f;
+            if constexpr (KeyBlock<Row>::kScaled) scale = block.value_scales[i];
+            values_[i] = in_float(block.values[i], scale, wide_ + int64_t(kBlock + i) * dim_);
+        }
     }
 
     // Only what ``logits`` needs.
-    void load_keys(const KeyBlock<T>& block) {
-        for (int i = 0; i < block.count; ++i) keys_[i] = in_float(block.keys[i], wide_ + int64_t(i) * dim_);
+    void load_keys(const KeyBlock<Row>& block) {
+        for (int i = 0; i < block.count; ++i) {
+            float scale = 1.0f;
+            if constexpr (KeyBlock<Row>::kScaled) scale = block.key_scales[i];
+            keys_[i] = in_float(block.keys[i], scale, wide_ + int64_t(i) * dim_);
+        }
     }
 
-    void logits(const KeyBlock<T>&, const float* queries, float* out, int first, int last) {
+    void logits(const KeyBlock<Row>&, const float* queries, float* out, int first, int last) {
         Loops::logits(keys_, first, last, queries, dim_, out);
     }
 
-    void accumulate(const KeyBlock<T>&, const float* weights, float* outputs, int first, int last) {
+    void accumulate(const KeyBlock<Row>&, const float* weights, float* outputs, int first, int last) {
         const int64_t vector = int64_t(dim_) * W;
         for (int d = 0; d < dim_; d += kRows) {
             F acc[kRows][kVectors];
@@ -111,11 +119,15 @@ struct FmaEngine {
     }
 
 private:
-    const float* in_float(const T* row, float* copy) const {
+    const float* in_float(const Row* row, float scale, float* copy) const {
         if constexpr (!kWiden) {
             return row;
         } else {
-            for (int d = 0; d < dim_; d += 8) Vec8::store(copy + d, Vec8::load(row + d));
+            for (int d = 0; d < dim_; d += 8) {
+                Vec8::F x = Vec8::load(row + d);
+                if constexpr (KeyBlock<Row>::kScaled) x = Vec8::mul(x, Vec8::set(scale));
+                Vec8::store(copy + d, x);
+            }
             return copy;
         }
     }
@@ -147,6 +159,7 @@ struct DotMac {
 struct DotEngine {
     using Simd = Vec16;
     using T = bfloat16;
+    using Row = bfloat16;
     using F = __m512;
     static constexpr int W = 16;
     static constexpr int kRows = 8;

@@ -169,7 +169,7 @@ void store_rows(const foveate_attention& call, const PrefillItem& item, const Ga
 
 template <class Engine>
 void gathered_item(const foveate_attention& call, const PrefillItem& item, void* scratch) {
-    using T = typename Engine::T;
+    using Row = typename Engine::Row;
     constexpr int kColumns = Engine::kVectors * Engine::Simd::W;
     // Units behind the item's last query are seen by none of its rows.
     const int64_t end = smaller<int64_t>(call.context_lens[item.sequence], int64_t(item.position) + item.count);
@@ -179,14 +179,15 @@ void gathered_item(const foveate_attention& call, const PrefillItem& item, void*
     list_rows<Engine>(call, item, units, state);
     begin_rows<Engine>(call, item, state);
     Engine engine(state.pass.engine, call.head_dim);
-    KeyBlock<T>& block = state.pass.blocks[0];
+    KeyBlock<Row>& block = state.pass.blocks[0];
     for (int64_t unit = 0; unit < units; ++unit) {
         const int first = unit ? state.ends[unit - 1] : 0, last = state.ends[unit];
         if (first == last) continue;
-        KeyCursor<T> cursor(call, item.sequence, item.kind, begin, end - call.nearest, false);
+        KeyCursor<Row> cursor(call, item.sequence, item.kind, begin, end - call.nearest, false);
         const int32_t chosen = int32_t(unit);
         cursor.select(&chosen, 0, 1, call.granularity);
         for (cursor.fill(block, Engine::kBlock); block.count > 0; cursor.fill(block, Engine::kBlock)) {
+            block.load_scales();
             engine.load(block);
             for (int at = first; at < last; at += kColumns) {
                 const int count = smaller(kColumns, last - at);

@@ -1,8 +1,12 @@
 #include "amx_engine.h"
 #include "anchor.h"
+#include "quantised.h"
 
 namespace {
 void release_tiles() { _tile_release(); }
-const AnchorKernels kTable = anchor_kernels_of<AmxEngine>(configure_tiles, release_tiles);
+const AnchorKernels kTables[2] = {
+    anchor_kernels_of<AmxEngine>(configure_tiles, release_tiles),
+    anchor_kernels_of<Quantised<AmxEngine>>(configure_tiles, release_tiles),
+};
 }
-extern const AnchorKernels* const kAnchorAmx = &kTable;
+extern const AnchorKernels* const kAnchorAmx = kTables;

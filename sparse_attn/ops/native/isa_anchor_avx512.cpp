@@ -2,9 +2,11 @@
 #include "fma_engine.h"
 
 namespace {
-const AnchorKernels kTables[2] = {
+const AnchorKernels kTables[4] = {
     anchor_kernels_of<FmaEngine<Vec16, float>>(nothing, nothing),
     anchor_kernels_of<FmaEngine<Vec16, bfloat16>>(nothing, nothing),
+    anchor_kernels_of<FmaEngine<Vec16, float, int8_t>>(nothing, nothing),
+    anchor_kernels_of<FmaEngine<Vec16, bfloat16, int8_t>>(nothing, nothing),
 };
 }
 extern const AnchorKernels* const kAnchorAvx512 = kTables;

@@ -1,8 +1,12 @@
 // float32 calls take the AVX-512 table.
 #include "anchor.h"
 #include "fma_engine.h"
+#include "quantised.h"
 
 namespace {
-const AnchorKernels kTable = anchor_kernels_of<DotEngine>(nothing, nothing);
+const AnchorKernels kTables[2] = {
+    anchor_kernels_of<DotEngine>(nothing, nothing),
+    anchor_kernels_of<Quantised<DotEngine>>(nothing, nothing),
+};
 }
-extern const AnchorKernels* const kAnchorAvx512Bf16 = &kTable;
+extern const AnchorKernels* const kAnchorAvx512Bf16 = kTables;

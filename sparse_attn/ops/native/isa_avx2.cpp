@@ -3,9 +3,11 @@
 #include "threshold.h"
 
 namespace {
-const IsaKernels kTables[2] = {
+const IsaKernels kTables[4] = {
     threshold_kernels_of<FmaEngine<Vec8, float>, VectorProducts<FloatRows<Vec8, float>>>(),
     threshold_kernels_of<FmaEngine<Vec8, bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16>>>(),
+    threshold_kernels_of<FmaEngine<Vec8, float, int8_t>, VectorProducts<FloatRows<Vec8, float, int8_t>>>(),
+    threshold_kernels_of<FmaEngine<Vec8, bfloat16, int8_t>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>>(),
 };
 }
 extern const IsaKernels* const kAvx2Kernels = kTables;

@@ -17,7 +17,7 @@ enum foveate_isa : int32_t {
     FOVEATE_AVX2 = 0,        // FMA in float32; bfloat16 is widened
     FOVEATE_AVX512 = 1,      // the same, 16 lanes
     FOVEATE_AVX512BF16 = 2,  // bfloat16 dot products
-    FOVEATE_AMX = 3,         // bfloat16 tiles
+    FOVEATE_AMX = 3,         // tiles of bfloat16 and of bytes
     FOVEATE_NUM_ISAS = 4,
 };
 
@@ -50,6 +50,8 @@ struct foveate_attention {
     const void* query;            // [T, H, D], the last dimension dense
     const void* keys;             // [P, G, page_size, D], dense
     const void* values;           // [P, G, page_size, D], dense
+    const float* key_scales;      // [P, G, page_size], dense, where K and V are int8; null where they are of ``dtype``
+    const float* value_scales;
     void* out;                    // [T, H, D], dense
     float* lse;                   // [T, H], dense: natural log-sum-exp without sinks
     const float* sinks;           // [H], or null
@@ -80,7 +82,7 @@ struct foveate_attention {
     int32_t farthest;             // INT32_MAX: no end
     float scale;                  // > 0
     float softcap;                // 0: none
-    int32_t dtype;
+    int32_t dtype;                // of query and out
     int32_t isa;
     int32_t num_threads;
 };

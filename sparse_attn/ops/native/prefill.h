@@ -6,7 +6,8 @@
 // columns: column ``c`` is query ``c / group`` and head ``c % group`` of the item.
 //
 // An Engine supplies the two products; see fma_engine.h and amx_engine.h:
-//   Simd, T             vectors, and the type of K and V in memory
+//   Simd, T             vectors, and the type of queries and results
+//   Row                 the type of K and V in memory: T, or int8 (see quantised.h)
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
 //   kPad                keys that the products round up to
@@ -46,7 +47,7 @@ private:
 template <class Engine>
 struct PrefillState {
     using Simd = typename Engine::Simd;
-    using T = typename Engine::T;
+    using Row = typename Engine::Row;
     static constexpr int W = Simd::W;
 
     int vectors;       // vectors of columns, a multiple of Engine::kVectors
@@ -63,7 +64,7 @@ struct PrefillState {
     int32_t* recent;   // column reads positions above it anyway
     int32_t* counts;   // keys read
     float* logits;     // [kVectors][kBlock][W]
-    KeyBlock<T>* blocks;  // [2]
+    KeyBlock<Row>* blocks;  // [2]
     char* engine;
 
     PrefillState(void* memory, const foveate_attention& call, int rows, int64_t* bytes = nullptr) {
@@ -82,7 +83,7 @@ struct PrefillState {
         recent = arena.take<int32_t>(columns);
         counts = arena.take<int32_t>(columns);
         logits = arena.take<float>(int64_t(Engine::kVectors) * Engine::kBlock * W);
-        blocks = arena.take<KeyBlock<T>>(2);
+        blocks = arena.take<KeyBlock<Row>>(2);
         engine = arena.take<char>(Engine::scratch(call.head_dim));
         if (bytes) *bytes = arena.used(memory);
     }
@@ -156,7 +157,7 @@ FOVEATE_INLINE typename Simd::F capped(typename Simd::F s, float scale, float so
 // Turns logits of keys [first, last) and one vector of columns into weights, in place.
 template <class Engine>
 FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
-                            const KeyBlock<typename Engine::T>& block, int first, int last, int padded, bool masked) {
+                            const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
     constexpr int W = Simd::W;
@@ -240,7 +241,7 @@ FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>&
 // The same where keys are chosen by a threshold: weights of keys that are not read become 0. In threshold.h.
 template <class Engine>
 void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
-                   const KeyBlock<typename Engine::T>& block, int first, int last, int padded, bool masked);
+                   const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked);
 
 // Divides by the sums, turns columns back into rows, and writes out and log-sum-exp.
 template <class Engine>
@@ -314,9 +315,10 @@ FOVEATE_INLINE int first_above(const int32_t* positions, int count, int64_t boun
     return low;
 }
 
-template <class T>
-FOVEATE_INLINE void prefetch_rows(const KeyBlock<T>& block, int first, int last, int dim) {
-    const int bytes = dim * int(sizeof(T));
+template <class Row>
+FOVEATE_INLINE void prefetch_rows(const KeyBlock<Row>& block, int first, int last, int dim) {
+    const int bytes = dim * int(sizeof(Row));
+    block.prefetch_scales(first, smaller(last, block.count));
     for (int k = first; k < smaller(last, block.count); ++k)
         for (int at = 0; at < bytes; at += 64) {
             _mm_prefetch(reinterpret_cast<const char*>(block.keys[k]) + at, _MM_HINT_T1);
@@ -326,7 +328,7 @@ FOVEATE_INLINE void prefetch_rows(const KeyBlock<T>& block, int first, int last,
 
 // One block of keys for the ``kVectors`` vectors of columns from ``v`` on. False if none of them sees any of it.
 template <class Engine>
-FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, const KeyBlock<typename Engine::T>& block,
+FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, const KeyBlock<typename Engine::Row>& block,
                              PrefillState<Engine>& state, int v) {
     constexpr int W = Engine::Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
     const int dim = call.head_dim;
@@ -350,9 +352,9 @@ FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, cons
 
 template <class Engine>
 void prefill_item(const foveate_attention& call, const PrefillItem& item, void* scratch) {
-    using T = typename Engine::T;
+    using Row = typename Engine::Row;
     constexpr int W = Engine::Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
-    static_assert(kBlock <= KeyBlock<T>::kCapacity);
+    static_assert(kBlock <= KeyBlock<Row>::kCapacity);
     const int group = heads_per_kind(call), dim = call.head_dim;
     const int rows = item.count * group;
     PrefillState<Engine> state(scratch, call, rows);
@@ -362,7 +364,7 @@ void prefill_item(const foveate_attention& call, const PrefillItem& item, void* 
     const int64_t begin = larger<int64_t>(0, int64_t(item.position) - call.farthest + 1);
     const int64_t end = smaller<int64_t>(context, int64_t(item.position) + item.count - call.nearest);
     const int kinds = call.num_heads / group;
-    KeyCursor<T> cursor(call, item.sequence, item.kind / (kinds / call.num_kv_heads), begin, end, false);
+    KeyCursor<Row> cursor(call, item.sequence, item.kind / (kinds / call.num_kv_heads), begin, end, false);
     if (call.indices) {
         const int64_t at = int64_t(item.row) * call.selected_heads + item.kind;
         cursor.select(call.indices + at * call.selected_width, 0, call.counts[at], call.granularity);
@@ -374,9 +376,10 @@ void prefill_item(const foveate_attention& call, const PrefillItem& item, void* 
     if (begin < end) cursor.fill(state.blocks[0], kBlock);
     else state.blocks[0].count = 0;
     while (state.blocks[current].count > 0) {
-        KeyBlock<T>& block = state.blocks[current];
-        KeyBlock<T>& next = state.blocks[1 - current];
+        KeyBlock<Row>& block = state.blocks[current];
+        KeyBlock<Row>& next = state.blocks[1 - current];
         cursor.fill(next, kBlock);
+        block.load_scales();
         engine.load(block);
         const int share = (next.count + passes - 1) / passes;
         for (int pass = 0; pass < passes; ++pass) {

@@ -52,6 +52,9 @@ struct Vec8 {
         const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
         return _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16));
     }
+    static FOVEATE_INLINE F load(const int8_t* p) {
+        return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+    }
     static FOVEATE_INLINE I load_int(const int32_t* p) {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     }
@@ -154,6 +157,9 @@ struct Vec16 {
     static FOVEATE_INLINE F load(const bfloat16* p) {
         const __m512i wide = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
         return _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+    }
+    static FOVEATE_INLINE F load(const int8_t* p) {
+        return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
     }
     static FOVEATE_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
     static FOVEATE_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }

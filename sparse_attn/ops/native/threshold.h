@@ -22,22 +22,22 @@ inline int64_t threshold_partial(const foveate_attention& call) {
 template <class Products>
 struct ThresholdState {
     static constexpr int kWords = kDecodeBlock / Products::Simd::W;
-    using T = typename Products::T;
+    using Row = typename Products::Row;
     DecodeState<Products> decode;
-    KeyBlock<T>* survivors;  // [2]: of the block before, and none
+    KeyBlock<Row>* survivors;  // [2]: of the block before, and none
     float* kept;             // [group][kDecodeBlock] their weights
     uint32_t* bits;          // [group][kWords] which keys a head reads
 
     ThresholdState(Arena& arena, const foveate_attention& call)
         : decode(arena, call),
-          survivors(arena.take<KeyBlock<T>>(2)),
+          survivors(arena.take<KeyBlock<Row>>(2)),
           kept(arena.take<float>(int64_t(heads_per_kind(call)) * kDecodeBlock)),
           bits(arena.take<uint32_t>(int64_t(heads_per_kind(call)) * kWords)) {}
 };
 
 // Sums of the values at positions [first, last) of a sequence, whole pages by their statistic. ``last`` ends a page or
 // the context; ``context`` bounds what may be read as a whole page, which can hold tokens behind the query.
-template <class S, class T>
+template <class S, class Row>
 void add_values(const foveate_attention& call, int sequence, int kv_head, int64_t first, int64_t last, float* sums) {
     constexpr int W = S::W;
     const int64_t size = call.page_size, dim = call.head_dim, context = call.context_lens[sequence];
@@ -51,16 +51,19 @@ void add_values(const foveate_attention& call, int sequence, int kv_head, int64_
             for (int64_t d = 0; d < dim; d += W) S::store(sums + d, S::add(S::load(sums + d), S::load(source + d)));
             continue;
         }
-        const T* rows = static_cast<const T*>(call.values) + at * size * dim;
-        for (int64_t row = 0; row < context - page * size; ++row)
+        const Row* rows = static_cast<const Row*>(call.values) + at * size * dim;
+        for (int64_t row = 0; row < context - page * size; ++row) {
+            typename S::F scale = S::set(1.0f);
+            if constexpr (KeyBlock<Row>::kScaled) scale = S::set(call.value_scales[at * size + row]);
             for (int64_t d = 0; d < dim; d += W)
-                S::store(sums + d, S::add(S::load(sums + d), S::load(rows + row * dim + d)));
+                S::store(sums + d, S::fma(S::load(rows + row * dim + d), scale, S::load(sums + d)));
+        }
     }
 }
 
 // Marks the keys of a block that one head reads, and brings its logits to exponents of 2. Returns the highest.
-template <class S, class T>
-float choose(const foveate_attention& call, const KeyBlock<T>& block, float theta, int64_t position, float* logits,
+template <class S, class Row>
+float choose(const foveate_attention& call, const KeyBlock<Row>& block, float theta, int64_t position, float* logits,
              uint32_t* bits) {
     using F = typename S::F;
     constexpr int W = S::W;
@@ -73,6 +76,7 @@ float choose(const foveate_attention& call, const KeyBlock<T>& block, float thet
     F top = S::set(-kInfinity);
     for (int at = 0; at < block.count; at += W) {
         F x = S::load(logits + at);
+        if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + at));
         x = cap ? capped<S>(x, call.scale, call.softcap) : S::mul(x, scale);
         uint32_t read = Lanes<S>::bits(Lanes<S>::above(x, least));
         if (at < sinks) read |= first_bits(sinks - at);
@@ -111,6 +115,7 @@ template <class Products>
 void threshold_item(const foveate_attention& call, const DecodeItem& item, float* partial, void* scratch) {
     using S = typename Products::Simd;
     using T = typename Products::T;
+    using Row = typename Products::Row;
     constexpr int W = S::W, kWords = ThresholdState<Products>::kWords;
     const int group = heads_per_kind(call), dim = call.head_dim;
     const foveate_threshold& threshold = *call.threshold;
@@ -128,30 +133,31 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
         own[kSum] = own[kDropped] = own[kCount] = 0.0f;
     }
     if (threshold.value_sums)
-        add_values<S, T>(call, item.sequence, item.kind, item.first, item.last, partial + group * stride);
+        add_values<S, Row>(call, item.sequence, item.kind, item.first, item.last, partial + group * stride);
     const float* theta = threshold.theta + int64_t(item.query) * call.num_heads + item.kind * group;
-    KeyCursor<T> cursor(call, item.sequence, item.kind, item.first, item.last, true);
-    KeyBlock<T>& survivors = state.survivors[0];
+    KeyCursor<Row> cursor(call, item.sequence, item.kind, item.first, item.last, true);
+    KeyBlock<Row>& survivors = state.survivors[0];
     survivors.count = state.survivors[1].count = 0;
     auto sum_survivors = [&] {
-        Ahead<T> none(state.survivors[1], dim);  // their values were prefetched when they were listed
+        Ahead<Row> none(state.survivors[1], dim);  // their values were prefetched when they were listed
         if (survivors.count) products.accumulate(survivors, none, state.kept);
     };
     state.decode.blocks[0].count = 0;
     if (item.first < item.last) cursor.fill(state.decode.blocks[0], kDecodeBlock);
     int current = 0;
     while (state.decode.blocks[current].count > 0) {
-        const KeyBlock<T>& block = state.decode.blocks[current];
-        KeyBlock<T>& next = state.decode.blocks[1 - current];
+        KeyBlock<Row>& block = state.decode.blocks[current];
+        block.load_scales();
+        KeyBlock<Row>& next = state.decode.blocks[1 - current];
         cursor.fill(next, kDecodeBlock);
-        Ahead<T> ahead(next, dim);
+        Ahead<Row> ahead(next, dim);
         products.logits(block, ahead, logits);
         sum_survivors();
         uint32_t any[kWords] = {};
         for (int h = 0; h < group; ++h) {
             float* own = partial + h * stride;
             uint32_t* bits = state.bits + h * kWords;
-            const float highest = choose<S, T>(call, block, theta[h], item.position, logits + h * kDecodeBlock, bits);
+            const float highest = choose<S, Row>(call, block, theta[h], item.position, logits + h * kDecodeBlock, bits);
             for (int word = 0; word * W < block.count; ++word) any[word] |= bits[word];
             own[kPeak] = larger(own[kPeak], highest);
             if (highest > own[kReference] + kSlack) {
@@ -171,10 +177,12 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
                 const int k = word * W + __builtin_ctz(rest);
                 survivors.keys[listed] = block.keys[k];
                 survivors.values[listed] = block.values[k];
-                for (int at = 0; at < dim * int(sizeof(T)); at += 64)
+                for (int at = 0; at < dim * int(sizeof(Row)); at += 64)
                     _mm_prefetch(reinterpret_cast<const char*>(block.values[k]) + at, _MM_HINT_T0);
+                float scale = 1.0f;
+                if constexpr (KeyBlock<Row>::kScaled) scale = block.value_scales[k];
                 for (int h = 0; h < group; ++h)
-                    state.kept[h * kDecodeBlock + listed] = logits[h * kDecodeBlock + k];
+                    state.kept[h * kDecodeBlock + listed] = logits[h * kDecodeBlock + k] * scale;
                 ++listed;
             }
         survivors.count = listed;
@@ -240,7 +248,7 @@ int64_t threshold_scratch(const foveate_attention& call) {
 
 template <class Engine>
 void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
-                   const KeyBlock<typename Engine::T>& block, int first, int last, int padded, bool masked) {
+                   const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
     using L = Lanes<Simd>;

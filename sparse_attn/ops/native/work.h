@@ -61,7 +61,7 @@ inline int64_t units_of(const foveate_attention& call, int64_t context) {
     return (context + call.granularity - 1) / call.granularity;
 }
 
-extern const IsaKernels* const kAvx2Kernels;
-extern const IsaKernels* const kAvx512Kernels;
-extern const IsaKernels* const kAvx512Bf16Kernels;
-extern const IsaKernels* const kAmxKernels;
+extern const IsaKernels* const kAvx2Kernels;        // [4]: by element type, and both again for pages of int8
+extern const IsaKernels* const kAvx512Kernels;      // [4]
+extern const IsaKernels* const kAvx512Bf16Kernels;  // [2]: pages of bfloat16, and of int8
+extern const IsaKernels* const kAmxKernels;         // [2]

@@ -1,0 +1,46 @@
+// The C interface of writing keys and values into their pages. Plain data only, as in kernels.h; ``native/__init__.py``
+// mirrors ``foveate_write`` field by field.
+#pragma once
+
+#include "kernels.h"
+
+extern "C" {
+
+// Tokens of one page stand together and in order, as a sequence appends them. Strides count elements.
+struct foveate_write {
+    const void* key;        // [T, G, D], the last dimension dense
+    const void* value;
+    const int64_t* slots;   // [T] page * page_size + offset; negative writes nowhere
+    void* keys;             // [P, G, page_size, D], dense; int8 where there are scales, else of ``dtype``
+    void* values;
+    float* key_scales;      // [P, G, page_size], dense, or null
+    float* value_scales;
+    // Statistics of the rows as they are read, [P, G, D] dense, or null. Offset 0 starts those of its page afresh.
+    float* key_sum;
+    float* key_min;
+    float* key_max;
+    float* value_sum;
+    float* value_min;
+    float* value_max;
+    int64_t key_token_stride;
+    int64_t key_head_stride;
+    int64_t value_token_stride;
+    int64_t value_head_stride;
+    int64_t num_tokens;
+    int64_t num_pages;
+    int32_t num_kv_heads;
+    int32_t head_dim;       // a multiple of 16, at most 512
+    int32_t page_size;
+    int32_t dtype;          // of key and value
+    int32_t num_threads;
+};
+
+// 0, or 1 when a slot lies behind the last page; then nothing was written.
+FOVEATE_API int32_t foveate_write_run(const foveate_write* call);
+
+FOVEATE_API int32_t foveate_write_size(void);
+}
+
+// Writes the rows of one KV head, keys or values.
+using WriteRows = void (*)(const foveate_write& call, int head, bool values);
+extern const WriteRows kWriteRowsAvx2;
