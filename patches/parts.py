@@ -78,14 +78,14 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
     """Times the parts of every forward pass of an attached model in the ``with`` block.
 
     A linear layer is a module that says its ``in_features`` and ``out_features``, quantised ones and the output layer
-    included. Not for two models at once: the attention function is one for all.
+    included, or one made of such alone (a fused MLP). Not for two models at once: there is one attention function.
     """
     clock = PartClock(model.device)
     choose = attend._segments
     handles: list[Any] = []
     try:
         for module in model.modules():
-            if all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features")):
+            if _is_linear(module) or _is_made_of_linears(module):
                 handles.append(module.register_forward_pre_hook(lambda *_: clock.enter("linear")))
                 handles.append(module.register_forward_hook(lambda *_: clock.leave(), always_call=True))
         attend._segments = clock.timed("selection", choose)
@@ -96,3 +96,13 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
         register()
         for handle in handles:
             handle.remove()
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return all(isinstance(getattr(module, name, None), int) for name in ("in_features", "out_features"))
+
+
+def _is_made_of_linears(module: torch.nn.Module) -> bool:
+    """An attention module is made of them too, but computes something else between."""
+    children = list(module.children())
+    return bool(children) and not hasattr(module, "layer_idx") and all(map(_is_linear, children))

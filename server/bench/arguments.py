@@ -11,10 +11,12 @@ from pathlib import Path
 from foveate.sparse_attn import registry
 
 from ..argument_types import one_of, policy, positive, several, share, whole
+from ..settings import ENGINE_FIELDS
 from .shapes import SHAPES
 
-_ENGINE = ("dtype", "device", "quantization", "page_size", "kv_cache_gib", "max_batch_tokens", "profile",
-           "trust_remote_code")  # fmt: skip
+# Prompts are run alone, under policies of this command's own, and nothing is kept of them.
+_NOT_HERE = ("max_context", "attention", "audit_rate", "cache_dir", "cache_disk_gib", "cache_min_tokens")
+_ENGINE = tuple(name for name in ENGINE_FIELDS if name not in _NOT_HERE)
 
 _SHAPES = "\n".join(
     f"  {name:<6} {shape.like}: {shape.layers} layers, {shape.heads} heads on {shape.kv_heads} KV heads of "

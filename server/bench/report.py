@@ -90,7 +90,6 @@ def model_facts(loaded: LoadedModel, options: EngineOptions) -> dict[str, Any]:
         "name": loaded.name,
         **{name: facts[name] for name in wanted},
         "hidden_size": config.hidden_size,
-        "parameters": sum(parameter.numel() for parameter in loaded.model.parameters()),
         "dtype": str(loaded.dtype).removeprefix("torch."),
         "quantization": options.quantization,
     }

@@ -86,7 +86,10 @@ def prepared(given: Namespace, settings: Settings, max_running: int, new_tokens:
     if given.threads:
         torch.set_num_threads(given.threads)
     attentions = wanted(given)
-    options = replace(EngineOptions.of(settings), prefix_reuse=False, attention=None, max_running=max_running)
+    # What was computed before must not help: neither pages in memory nor pages on disk.
+    options = replace(
+        EngineOptions.of(settings), prefix_reuse=False, cache_dir=None, attention=None, max_running=max_running
+    )
     made: list[str] = []
     if given.synthetic:
         loaded = load_synthetic(given.synthetic, options, given.seed, given.vocab)

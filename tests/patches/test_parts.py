@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import time
 
 import pytest
 import torch
@@ -65,37 +64,37 @@ def test_a_function_that_raises_is_booked_and_left(now):
     assert clock.seconds["linear"] == 2.0
 
 
-def slow(function, seconds=0.02):
+def slow(function, now, seconds=1.0):
+    """The function takes so long by the clock of the test; everything else takes no time."""
+
     def run(*args, **kwargs):
-        time.sleep(seconds)
+        now[0] += seconds
         return function(*args, **kwargs)
 
     return run
 
 
 @pytest.mark.parametrize("quantized", [False, True], ids=["plain", "int8"])
-def test_parts_of_a_forward_pass_are_found(model, monkeypatch, quantized):
+def test_parts_of_a_forward_pass_are_found(model, monkeypatch, now, quantized):
     """Each part is made slow in turn, and the time shows up there and nowhere else."""
     if quantized:
         quantize(model, "int8")
     layers = model.config.num_hidden_layers
     ids = torch.arange(40)[None]
+    kinds = {
+        "attention": (interface.ops, "write_kv", layers),
+        "selection": (attend.budget, "keep", 1),  # the other layers read the same
+        "linear": (model.model.layers[0].mlp.down_proj, "forward", 1),
+        "rest": (model.model.layers[0].input_layernorm, "forward", 0),
+    }
+    assert set(kinds) == {*PARTS, "rest"}
     with foveate.attach(model, {"scheme": "streaming", "budget_tokens": 16}), torch.inference_mode():
-        model(ids)  # warms up
-        kinds = {
-            "attention": (interface.ops, "write_kv", layers),
-            "selection": (attend.budget, "keep", 1),  # the other layers read the same
-            "linear": (model.model.layers[0].mlp.down_proj, "forward", 1),
-        }
-        assert set(kinds) == set(PARTS)
         for part, (owner, name, times) in kinds.items():
             with monkeypatch.context() as patch:
-                patch.setattr(owner, name, slow(getattr(owner, name)))
+                patch.setattr(owner, name, slow(getattr(owner, name), now))
                 with watch_parts(model) as clock:
                     model(ids)
-            assert clock.seconds[part] >= 0.02 * times
-            others = sum(clock.seconds.values()) - clock.seconds[part]
-            assert others < clock.seconds[part], "a sleep is longer than all of a tiny model's work"
+            assert clock.seconds == {one: times * (one == part) for one in PARTS}
 
 
 def test_nothing_stays(model):
@@ -118,3 +117,24 @@ def test_weights_come_from_the_seed(model):
     assert not torch.equal(model.get_parameter(name), other.get_parameter(name))
     assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())
     assert not model.training
+
+
+class Fused(torch.nn.Module):
+    """Computes with its children's weights, and does not call them."""
+
+    def __init__(self, mlp):
+        super().__init__()
+        self.up, self.down = mlp.up_proj, mlp.down_proj
+
+    def forward(self, x):
+        return torch.nn.functional.linear(torch.nn.functional.linear(x, self.up.weight), self.down.weight)
+
+
+def test_a_fused_mlp_is_linear_and_an_attention_module_is_not(model, now):
+    for layer in model.model.layers:
+        layer.mlp = Fused(layer.mlp)
+        layer.mlp.forward = slow(layer.mlp.forward, now, 3.0)
+        layer.self_attn.forward = slow(layer.self_attn.forward, now, 50.0)
+    with foveate.attach(model), torch.inference_mode(), watch_parts(model) as clock:
+        model(torch.arange(20)[None])
+    assert clock.seconds == {"attention": 0, "selection": 0, "linear": 6.0}
