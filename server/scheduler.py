@@ -91,13 +91,13 @@ class Scheduler:
             SequenceFault: the cache failed at one sequence. Without it the next call may succeed.
         """
         chunks: list[Chunk] = []
+        if self.waiting and self.waiting[0].wait.is_blocked:
+            self._come_in(self.waiting[0], chunks)
         for sequence in [sequence for sequence in self.running if sequence.num_remaining == 1]:
             # An older sequence may have taken this one's pages a moment ago.
             if sequence.table is not None and len(chunks) < self.max_batch_tokens:
                 self._grow(Chunk(sequence, sequence.num_computed, 1), chunks)
         work = self.pace.room if chunks else math.inf
-        if self.waiting and self.waiting[0].wait.is_blocked:
-            self._come_in(self.waiting[0], chunks)
         is_first = True
         for sequence in self._prompts():
             room = self.max_batch_tokens - sum(chunk.count for chunk in chunks)
