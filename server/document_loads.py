@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 ACTIVE_LOADS = 2
 READ_AHEAD = 3  # files that are read beyond the one being copied, of each load
 READER_THREADS = 4  # one verified 1.1 GB/s of SHA-256
+LOOK_SECONDS = 1.0  # between two looks for the pages of one waiting request
 STALL_SECONDS = 20.0  # after which a disk that gives nothing is no longer waited for
 PAUSE_SECONDS = 60.0  # and nothing is read from it for so long
 
@@ -96,32 +97,26 @@ class Loads:
         self._scheduler = scheduler
         self._wake = wake
         self._readers = ThreadPoolExecutor(READER_THREADS, thread_name_prefix="foveate-cache-read")
-        # Waiting sequences that were looked up before.
-        self._seen: set[Sequence] = set()
+        # Of waiting sequences: when they were looked up, and the load that came of it.
+        self._looked: dict[Sequence, tuple[float, Load | None]] = {}
         self._pause_until = 0.0
 
     def take(self, layout_of: Callable[[Sequence], PageBytes], touch: Callable[[list[str]], None]) -> None:
-        """Takes waiting sequences out of the scheduler's queue of which the disk holds more than the pool."""
+        """Takes sequences out of the scheduler's queue that could come in, and of which the disk holds more."""
+        now = time.monotonic()
         waiting = list(self._scheduler.waiting)
-        self._seen &= set(waiting)  # one that is preempted is looked up again
-        paused = time.monotonic() < self._pause_until
+        self._looked = {item: self._looked[item] for item in waiting if item in self._looked}
+        if now < self._pause_until:
+            return
         for sequence in waiting:
-            needed = self._cache.pool.geometry.pages_for(len(sequence.tokens) + 1)
-            if sequence in self._seen or needed > self._cache.capacity_tokens // self._cache.page_size:
-                continue
-            if self._scheduler.running and needed > self._cache.available:
+            if not self._has_room(sequence):
                 continue  # it cannot come in yet, and what is brought in now may be gone by then
-            self._seen.add(sequence)
-            tokens = sequence.reusable_tokens[:-1]
-            keys = page_keys(tokens, sequence.group.namespace, self._cache.page_size)
-            spans = self._store.spans(keys)
-            if not spans:
-                continue
-            touch([span.name for span in spans])
-            load = Load(sequence, tokens, keys, layout_of(sequence))
-            if not paused and self._gain(load) > 0:
+            when, load = self._looked.get(sequence, (float("-inf"), None))
+            if load is None and now - when > LOOK_SECONDS:
+                load = self._look(sequence, layout_of, touch)
+                self._looked[sequence] = now, load
+            if load is not None:
                 self._scheduler.remove(sequence)
-                self._seen.discard(sequence)
                 self.parked.append(load)
                 self.has_work = True
 
@@ -130,23 +125,45 @@ class Loads:
         self.has_work = False
         for load in list(self.parked):
             if load.sequence not in load.sequence.group.sequences:  # aborted
-                self._end(load, put_back=False)
+                self._end(load)
         for load in list(self.parked):
             try:
-                if not load.is_open and not self._open(load):
-                    continue
-                done = self._advance(load, deadline)
+                if not load.is_open:
+                    if time.monotonic() < self._pause_until or not self._has_room(load.sequence):
+                        self._put_back(load, load)
+                        continue
+                    if not self._open(load):
+                        continue
+                if self._advance(load, deadline):
+                    self._put_back(load, None)
             except Exception:
                 log.exception("pages could not be brought in from disk; they are computed")
-                done = True
-            if done:
-                self._end(load, put_back=True)
+                self._put_back(load, None)
 
     def close(self) -> None:
-        """Gives up all loads, and puts their sequences back."""
+        """Gives up all loads."""
         for load in list(self.parked):
-            self._end(load, put_back=True)
+            self._end(load)
         self._readers.shutdown(wait=False, cancel_futures=True)
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        return not self._scheduler.running or self._needed(sequence) <= self._cache.available
+
+    def _needed(self, sequence: Sequence) -> int:
+        return self._cache.pool.geometry.pages_for(len(sequence.tokens) + 1)
+
+    def _look(
+        self, sequence: Sequence, layout_of: Callable[[Sequence], PageBytes], touch: Callable[[list[str]], None]
+    ) -> Load | None:
+        """A load of what the disk holds of a sequence and the pool does not, if that is anything."""
+        tokens = sequence.reusable_tokens[:-1]
+        keys = page_keys(tokens, sequence.group.namespace, self._cache.page_size)
+        spans = self._store.spans(keys)
+        if not spans:
+            return None
+        touch([span.name for span in spans])
+        load = Load(sequence, tokens, keys, layout_of(sequence))
+        return load if self._gain(load) > 0 else None
 
     def _gain(self, load: Load) -> int:
         """Tokens that would not have to be computed, and sets where the load begins."""
@@ -160,9 +177,10 @@ class Loads:
         return (known - len(found)) * size
 
     def _open(self, load: Load) -> bool:
-        """Starts a load if there is room for it, and none under way that brings in the same pages."""
+        """Starts a load if there is room for it beside the others, and none of them brings in the same pages."""
         active = [other for other in self.parked if other.is_open]
-        if len(active) >= ACTIVE_LOADS:
+        claimed = sum(self._needed(other.sequence) for other in active)
+        if active and (len(active) >= ACTIVE_LOADS or claimed + self._needed(load.sequence) > self._cache.available):
             return False
         if self._gain(load) > 0:
             if any(load.keys[load.page] in other.keys for other in active):
@@ -222,15 +240,18 @@ class Loads:
         self._pause_until = time.monotonic() + PAUSE_SECONDS
         return True
 
-    def _end(self, load: Load, put_back: bool) -> None:
+    def _put_back(self, load: Load, again: Load | None) -> None:
+        """Lets the scheduler have a sequence; ``again`` is the load to take up when there is room, if any."""
+        self._end(load)
+        self._looked[load.sequence] = time.monotonic(), again
+        load.sequence.wait.found_tokens = None
+        self._scheduler.add(load.sequence)
+
+    def _end(self, load: Load) -> None:
         _cancel(load)
         load.pages.clear()
         self.parked.remove(load)
         self.has_work = self.has_work or bool(self.parked)
-        if put_back:
-            self._seen.add(load.sequence)
-            load.sequence.wait.found_tokens = None
-            self._scheduler.add(load.sequence)
 
     def _ring(self) -> None:
         self.has_work = True

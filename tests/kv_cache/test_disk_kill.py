@@ -1,4 +1,4 @@
-"""kill -9 while pages are written, twenty times: every page that is found afterwards is right, and nothing is left over.
+"""kill -9 while pages are written, twenty times: what is found afterwards is right, and nothing is left over.
 
 One process imports the library once and forks a writer per round, so that a round takes milliseconds.
 """
