@@ -6,7 +6,7 @@ import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fastapi import Request
@@ -14,8 +14,9 @@ from fastapi.responses import JSONResponse, Response
 
 from .answers import Answer, Choice, progress_body, usage_body
 from .engine_protocol import EngineLike
+from .grammar.matcher import Grammar
 from .keys import OWNER
-from .request import Delta, Finished, Progress, PromptLogprobs, Usage
+from .request import Delta, Finished, Progress, PromptLogprobs, SamplingParams, Usage
 from .schemas import GenerationBody
 from .sse import PING_SECONDS, EventStream
 from .state import ServerState, state_of
@@ -34,6 +35,8 @@ class Generation:
         prompts: Token ids, one list per prompt.
         answer: Writes what the engine says.
         usage: Writes what it cost.
+        grammar: What each choice must look like.
+        visible_ids: Special tokens that ``answer`` reads in the text.
     """
 
     engine: EngineLike
@@ -41,6 +44,12 @@ class Generation:
     prompts: list[list[int]]
     answer: Answer
     usage: Callable[[list[Usage]], dict[str, Any]] = usage_body
+    grammar: Grammar | None = None
+    visible_ids: tuple[int, ...] = ()
+
+    def sampling(self) -> SamplingParams:
+        """How the engine is to draw."""
+        return replace(self.body.sampling(), grammar=self.grammar, visible_ids=self.visible_ids)
 
 
 async def respond(request: Request, generation: Generation) -> Response:
@@ -76,8 +85,12 @@ async def in_one_piece(request: Request, stream: ResponseStream, generation: Gen
         return Response(status_code=_CLIENT_GONE)
 
 
-async def submit(stream: ResponseStream, generation: Generation, state: ServerState, owner: str) -> None:
+async def submit(
+    stream: ResponseStream, generation: Generation, state: ServerState, owner: str, priority: int | None = None
+) -> None:
     """Gives the prompts of ``generation`` to the engine, for the holder of the key ``owner``.
+
+    ``priority`` stands for the one that the body asks for.
 
     Raises:
         EngineError: the engine refused.
@@ -89,7 +102,7 @@ async def submit(stream: ResponseStream, generation: Generation, state: ServerSt
     salt = f"{owner}/{body.cache_salt}"
     if not body.cache_prompt:
         salt += f"/{uuid.uuid4()}"  # nothing was ever computed under it, and nothing will be again
-    stream.submit(generation.prompts, body.sampling(), scheme, salt, body.priority)
+    stream.submit(generation.prompts, generation.sampling(), scheme, salt, body.priority if priority is None else priority)
 
 
 async def collect(stream: ResponseStream, generation: Generation) -> dict[str, Any]:

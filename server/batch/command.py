@@ -24,7 +24,7 @@ from ..settings import Settings
 from ..state import ServerState
 from .endpoints import ENDPOINTS
 from .entry import LineError, parse_line
-from .errors import BatchError
+from .errors import BatchError, EngineStopped
 from .ledger import Ledger
 from .lines import read_lines, scan
 from .runner import BatchRunner, Source, open_input
@@ -64,6 +64,9 @@ def run(given: Namespace, settings: Settings) -> int:
                     _answer(given, settings, lines, ledger, signals)
             finally:
                 ledger.close()
+    except EngineStopped as error:
+        print(f"foveate: {error}; the same command goes on where it was", file=sys.stderr)
+        return 1
     except BatchError as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1

@@ -12,6 +12,10 @@ from ..generation import Generation, collect, submit
 from ..state import ServerState
 from ..streaming import ResponseStream
 
+# Of a line that asks for none; HTTP requests have 0. A line's own orders the lines, within such a distance.
+BATCH_PRIORITY = 2**30
+_REACH = 1000
+
 Prepare = Callable[[ServerState, dict[str, Any]], Awaitable[Generation]]
 
 ENDPOINTS: Mapping[str, Prepare] = {
@@ -32,15 +36,20 @@ async def prepare(state: ServerState, url: str, body: dict[str, Any]) -> Generat
 
 
 async def answer(state: ServerState, generation: Generation, owner: str) -> dict[str, Any]:
-    """The answer to one line, however long it waits.
+    """The answer to one line, however long it waits where the line sets no ``timeout``.
 
     Raises:
         EngineError: the engine refused or failed.
         SchemeError: it asks for no scheme, or for a wrong option.
     """
-    stream = ResponseStream(generation.engine, state.metrics, seconds=inf, full_seconds=inf)
+    seconds = generation.body.timeout or inf
+    stream = ResponseStream(generation.engine, state.metrics, seconds, full_seconds=inf)
     try:
-        await submit(stream, generation, state, owner)
+        await submit(stream, generation, state, owner, _priority(generation.body.priority))
         return await collect(stream, generation)
     finally:
         stream.close()
+
+
+def _priority(asked: int) -> int:
+    return BATCH_PRIORITY + max(-_REACH, min(asked, _REACH))

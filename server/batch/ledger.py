@@ -68,7 +68,7 @@ class Ledger:
             self.require(facts)
             paths = [output] if errors is None else [output, errors]
             for path, size in zip(paths, sizes, strict=False):
-                self._files.append(_Appended(path, size, "ours" if begun else "any" if restart else "none"))
+                self._files.append(_Appended(path, size, "any" if restart else "ours" if begun else "none"))
             self._connection.execute("UPDATE totals SET begun = 1")
         except sqlite3.Error as error:
             self.close()

@@ -49,23 +49,26 @@ router = APIRouter()
 @router.post("/v1/files", openapi_extra=_FORM)
 async def upload(request: Request) -> Response:
     service = service_of(request)
+    settings = state_of(request).settings
+    body = _Body(request, settings)
     try:
         async with service.uploads:
-            return JSONResponse(file_object(await _receive(request, service, state_of(request).settings)))
+            return JSONResponse(file_object(await _receive(request, body, service, settings)))
     except ClientDisconnect:
         return Response(status_code=_CLIENT_GONE)
     except ApiError as error:
+        if body.ended:
+            raise
         return _Refusal(error)
 
 
-async def _receive(request: Request, service: BatchService, settings: Settings) -> StoredFile:
+async def _receive(request: Request, body: _Body, service: BatchService, settings: Settings) -> StoredFile:
     store = service.store
     room = settings.max_stored_bytes - await asyncio.to_thread(lambda: store.bytes)
     path = store.upload_path()
     try:
-        pieces = _pieces(request, settings)
         kind = request.headers.get("content-type", "")
-        form = await receive_form(kind, pieces, path, max(0, min(settings.max_file_bytes, room)))
+        form = await receive_form(kind, body.pieces(), path, max(0, min(settings.max_file_bytes, room)))
         if form.filename is None:
             raise ApiError(400, "file: no file came", param="file", code="missing_required_parameter")
         purpose = form.fields.get("purpose")
@@ -91,24 +94,42 @@ async def _receive(request: Request, service: BatchService, settings: Settings) 
         await asyncio.to_thread(path.unlink, missing_ok=True)
 
 
-async def _pieces(request: Request, settings: Settings) -> AsyncIterator[bytes]:
-    """The body as it comes, if it comes fast enough and ends in time."""
-    received = 0
-    start = asyncio.get_running_loop().time()
-    stream = request.stream()
-    while True:
-        try:
-            async with asyncio.timeout_at(start + settings.read_seconds + received / _BYTES_PER_SECOND):
-                piece = await anext(stream, None)
-        except TimeoutError:
-            raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from None
-        if piece is None:
-            return
-        received += len(piece)
-        if received > settings.max_file_bytes + FORM_BYTES:
-            raise too_large(settings.max_file_bytes)
-        if piece:
-            yield piece
+class _Body:
+    """A body as it comes.
+
+    Attributes:
+        ended: Whether all of it came.
+    """
+
+    def __init__(self, request: Request, settings: Settings) -> None:
+        self.ended = False
+        self._stream = request.stream()
+        self._settings = settings
+
+    async def pieces(self) -> AsyncIterator[bytes]:
+        """Pieces until the end.
+
+        Raises:
+            ApiError: 413, or 408 where it comes too slowly.
+            ClientDisconnect: the client left.
+        """
+        received = 0
+        start = asyncio.get_running_loop().time()
+        while True:
+            until = start + self._settings.read_seconds + received / _BYTES_PER_SECOND
+            try:
+                async with asyncio.timeout_at(until):
+                    piece = await anext(self._stream, None)
+            except TimeoutError:
+                raise ApiError(408, "The body did not arrive in time.", code="body_timeout") from None
+            if piece is None:
+                self.ended = True
+                return
+            received += len(piece)
+            if received > self._settings.max_file_bytes + FORM_BYTES:
+                raise too_large(self._settings.max_file_bytes)
+            if piece:
+                yield piece
 
 
 class _Refusal(Response):

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 BAD_EVERY = 100
@@ -80,7 +81,7 @@ def check(output: Path, errors: Path, good: set[str], lines: int) -> list[str]:
     return wrong + [f"{name} is lost" for name in lost] + [f"{name} is doubled" for name in doubled]
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="packaged name or directory")
     parser.add_argument("--lines", type=int, default=500)
@@ -88,7 +89,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--seconds", type=float, default=1.0, help="a run lives so long at most after its first record")
     parser.add_argument("--in-flight", type=int, default=16)
-    given = parser.parse_args()
+    given = parser.parse_args(arguments)
     random.seed(given.seed)
     with tempfile.TemporaryDirectory() as folder:
         source, output, errors = (Path(folder) / name for name in ("input.jsonl", "output.jsonl", "errors.jsonl"))

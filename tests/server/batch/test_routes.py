@@ -12,6 +12,7 @@ import openai
 import pytest
 
 from foveate.server import engine as engine_module
+from foveate.server import limits
 from foveate.server.app import create_app
 from foveate.server.serve import FoveateServer, address_of, listen, server_config
 from foveate.server.settings import Settings
@@ -224,7 +225,8 @@ def test_pages_of_lists(serving):
 
 
 @pytest.fixture
-def http(client_of, tmp_path):
+def http(client_of, tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "LINGER_SECONDS", 0.01)
     return client_of(batch_dir=tmp_path / "batches", max_file_bytes=4096, max_stored_bytes=6000)
 
 
