@@ -206,7 +206,12 @@ def test_a_disk_that_hangs_is_waited_for_only_so_long(start, monkeypatch, caplog
     engine = start()
     gate = threading.Event()
     monkeypatch.setattr(document_loads, "STALL_SECONDS", 0.1)
-    monkeypatch.setattr(PageStore, "read", lambda *_: [] if gate.wait(30) else [])
+
+    def hang(*arguments):
+        gate.wait(30)
+        return []
+
+    monkeypatch.setattr(PageStore, "read", hang)
     assert ask(engine, prompt) == (cold[0], 0)
     assert "the disk gave nothing" in caplog.text
     begin = time.monotonic()
