@@ -15,6 +15,8 @@ from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.stats import PageStat
 from foveate.kv_cache.view import PagedView, Rows
+from foveate.sparse_attn import ops
+from foveate.sparse_attn.ops.native import library as opened
 
 from .shapes import Shape
 
@@ -37,6 +39,7 @@ class Setting:
         shape: Heads and layer sizes.
         name: The shape's name.
         dtype: Of queries, keys, values and weights.
+        stored: Of K and V in the pages: the same, or int8.
         device: Where.
         context: Tokens in the pages.
         queries: Of a chunk of a prompt.
@@ -47,6 +50,7 @@ class Setting:
     shape: Shape
     name: str
     dtype: torch.dtype
+    stored: torch.dtype
     device: torch.device
     context: int
     queries: int
@@ -89,8 +93,9 @@ def kernels(
     if setting.device.type != "cpu":
         return {"chosen by the op": op}
     found: dict[str, Callable[..., Any]] = {}
-    if native is op and setting.isas:
-        found = {f"native {setting.isas[-1]}": partial(op, backend="native")}
+    library = opened()
+    if library is not None and native is op:
+        found = {f"native {library.isa}": partial(op, backend="native")}
     elif native is not None:
         found = {f"native {isa}": partial(native, isa=isa) for isa in setting.isas}
     return found | {"torch": partial(op, backend="torch")}
@@ -141,17 +146,25 @@ class Limits:
 
 def pages_of(setting: Setting, queries: int, layers: int = 1, stats: Sequence[PageStat] = ()) -> list[PagedView]:
     """One sequence in each layer of a pool of random keys and values, its pages in mixed order."""
-    size, shape = default_page_size(setting.device), setting.shape
-    pages = -(-setting.context // size)
-    geometry = CacheGeometry(layers, shape.kv_heads, shape.head_dim, size, pages, setting.dtype, setting.device)
+    geometry = geometry_of(setting, layers)
+    pages, size = geometry.num_pages, geometry.page_size
     pool = PagePool(geometry, stats)
-    pool.keys.normal_()
-    pool.values.normal_()
-    for stat, kept in pool.stats.items():
-        kept.copy_(stat.fold.reduce((pool.keys if stat.source == "key" else pool.values).float(), 3))
+    key, value = torch.randn(2, pages * size, geometry.num_kv_heads, geometry.head_dim, device=setting.device).to(
+        setting.dtype
+    )
+    slots = torch.arange(pages * size, device=setting.device)
+    for layer in range(layers):
+        ops.write_kv(key, value, pool.layer(layer), slots)
     order = torch.randperm(pages, generator=torch.Generator().manual_seed(0)).tolist()
     rows = Rows.build([order], [setting.context], [queries], setting.device)
     return [PagedView(pool.layer(layer), rows) for layer in range(layers)]
+
+
+def geometry_of(setting: Setting, layers: int = 1) -> CacheGeometry:
+    """Pages for the setting's context."""
+    size, shape = default_page_size(setting.device), setting.shape
+    pages = -(-setting.context // size)
+    return CacheGeometry(layers, shape.kv_heads, shape.head_dim, size, pages, setting.stored, setting.device)
 
 
 def steps_to_walk(bytes_per_step: float) -> int:

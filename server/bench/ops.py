@@ -66,7 +66,10 @@ def measure(given: Namespace, device: torch.device, isas: tuple[str, ...]) -> li
             kind: torch.dtype = getattr(torch, dtype)
             if dtype not in limits:
                 limits = {dtype: Limits(kind, device)}
-            setting = Setting(SHAPES[shape], shape, kind, device, given.context, given.queries, given.share, isas)
+            stored = torch.int8 if given.int8_kv else kind
+            setting = Setting(
+                SHAPES[shape], shape, kind, stored, device, given.context, given.queries, given.share, isas
+            )
             for case in CASES[op](setting):
                 rows += _rows(op, setting, case, limits[dtype], given.repeats, clock)
             bar.update()
@@ -86,6 +89,7 @@ def _rows(
             {
                 "op": op,
                 "dtype": str(setting.dtype).removeprefix("torch."),
+                "kv_dtype": str(setting.stored).removeprefix("torch."),
                 "shape": setting.name,
                 "case": case.name,
                 "kernel": kernel,
@@ -128,7 +132,9 @@ def _told(rows: Sequence[Mapping[str, Any]]) -> str:
     for row in rows:
         found.append(
             [
-                *(str(row[name]) for name in ("op", "dtype", "shape", "case", "kernel")),
+                row["op"],
+                row["dtype"] + (", int8 K/V" if row["kv_dtype"] == "int8" else ""),
+                *(row[name] for name in ("shape", "case", "kernel")),
                 f"{row['milliseconds']:.3f}",
                 f"{row['rate']:.1f} {row['unit']}",
                 f"{row['limit_rate']:.1f}",

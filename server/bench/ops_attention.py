@@ -13,7 +13,7 @@ from foveate.sparse_attn.ops import attention_native, threshold_native
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import ScoreThreshold, Selection, Tiles
 
-from .cases import Case, Setting, causal_pairs, kernels, pages_of, query_of, steps_to_walk
+from .cases import Case, Setting, causal_pairs, geometry_of, kernels, pages_of, query_of, steps_to_walk
 
 TILE = 128
 
@@ -41,8 +41,8 @@ def prefill(setting: Setting) -> Iterator[Case]:
 def decode(setting: Setting) -> Iterator[Case]:
     """All keys, and random pages, runs and tokens: bytes of the K and V that are read."""
     shape = setting.shape
-    row = shape.head_dim * 2 * setting.dtype.itemsize
-    whole = float(setting.context * shape.kv_heads * row)
+    row = geometry_of(setting).bytes_per_token / shape.kv_heads  # K and V of one token and KV head
+    whole = setting.context * shape.kv_heads * row
     views = pages_of(setting, 1, steps_to_walk(whole))
     query, spec = query_of(setting, 1), AttentionSpec(shape.head_dim**-0.5)
     page = views[0].page_size
@@ -65,7 +65,7 @@ def decode(setting: Setting) -> Iterator[Case]:
 def threshold(setting: Setting) -> Iterator[Case]:
     """All keys are scored, and the values of those above a threshold read: by any head of their group."""
     shape = setting.shape
-    half = float(setting.context * shape.kv_heads * shape.head_dim * setting.dtype.itemsize)
+    half = setting.context * geometry_of(setting).bytes_per_token / 2
     views = pages_of(setting, 1, steps_to_walk(2 * half))
     query, spec = query_of(setting, 1), AttentionSpec(shape.head_dim**-0.5)
     kept = min(max(setting.share, 1e-6), 1 - 1e-6)

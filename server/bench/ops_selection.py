@@ -11,7 +11,7 @@ from foveate.sparse_attn import ops
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Tiles
 
-from .cases import Case, Setting, causal_pairs, kernels, pages_of, query_of, steps_to_walk
+from .cases import Case, Setting, causal_pairs, geometry_of, kernels, pages_of, query_of, steps_to_walk
 
 # Sizes that the schemes have by default.
 SCORE_TILE, GATE_BLOCK, GATE_TOP, DIAGONAL_TILE, STRIDE = 32, 64, 16, 128, 8
@@ -48,8 +48,7 @@ def gate(setting: Setting) -> Iterator[Case]:
 
 def bounds(setting: Setting) -> Iterator[Case]:
     """The largest logit that a page can have: bytes of its smallest and largest keys, float32."""
-    shape = setting.shape
-    layers = steps_to_walk(setting.context * shape.kv_heads * shape.head_dim * 2 * setting.dtype.itemsize)
+    layers = steps_to_walk(setting.context * geometry_of(setting).bytes_per_token)
     views = pages_of(setting, 1, layers, (KEY_MIN, KEY_MAX))
     query, tiles = query_of(setting, 1), Tiles.of(views[0].rows, 1)
     calls = {
@@ -86,6 +85,7 @@ def write(setting: Setting) -> Iterator[Case]:
         slots = pages[positions // size] * size + positions % size
         calls = {
             kernel: (lambda call=call, view=view, slots=slots: call(key, value, view.pages, slots))
-            for kernel, call in kernels(ops.write_kv, setting).items()
+            for kernel, call in kernels(ops.write_kv, setting, ops.write_kv).items()
         }
-        yield Case(name, calls, 2.0 * (key.nbytes + value.nbytes), "sum")
+        moved = key.nbytes + value.nbytes + setting.queries * geometry_of(setting).bytes_per_token
+        yield Case(name, calls, float(moved), "sum")

@@ -20,9 +20,10 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.generation.streamers import BaseStreamer
 
-from foveate.server.llm import LLM
+from foveate.server.bench.timing import time_request
+from foveate.server.engine import Engine
+from foveate.server.options import EngineOptions
 from foveate.server.packaged import resolve
-from foveate.server.request import Delta, Event, SamplingParams
 
 
 class Timing(NamedTuple):
@@ -45,17 +46,10 @@ class Clock(BaseStreamer):
         pass
 
 
-def ours(llm: LLM, ids: list[int], new: int, attention: dict[str, Any]) -> Timing:
-    times: list[float] = []
-
-    def note(_: int, event: Event) -> None:
-        if isinstance(event, Delta):
-            times.append(time.perf_counter())
-
-    llm.engine.cache.reset_prefix()
-    start = time.perf_counter()
-    llm.generate([ids], SamplingParams(temperature=0, max_tokens=new, ignore_eos=True), attention, note)
-    return Timing(times[0] - start, (times[-1] - times[0]) / (new - 1))
+def ours(engine: Engine, ids: list[int], new: int, attention: dict[str, Any]) -> Timing:
+    engine.cache.reset_prefix()
+    timing = time_request(engine, ids, new, engine.build_scheme(attention))
+    return Timing(timing.first_seconds, statistics.mean(timing.gaps_seconds))
 
 
 def stock(model: Any, ids: list[int], new: int) -> Timing:
@@ -89,8 +83,8 @@ def main() -> None:
     parser.add_argument("--attention", type=json.loads, default={"scheme": "dense"}, help="our policy, as JSON")
     args = parser.parse_args()
     path = resolve(args.model)
-    llm = LLM(args.model)
-    dtype = str(llm.engine.dtype).removeprefix("torch.")
+    engine = Engine.load(EngineOptions(args.model))
+    dtype = str(engine.dtype).removeprefix("torch.")
     models = {
         name: AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, name), attn_implementation="sdpa").eval()
         for name in args.dtypes.split(",")
@@ -98,12 +92,12 @@ def main() -> None:
     generator = torch.Generator().manual_seed(0)
     rows = []
     for length in map(int, args.lengths.split(",")):
-        ids = torch.randint(10, llm.engine.vocab_size, (length,), generator=generator).tolist()
+        ids = torch.randint(10, engine.vocab_size, (length,), generator=generator).tolist()
         mine: list[Timing] = []
         theirs: dict[str, list[Timing]] = {name: [] for name in models}
-        ours(llm, ids[:300], 4, args.attention)
+        ours(engine, ids[:300], 4, args.attention)
         for _ in range(args.repeats):
-            mine.append(ours(llm, ids, args.new_tokens, args.attention))
+            mine.append(ours(engine, ids, args.new_tokens, args.attention))
             for name, model in models.items():
                 theirs[name].append(stock(model, ids, args.new_tokens))
         us = median(mine)
@@ -127,7 +121,7 @@ def main() -> None:
             }
             print(json.dumps(row), flush=True)
             rows.append(row)
-    llm.close()
+    engine.shutdown(0)
     print("\n| prompt | ours | transformers | prefill | decode |\n| ---: | --- | --- | ---: | ---: |")
     for row in rows:
         print(

@@ -25,9 +25,9 @@ def small(monkeypatch):
     monkeypatch.setattr(cases, "GEMM", (32, 32, 32))
 
 
-def setting(dtype=torch.float32, context=300, queries=70):
+def setting(dtype=torch.float32, context=300, queries=70, stored=None):
     isas = (library().isa,) if library() else ()
-    return Setting(SHAPES["tiny"], "tiny", dtype, torch.device("cpu"), context, queries, 0.25, isas)
+    return Setting(SHAPES["tiny"], "tiny", dtype, stored or dtype, torch.device("cpu"), context, queries, 0.25, isas)
 
 
 def run(*arguments):
@@ -52,10 +52,11 @@ def test_every_op_is_reported_beside_its_limit(small, tmp_path, capsys):
 
 # `write` has no result, and the kinds of `linear` differ on purpose.
 @pytest.mark.parametrize("op", sorted(set(OPS) - {"write", "linear"}))
-def test_kernels_of_a_case_compute_the_same(small, op):
+@pytest.mark.parametrize("stored", [torch.float32, torch.int8], ids=["float32", "int8"])
+def test_kernels_of_a_case_compute_the_same(small, op, stored):
     """They are given the same input, or their times could not be compared."""
     with torch.inference_mode():
-        for case in CASES[op](setting()):
+        for case in CASES[op](setting(stored=stored)):
             results = [_first(call()) for call in case.calls.values()]
             for result in results[1:]:
                 if result.dtype.is_floating_point:
@@ -88,6 +89,8 @@ def test_decode_counts_the_bytes_of_all_layers_it_walks_through(small):
     assert whole.steps == 100_000 // layer
     assert whole.work == layer * whole.steps
     assert all(0 < case.work < whole.work for case in chosen)
+    [whole, *_] = CASES["decode"](setting(context=128, stored=torch.int8))
+    assert whole.work == 128 * shape.kv_heads * (shape.head_dim + 4) * 2 * whole.steps, "a scale per row"
 
 
 def test_the_threshold_keeps_about_the_share_that_was_asked_for(small, monkeypatch):
@@ -142,5 +145,6 @@ def test_what_cannot_be_measured_is_told(small, capsys, arguments, said):
 
 def test_without_native_kernels_torch_is_measured(small, monkeypatch, capsys):
     monkeypatch.setattr(native, "library", lambda: None)
-    assert run("--ops", "write,bounds") == 0
-    assert "native" not in capsys.readouterr().out.split("no native kernels")[0]
+    monkeypatch.setattr(cases, "opened", lambda: None)
+    assert run("--ops", "write,bounds,decode") == 0
+    assert "| native" not in capsys.readouterr().out
