@@ -17,6 +17,7 @@ from .batch import routes_batches, routes_files
 from .batch.service import open_service
 from .engine_protocol import EngineLike
 from .errors import install_handlers
+from .head import HeadAsGet
 from .limits import Limits
 from .settings import Settings
 from .state import ServerState, attach_state
@@ -59,6 +60,7 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     for routes in (routes_completions, routes_chat, routes_responses, routes_cache, routes_meta, routes_files, routes_batches):
         app.include_router(routes.router)
     # The last one added is the outermost.
+    app.add_middleware(HeadAsGet)
     app.add_middleware(Limits, settings=settings, keys=state.keys)
     app.add_middleware(Access, metrics=state.metrics, tracing=state.tracing)
     if settings.cors_origin:

@@ -76,7 +76,10 @@ _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     (RequestValidationError, _Row(400, _BAD, "invalid_value", "The request is not valid.")),
     (Exception, _Row(500, _OURS, "internal_error", "The server failed at this request.")),
 )
-_HTTP_WORDS = {404: "There is nothing at this path.", 405: "This path does not take this method."}
+_HTTP_WORDS = {
+    404: ("There is nothing at this path.", "not_found"),
+    405: ("This path does not take this method.", "method_not_allowed"),
+}
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -84,8 +87,8 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, ApiError):
         return error
     if isinstance(error, HTTPException):
-        message = _HTTP_WORDS.get(error.status_code, "The request was refused.")
-        return ApiError(error.status_code, message, code="not_found", headers=error.headers)
+        message, code = _HTTP_WORDS.get(error.status_code, ("The request was refused.", "refused"))
+        return ApiError(error.status_code, message, code=code, headers=error.headers)
     row = next(row for cls, row in _TABLE if isinstance(error, cls))
     headers = dict(row.headers)
     if isinstance(error, engine_errors.QueueFull):

@@ -54,9 +54,13 @@ class Limits:
         size += len(scope.get("raw_path") or b"") + len(scope["query_string"])
         if size > self._settings.max_header_bytes:
             raise ApiError(431, f"The headers are larger than {self._settings.max_header_bytes} bytes.")
+        if sum(name == b"host" for name, _ in headers) > 1:
+            raise ApiError(400, "There is more than one Host header.", code="invalid_http")
         for name, value in headers:
             if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
                 raise ApiError(415, "Send the body as it is, without Content-Encoding.", code="unsupported_encoding")
+            if name == b"transfer-encoding" and value.strip().lower() != b"chunked":
+                raise ApiError(400, "The only Transfer-Encoding is chunked.", code="unsupported_encoding")
             if name == b"content-length" and value.isdigit():
                 digits = value.lstrip(b"0")
                 if len(digits) > _MAX_LENGTH_DIGITS or int(digits or b"0") > body_limit(scope, self._settings):

@@ -60,14 +60,23 @@ async def tokenize_text(text: str, add_special_tokens: bool, engine: EngineLike,
     return await worker.run(engine.tokenize, text, add_special_tokens)
 
 
-async def chat_prompt(body: ChatPromptBody, served: Served, worker: TextWorker, max_messages: int) -> list[int]:
+def check_messages(data: dict[str, Any], name: str, limit: int) -> None:
+    """Whether the body, not yet checked, holds too many messages: checking 100,000 of them takes two seconds.
+
+    Raises:
+        ApiError: 400.
+    """
+    messages = data.get(name)
+    if isinstance(messages, list) and len(messages) > limit:
+        raise ApiError(400, f"{name}: at most {limit}", param=name, code="invalid_value")
+
+
+async def chat_prompt(body: ChatPromptBody, served: Served, worker: TextWorker) -> list[int]:
     """Token ids of a chat.
 
     Raises:
         ApiError: 400.
     """
-    if len(body.messages) > max_messages:
-        raise ApiError(400, f"messages: at most {max_messages}", param="messages", code="invalid_value")
     _check_bytes(sum(len(message.content.encode()) for message in body.messages), served.engine, "messages")
     return await worker.run(served.chat.render, body)
 

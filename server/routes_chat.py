@@ -14,7 +14,7 @@ from .completion_logprobs import prompt_logprobs
 from .errors import ApiError
 from .generation import Generation, respond
 from .openapi import body_schema
-from .prompts import chat_prompt, check_scores
+from .prompts import chat_prompt, check_messages, check_scores
 from .request import Delta, TokenLogprob
 from .schemas_chat import ChatBody
 from .state import Served, ServerState, state_of
@@ -36,11 +36,12 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
     Raises:
         ApiError: 400, 404 for another model, 503 while no request is taken.
     """
+    check_messages(data, "messages", state.settings.max_messages)
     body = validate(ChatBody, data)
     served = state.served_as(body.model)
     if body.n > state.settings.max_sequences:
         raise ApiError(400, f"n: at most {state.settings.max_sequences}", param="n", code="invalid_value")
-    prompt = await chat_prompt(body, served, state.text, state.settings.max_messages)
+    prompt = await chat_prompt(body, served, state.text)
     check_scores(body, [prompt])
     return Generation(served.engine, body, [prompt], ChatAnswer(served, body))
 

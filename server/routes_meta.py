@@ -10,7 +10,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from .engine_protocol import EngineLike
 from .openapi import body_schema
-from .prompts import chat_prompt, check_token_ids, tokenize_text
+from .prompts import chat_prompt, check_messages, check_token_ids, tokenize_text
 from .schemas import DetokenizeBody
 from .schemas_chat import TokenizeChatBody, TokenizeTextBody
 from .state import state_of, unavailable
@@ -48,9 +48,10 @@ async def tokenize(request: Request) -> JSONResponse:
     state.served()
     data = await parse_request(request)
     if "messages" in data:
+        check_messages(data, "messages", state.settings.max_messages)
         chat = validate(TokenizeChatBody, data)
         served = state.served_as(chat.model)
-        tokens = await chat_prompt(chat, served, state.text, state.settings.max_messages)
+        tokens = await chat_prompt(chat, served, state.text)
     else:
         text = validate(TokenizeTextBody, data)
         served = state.served_as(text.model)

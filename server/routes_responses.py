@@ -10,7 +10,7 @@ from fastapi.responses import Response
 from .errors import ApiError
 from .generation import Generation, in_one_piece, opened
 from .openapi import body_schema
-from .prompts import chat_prompt
+from .prompts import chat_prompt, check_messages
 from .responses_answer import ResponsesAnswer, TypedEventStream, responses_usage
 from .schemas_responses import ResponsesBody, as_chat, renamed
 from .state import ServerState, state_of
@@ -37,11 +37,12 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
     Raises:
         ApiError: 400, 404 for another model, 503 while no request is taken.
     """
+    check_messages(data, "input", state.settings.max_messages)
     body = validate(ResponsesBody, data)
     chat = as_chat(body, data)
     served = state.served_as(body.model)
     try:
-        prompt = await chat_prompt(chat, served, state.text, state.settings.max_messages)
+        prompt = await chat_prompt(chat, served, state.text)
     except ApiError as error:
         raise renamed(error) from None
     return Generation(served.engine, chat, [prompt], ResponsesAnswer(served, body), responses_usage)

@@ -205,7 +205,7 @@ def test_refused(client, engine, name):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"}
     if param is not None:
-        assert error["param"] == param
+        assert error["param"].startswith(param)
         assert param.split("[")[0] in error["message"] or "maximum context length" in error["message"]
     assert engine.requests == []
 
