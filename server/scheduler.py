@@ -125,7 +125,10 @@ class Scheduler:
         left = sequence.num_remaining
         if sequence.table is None:
             if sequence.wait.found_tokens is None:
-                sequence.wait.found_tokens = self.cache.find(sequence.reusable_tokens, sequence.group.namespace)
+                try:
+                    sequence.wait.found_tokens = self.cache.find(sequence.reusable_tokens, sequence.group.namespace)
+                except Exception as error:
+                    raise SequenceFault(sequence) from error
             left -= sequence.wait.found_tokens
         return sequence.priority, left, sequence.order
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from foveate.kv_cache.errors import CacheError
 from foveate.kv_cache.manager import KVCacheManager
@@ -146,19 +148,15 @@ class Stepper:
             if not chunk.sequence.group.max_tokens:
                 self._end_unanswered(chunk.sequence)
                 continue
-            try:
+            with self._alone(chunk.sequence.group):
                 choices = self._choices(chunk.sequence)
-            except BaseException as error:
-                raise_if_fatal(error)
-                log.exception("a request could not be split into its choices")
-                self.end(chunk.sequence.group, Failed(failure(error)))
-                continue
-            drawing += choices
-            rows += [row] * len(choices)
+                drawing += choices
+                rows += [row] * len(choices)
         drawn = sample_contained(result.logits[rows], [sequence.sampler for sequence in drawing])
         for sequence, token in zip(drawing, drawn, strict=True):
             if sequence in sequence.group.sequences:  # a choice with bad logits ends the others, too
-                self._take(sequence, token)
+                with self._alone(sequence.group):
+                    self._take(sequence, token)
         if any(isinstance(token.error, RequestFailed) for token in drawn):
             check_device(self._loaded.device)
 
@@ -217,13 +215,7 @@ class Stepper:
             return
         if self.documents is not None and not sequence.num_generated and not sequence.index:
             self.documents.prompt_done(sequence)
-        try:
-            delta = self._delta(sequence, drawn)
-        except BaseException as error:
-            raise_if_fatal(error)
-            log.exception("a token could not be turned into text")
-            self.end(group, Failed(failure(error)))
-            return
+        delta = self._delta(sequence, drawn)
         if delta.finish_reason is not None:
             group.pages = max(group.pages, len({page for item in group.sequences for page in _pages(item)}))
             self.scheduler.remove(sequence)
@@ -237,6 +229,18 @@ class Stepper:
         sequence.tokens.append(drawn.token_id)
         sequence.sampler.output_token_ids.append(drawn.token_id)
         return self.outbox.delta(sequence, drawn, self._loaded.eos_token_ids)
+
+    @contextmanager
+    def _alone(self, group: RequestGroup) -> Iterator[None]:
+        """What fails inside ends ``group`` and nobody else."""
+        try:
+            yield
+        except CacheError:
+            raise
+        except BaseException as error:
+            raise_if_fatal(error)
+            log.exception("the work on one request failed")
+            self.end(group, Failed(failure(error)))
 
     def _fail(self, groups: list[RequestGroup], words: str, error: BaseException | None) -> None:
         for group in {id(group): group for group in groups}.values():
