@@ -37,12 +37,13 @@ class Detokenizer:
     Args:
         tokenizer: A byte-level or sentencepiece-like tokenizer.
         prompt_token_ids: Tells whether the answer begins the text.
-        params: ``skip_special_tokens`` is read.
+        params: ``skip_special_tokens`` and ``visible_ids`` are read.
     """
 
     def __init__(self, tokenizer: TextTokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         self._tokenizer = tokenizer
         self._skip_special_tokens = params.skip_special_tokens
+        self._visible = frozenset(params.visible_ids if params.skip_special_tokens else ())
         # Sentencepiece drops the space that begins a text, so text is read behind a letter. A letter is a better
         # context than the last tokens: it is never a part of a character.
         self._anchor = tokenizer.encode("a", add_special_tokens=False)[-1:]
@@ -54,6 +55,11 @@ class Detokenizer:
 
     def push(self, token_id: int) -> str:
         """The text that is certain now and was not before; often empty within a character."""
+        if token_id in self._visible:
+            rest, self._begins_text = self.flush(), False
+            return rest + self._tokenizer.decode(
+                [token_id], skip_special_tokens=False, clean_up_tokenization_spaces=False
+            )
         self._pending.append(token_id)
         text = self._pending_text()
         if text == self._text and self._is_silent((token_id,)):

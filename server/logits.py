@@ -8,6 +8,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,7 +22,7 @@ def upload(values: Tensor, device: torch.device) -> Tensor:
 
 
 def edit_logits(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
-    """Penalties, then ``logit_bias``, then end-of-text and stop ids masked until ``min_tokens``.
+    """Penalties, ``logit_bias``, what grammars forbid, then end-of-text and stop ids masked until ``min_tokens``.
 
     Args:
         logits: ``[S, V]`` from the model; not changed.
@@ -32,8 +33,9 @@ def edit_logits(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
     """
     penalised = [(index, row) for index, row in enumerate(rows) if row.penalised]
     biased = [(index, row) for index, row in enumerate(rows) if row.bias_ids]
+    constrained = [(index, row) for index, row in enumerate(rows) if row.grammar is not None]
     unfinished = [(index, row) for index, row in enumerate(rows) if row.must_go_on]
-    if not (penalised or biased or unfinished):
+    if not (penalised or biased or constrained or unfinished):
         return logits
     logits = logits.to(torch.float32, copy=True)
     if penalised:
@@ -44,10 +46,30 @@ def edit_logits(logits: Tensor, rows: Sequence[SamplerRow]) -> Tensor:
         for _, row in biased:
             values.extend(row.bias_values)
         logits[where, ids] += upload(torch.frombuffer(values, dtype=torch.float32), logits.device)
+    if constrained:
+        ending = _constrain(logits, constrained)
+        unfinished = [(index, row) for index, row in unfinished if index not in ending]
     if any(row.ender_ids for _, row in unfinished):
         where, ids = _cells(((index, row.ender_ids) for index, row in unfinished), logits.device)
         logits.index_put_((where, ids), logits.new_tensor(-torch.inf))
     return logits
+
+
+def _constrain(logits: Tensor, users: Sequence[tuple[int, SamplerRow]]) -> set[int]:
+    """Masks what the rows' grammars forbid; returns the rows that can do nothing but end."""
+    vocab_size = logits.shape[1]
+    masks, ending = [], set()
+    for index, row in users:
+        mask, only_end = row.allowed(vocab_size)
+        masks.append(mask.view(np.int32))
+        if only_end:
+            ending.add(index)
+    words = upload(torch.from_numpy(np.stack(masks)), logits.device)
+    bits = (words[:, :, None] >> torch.arange(32, dtype=torch.int32, device=logits.device)) & 1
+    forbidden = bits.view(len(users), -1)[:, :vocab_size] == 0
+    where = upload(torch.tensor([index for index, _ in users]), logits.device)
+    logits[where] = logits[where].masked_fill_(forbidden, -torch.inf)
+    return ending
 
 
 def _penalise(logits: Tensor, users: Sequence[tuple[int, SamplerRow]]) -> None:

@@ -79,7 +79,8 @@ class Outbox:
         group.generated_tokens += 1
         token = drawn.token_id
         reason: FinishReason | None = None
-        if token in params.stop_token_ids or (token in eos_token_ids and not params.ignore_eos):
+        ends = not params.ignore_eos or params.grammar is not None  # with a grammar it is drawn only where all must end
+        if token in params.stop_token_ids or (token in eos_token_ids and ends):
             # The token that ends a text is not part of it.
             return Delta(sequence.index, self._rest(sequence), (), None, "stop")
         text, stopped = sequence.stopping.push(
@@ -87,6 +88,9 @@ class Outbox:
         )
         if stopped:
             reason = "stop"
+        elif sequence.sampler.is_complete:
+            reason = "stop"
+            text += self._rest(sequence)
         elif sequence.num_generated >= group.max_tokens:
             reason = "length"
             text += self._rest(sequence)

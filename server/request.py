@@ -12,6 +12,8 @@ from typing import Literal
 
 from foveate.sparse_attn.protocol import Scheme
 
+from .grammar.matcher import Grammar
+
 FinishReason = Literal["stop", "length", "abort"]
 
 
@@ -40,6 +42,9 @@ class SamplingParams:
         prompt_logprobs: The same for each token of the prompt but the first, for which nothing is predicted.
             Such a request computes its whole prompt, cached or not.
         n: Choices per prompt; the prompt is computed once.
+        visible_ids: Special tokens that stay in the text although others are left out.
+        grammar: What each answer must look like. It ends where the grammar lets nothing follow, ``min_tokens`` and
+            ``ignore_eos`` notwithstanding, and end-of-text is drawn only where the grammar lets it end.
     """
 
     max_tokens: int | None = 16
@@ -61,6 +66,8 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     n: int = 1
+    visible_ids: tuple[int, ...] = ()
+    grammar: Grammar | None = None
 
 
 @dataclass(frozen=True, slots=True)

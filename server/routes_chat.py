@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from .answers import FINGERPRINT, Choice, answer_id, chat_logprobs
 from .completion_logprobs import prompt_logprobs
+from .constraint import constraint
 from .errors import ApiError
 from .generation import Generation, respond
 from .openapi import body_schema
@@ -43,7 +44,8 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
         raise ApiError(400, f"n: at most {state.settings.max_sequences}", param="n", code="invalid_value")
     prompt = await chat_prompt(body, served, state.text)
     check_scores(body, [prompt])
-    return Generation(served.engine, body, [prompt], ChatAnswer(served, body))
+    grammar = await constraint(served, body.grammar)
+    return Generation(served.engine, body, [prompt], ChatAnswer(served, body), grammar=grammar)
 
 
 class ChatAnswer:

@@ -11,6 +11,7 @@ from fastapi.responses import Response
 
 from .answers import FINGERPRINT, Choice, answer_id
 from .completion_logprobs import CompletionLogprobs, Lists, echoed, joined, prompt_logprobs, sliced
+from .constraint import constraint
 from .generation import Generation, respond
 from .openapi import body_schema
 from .prompts import Prompt, check_scores, completion_prompts
@@ -41,8 +42,9 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
     served = state.served_as(body.model)
     prompts = await completion_prompts(body, served.engine, state.text, state.settings.max_sequences)
     check_scores(body, [prompt.token_ids for prompt in prompts])
+    grammar = await constraint(served, body.grammar)
     answer = CompletionAnswer(served, body, prompts)
-    return Generation(served.engine, body, [prompt.token_ids for prompt in prompts], answer)
+    return Generation(served.engine, body, [prompt.token_ids for prompt in prompts], answer, grammar=grammar)
 
 
 class CompletionAnswer:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from .grammar.matcher import GrammarState, Mask, set_bits
 from .request import SamplingParams
 
 # Below this, float32 has no room between the best token and the next: choose the best.
@@ -61,6 +62,7 @@ class SamplerRow:
         bias_ids: Ids of ``params.logit_bias``.
         bias_values: Their biases.
         ender_ids: End-of-text and stop ids.
+        grammar: Where the answer stands in ``params.grammar``.
     """
 
     params: SamplingParams
@@ -73,6 +75,7 @@ class SamplerRow:
     bias_ids: array[int] = field(init=False, repr=False)
     bias_values: array[float] = field(init=False, repr=False)
     ender_ids: array[int] = field(init=False, repr=False)
+    grammar: GrammarState | None = field(init=False, repr=False, default=None)
     _generator: torch.Generator | None = field(init=False, repr=False, default=None)
     _counts: TokenCounts | None = field(init=False, repr=False, default=None)
 
@@ -83,11 +86,38 @@ class SamplerRow:
         self.bias_ids = array("q", params.logit_bias)
         self.bias_values = array("f", params.logit_bias.values())
         self.ender_ids = array("q", dict.fromkeys((*self.eos_token_ids, *params.stop_token_ids)))
+        if params.grammar is not None:
+            self.grammar = params.grammar.begin()
 
     @property
     def must_go_on(self) -> bool:
         """Whether ``min_tokens`` is not reached yet."""
         return len(self.output_token_ids) < self.params.min_tokens
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the grammar lets nothing follow."""
+        if self.grammar is None:
+            return False
+        self.grammar.read(self.output_token_ids)
+        return self.grammar.is_complete
+
+    def allowed(self, vocab_size: int) -> tuple[Mask, bool]:
+        """What the grammar of this row, which has one, lets follow.
+
+        Returns:
+            Mask as ``GrammarState.mask`` gives it, with what may end the text, and whether there is nothing else.
+        """
+        assert self.grammar is not None
+        self.grammar.read(self.output_token_ids)
+        mask = self.grammar.mask(vocab_size)
+        set_bits(mask, self.eos_token_ids, False)
+        only_end = not mask.any() and self.grammar.accepts
+        if only_end:
+            set_bits(mask, self.eos_token_ids, True)
+        if self.grammar.accepts:
+            set_bits(mask, self.params.stop_token_ids if self.params.ignore_eos else self.ender_ids, True)
+        return mask, only_end
 
     def counts(self) -> TokenCounts:
         """Tokens seen so far. Only the repetition penalty looks at the prompt."""

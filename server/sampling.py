@@ -66,11 +66,17 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
             error = BadLogits("the model gave logits that are not finite")
             result.append(Sampled(-1, error=error))
         elif not any_left:
-            left_none = NoTokenLeft("penalties, logit_bias and min_tokens leave no token to choose from")
-            result.append(Sampled(-1, error=left_none))
+            result.append(Sampled(-1, error=_none_left(rows[index])))
         else:
             result.append(Sampled(token, logprobs.get(index)))
     return result
+
+
+def _none_left(row: SamplerRow) -> NoTokenLeft:
+    if row.grammar is None:
+        return NoTokenLeft("penalties, logit_bias and min_tokens leave no token to choose from")
+    reason = row.grammar.failure or "no token of this model can follow"
+    return NoTokenLeft(f"the answer cannot go on as its grammar demands: {reason}")
 
 
 def _has_flashinfer(device: torch.device) -> bool:

@@ -9,13 +9,13 @@ from pydantic import Field, ValidationInfo, field_validator
 
 from .request import SamplingParams
 from .sampling_limits import LARGEST_PRIORITY, LEAST_PRIORITY, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
+from .schemas_grammar import GrammarBody
 from .schemas_labels import LabelledBody
 from .validation import Body
 
 MAX_NAME_CHARS = 256
 INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 
-_NO_GRAMMAR = "constrained output is not supported"
 _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "truncate_prompt_tokens": ((), "prompts are never cut; shorten the prompt"),
     "prompt_embeds": ((), "embeddings as a prompt are not supported"),
@@ -23,11 +23,6 @@ _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "use_beam_search": ((False,), "beam search is not supported"),
     "bad_words": (([],), "bad_words is not supported; use logit_bias"),
     "allowed_token_ids": ((), "allowed_token_ids is not supported; use logit_bias"),
-    "structured_outputs": ((), _NO_GRAMMAR),
-    "guided_json": ((), _NO_GRAMMAR),
-    "guided_regex": ((), _NO_GRAMMAR),
-    "guided_choice": ((), _NO_GRAMMAR),
-    "guided_grammar": ((), _NO_GRAMMAR),
     "logits_processors": (([],), "code in a request is never run"),
     "vllm_xargs": (({},), "there are no arguments of this kind"),
     "timings_per_token": ((False,), "times are in /metrics"),
@@ -36,7 +31,7 @@ _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-class GenerationBody(LabelledBody):
+class GenerationBody(GrammarBody, LabelledBody):
     """What completions and chat have in common. OpenAI's names first, then vLLM's, then our own.
 
     Types and plain bounds are checked here; ``sampling_limits`` checks everything again, for every

@@ -125,7 +125,6 @@ class ChatBody(GenerationBody, ChatPromptBody):
         "functions": (([],), _NO_TOOLS),
         "tool_choice": (("none",), _NO_TOOLS),
         "function_call": (("none",), _NO_TOOLS),
-        "response_format": (({"type": "text"},), 'only {"type": "text"} is supported'),
         "audio": ((), _TEXT_ONLY),
         "modalities": ((["text"],), _TEXT_ONLY),
         "prediction": ((), "predicted output is not supported"),

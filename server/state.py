@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
 
 from fastapi import FastAPI, Request
@@ -9,12 +10,15 @@ from fastapi import FastAPI, Request
 from .chat_template import ChatTemplate
 from .engine_protocol import EngineLike
 from .errors import ApiError
+from .grammar.store import Grammars, GrammarsUnavailable
 from .keys import KeyRing
 from .metrics import ServerMetrics
 from .settings import Settings
 from .text_worker import TextWorker
 from .token_text import TokenText
 from .tracing import Tracing
+
+_log = logging.getLogger(__name__)
 
 _TEXT_THREADS = 4
 _TEXT_SECONDS = 30.0
@@ -35,6 +39,7 @@ class Served:
     engine: EngineLike
     tokens: TokenText
     chat: ChatTemplate
+    grammars: Grammars
 
 
 class ServerState:
@@ -53,7 +58,12 @@ class ServerState:
 
     def serve(self, engine: EngineLike) -> None:
         """From now on requests go to ``engine``."""
-        self._served = Served(engine, TokenText(engine.tokenizer), ChatTemplate(engine.tokenizer))
+        grammars = Grammars(engine.tokenizer, engine.vocab_size)
+        try:
+            grammars.load()
+        except GrammarsUnavailable as error:  # requests that need it are told so
+            _log.warning("%s", error)
+        self._served = Served(engine, TokenText(engine.tokenizer), ChatTemplate(engine.tokenizer), grammars)
 
     @property
     def condition(self) -> str:
@@ -82,6 +92,8 @@ class ServerState:
     def close(self) -> None:
         """Ends the threads of this state; blocks."""
         self.text.close()
+        if self._served is not None:
+            self._served.grammars.close()
         if self.tracing is not None:
             self.tracing.close()
 

@@ -1,0 +1,64 @@
+"""A process of its own in which grammars are compiled for the first time.
+
+Some small grammars make a compiler run for minutes (500 patterns that must hold together) or end its process (3,000
+rules in a chain overflow its stack). Here that costs this process, which the server replaces. Started by
+``guard.Guard``; speaks lines of JSON over its standard input and output.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import resource
+import sys
+import threading
+
+import llguidance
+
+from .compile import matcher_of, normal_form, reason_of, tokenizer_of
+
+# An eighth of the usual stack: what passes here is far from the edge in the server's threads.
+_STACK_BYTES = 2**20
+_MEMORY_BYTES = 4 * 2**30
+_WALK_TOKENS = 256
+_COMPLEX = frozenset({"ParserTooComplex", "LexerTooComplex", "InternalError"})
+
+
+def main() -> None:
+    """Reads the tokenizer, then answers each grammar with its normal form or the reason against it."""
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (_MEMORY_BYTES, _MEMORY_BYTES))
+    tokenizer = tokenizer_of(**json.loads(sys.stdin.readline()))
+    _say({"ready": True})
+    for line in sys.stdin:
+        try:
+            _say({"grammar": _try(tokenizer, **json.loads(line))})
+        except Exception as error:
+            _say({"error": reason_of(str(error))})
+
+
+def _try(tokenizer: llguidance.LLTokenizer, kind: str, text: str) -> str:
+    grammar = normal_form(kind, text)  # type: ignore[arg-type]
+    matcher = matcher_of(tokenizer, grammar)
+    draw = random.Random(0)
+    for _ in range(_WALK_TOKENS):
+        if matcher.is_stopped():
+            break
+        mask = matcher.compute_bitmask()
+        allowed = [8 * place + bit for place, byte in enumerate(mask) if byte for bit in range(8) if byte >> bit & 1]
+        if not allowed or not matcher.consume_token(draw.choice(allowed)):
+            break
+    if matcher.stop_reason() in _COMPLEX:
+        raise ValueError("it is too complex")
+    return grammar
+
+
+def _say(answer: dict[str, object]) -> None:
+    print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    threading.stack_size(_STACK_BYTES)
+    thread = threading.Thread(target=main)
+    thread.start()
+    thread.join()
