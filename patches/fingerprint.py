@@ -68,6 +68,8 @@ def weights_digest(model: torch.nn.Module) -> str:
 
     def digest(named: tuple[str, torch.Tensor]) -> bytes:
         name, tensor = named
+        if tensor.is_mkldnn:  # packed: its bytes cannot be seen
+            tensor = tensor.to_dense()
         state = hashlib.sha256(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
         if tensor.layout is not torch.strided:  # laid out for a library
             tensor = tensor.to_dense()

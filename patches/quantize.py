@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from . import linear_native, linear_torch
 from .errors import QuantizationError
 from .fingerprint import fingerprint, keep_fingerprint
 from .linear_weights import BLOCK, Int4Weight, Int8Weight
+from .linears import decoder_linears
 
 log = logging.getLogger(__name__)
 
@@ -36,8 +37,6 @@ HEAD_KIND = "int8wo"
 SPARED = ("k_proj", "v_proj", "qkv_proj")
 # Sums of this many products of bytes fit 32 bits.
 MOST_CHANNELS = 65536
-# What configs call the number of experts: a linear layer of that many outputs chooses among them, and stays exact.
-EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 class QuantizedLinear(nn.Module):
@@ -95,7 +94,7 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
         raise QuantizationError(f"no such quantization: {kind!r}; there are {', '.join(KINDS)}")
     if model.device.type != "cpu":
         raise QuantizationError(f"quantization {kind} runs on a CPU only, and the model is on {model.device}")
-    found = list(_decoder_linears(model))
+    found = [item for item in decoder_linears(model) if item[2].in_features <= MOST_CHANNELS]
     if not found:
         raise QuantizationError(f"{type(model).__name__} has no linear layers in its decoder layers to quantize")
     before = _bytes(model)
@@ -113,24 +112,6 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     log.info("weights quantized to %s: %.0f MB of memory instead of %.0f", kind, _bytes(model) / 1e6, before / 1e6)
     if fallback:
         log.warning("no compiled kernels for quantized weights on this machine: they save memory, but cost time")
-
-
-def _decoder_linears(model: PreTrainedModel) -> Iterator[tuple[nn.Module, str, nn.Linear]]:
-    """Each linear layer inside a decoder layer, with its parent and its name there."""
-    config = model.config.get_text_config()
-    experts = {getattr(config, name, None) for name in EXPERTS}
-    for layers in model.modules():
-        if not isinstance(layers, nn.ModuleList):
-            continue
-        for layer in layers:
-            if not any(isinstance(getattr(inner, "layer_idx", None), int) for inner in layer.modules()):
-                continue
-            for parent in layer.modules():
-                for name, child in parent.named_children():
-                    if not isinstance(child, nn.Linear) or type(child) is not nn.Linear:
-                        continue  # a subclass computes something else
-                    if child.in_features <= MOST_CHANNELS and child.out_features not in experts:
-                        yield parent, name, child
 
 
 def _bytes(model: nn.Module) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from foveate.patches.families import VERIFIED, facts
 from foveate.patches.fingerprint import fingerprint
 from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
+from foveate.patches.tune import tune
 from foveate.patches.verify import verify
 from foveate.sparse_attn.profile import Profile
 
 from .exceptions import InvalidRequest
+from .memory import keep_freed_blocks
 from .options import EngineOptions
 from .packaged import resolve
 from .profiles import profiles_for
@@ -78,6 +80,9 @@ def load(options: EngineOptions) -> LoadedModel:
     """
     path = resolve(options.model)
     device = device_of(options.device)
+    check_kv_dtype(options, device)
+    if device.type == "cpu":
+        keep_freed_blocks()
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(path, **common)
     model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -109,6 +114,7 @@ def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
         verify(model).raise_on_failure()
     if options.quantization != "none":
         quantize(model, options.quantization)
+    tune(model)
     context = options.max_context or found.context_length
     if context > found.context_length:
         raise InvalidRequest(
@@ -132,11 +138,13 @@ def geometry_for(loaded: LoadedModel, options: EngineOptions) -> CacheGeometry:
     """Sizes of the KV pool: what ``kv_cache_gib`` allows, but no more than ``max_running`` full contexts.
 
     Raises:
-        InvalidRequest: not one page fits.
+        InvalidRequest: not one page fits, or the device cannot read pages of ``kv_dtype``.
     """
     found, device = loaded.attached.facts, loaded.device
+    check_kv_dtype(options, device)
     page_size = options.page_size or default_page_size(device)
-    geometry = CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, 1, loaded.dtype, device)
+    dtype = torch.int8 if options.kv_dtype == "int8" else loaded.dtype
+    geometry = CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, 1, dtype, device)
     if options.kv_cache_gib is None:
         allowed = int(_free_bytes(device) * FREE_MEMORY_SHARE[device.type])
     else:
@@ -148,7 +156,22 @@ def geometry_for(loaded: LoadedModel, options: EngineOptions) -> CacheGeometry:
             f"a KV cache of {allowed / 2**30:.3f} GiB holds no page of {geometry.bytes_per_page / 2**20:.1f} MiB",
             param="kv_cache_gib",
         )
-    return CacheGeometry(found.num_layers, found.num_kv_heads, found.head_dim, page_size, pages, loaded.dtype, device)
+    log.info(
+        "KV cache: %d pages of %d tokens, %d bytes per token in %s",
+        pages, page_size, geometry.bytes_per_token, str(dtype).removeprefix("torch."),
+    )  # fmt: skip
+    return replace(geometry, num_pages=pages)
+
+
+def check_kv_dtype(options: EngineOptions, device: torch.device) -> None:
+    """
+    Raises:
+        InvalidRequest: no kernel of the device reads such pages.
+    """
+    if options.kv_dtype == "int8" and device.type != "cpu":
+        raise InvalidRequest(
+            f"kv_dtype int8 is for the CPU kernels; on {device} leave it out, or choose --device cpu", param="kv_dtype"
+        )
 
 
 def device_of(name: str) -> torch.device:

@@ -84,6 +84,17 @@ class GateCall(ctypes.Structure):
     )
 
 
+class NormCall(ctypes.Structure):
+    """``foveate_norm`` of norm.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input", "out", "weight")),
+        *((name, ctypes.c_int64) for name in ("input_stride", "rows", "width")),
+        ("epsilon", ctypes.c_float),
+        *((name, ctypes.c_int32) for name in ("from_one", "dtype", "isa", "num_threads")),
+    )
+
+
 class WriteCall(ctypes.Structure):
     """``foveate_write`` of write.h, field by field."""
 
@@ -118,6 +129,7 @@ class Library:
         decode: ``foveate_decode``.
         anchor: ``foveate_anchor_run``.
         gate: ``foveate_gate_run``.
+        norm: ``foveate_norm_run``.
         write: ``foveate_write_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
         linear_isa: The one of them in use, no faster a kind than ``isa``.
@@ -136,6 +148,7 @@ class Library:
             and self._size("foveate_threshold_size") == ctypes.sizeof(ThresholdCall)
             and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
             and self._size("foveate_gate_size") == ctypes.sizeof(GateCall)
+            and self._size("foveate_norm_size") == ctypes.sizeof(NormCall)
             and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
@@ -150,6 +163,7 @@ class Library:
         self.decode = self._function("foveate_decode", Call)
         self.anchor = self._function("foveate_anchor_run", AnchorCall)
         self.gate = self._function("foveate_gate_run", GateCall)
+        self.norm = self._function("foveate_norm_run", NormCall)
         self.write = self._function("foveate_write_run", WriteCall)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)

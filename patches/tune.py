@@ -1,0 +1,22 @@
+"""Makes a model that is only served run faster on a CPU; what it computes stays, up to rounding."""
+
+from __future__ import annotations
+
+from transformers import PreTrainedModel
+
+from . import norm_native, packed
+from .fingerprint import fingerprint, keep_fingerprint
+
+
+def tune(model: PreTrainedModel) -> None:
+    """Packs linear layers (bfloat16), fuses gated MLPs, and compiles the norms, in place.
+
+    Not for a model that is trained or saved afterwards. It keeps the fingerprint that it had. On another device
+    nothing is done.
+    """
+    if model.device.type != "cpu":
+        return
+    keep_fingerprint(model, fingerprint(model))
+    if packed.supports(model):
+        packed.pack(model)
+    norm_native.replace_norms(model)

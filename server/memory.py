@@ -1,0 +1,29 @@
+"""How this process keeps memory that is freed: a step asks for the same large blocks again and again."""
+
+from __future__ import annotations
+
+import ctypes
+import ctypes.util
+import logging
+import platform
+
+log = logging.getLogger(__name__)
+
+# mallopt's names for its parameters (malloc.h), and what is kept: blocks of up to 32 MiB, the most that glibc takes
+# from its heaps, and half a GiB of them.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_KEPT_BLOCK = 32 * 2**20
+_KEPT = 512 * 2**20
+
+
+def keep_freed_blocks() -> None:
+    """Lets the C library reuse large blocks instead of giving them back to the system.
+
+    Else the system hands out zeroed pages for every activation of every layer, one fault at a time: a prompt of 4,096
+    tokens took 4.8 s on a model of 0.5B parameters, and 3.5 s without. Only glibc can be told.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return
+    libc = ctypes.CDLL(ctypes.util.find_library("c") or "libc.so.6")
+    if not (libc.mallopt(_MMAP_THRESHOLD, _KEPT_BLOCK) and libc.mallopt(_TRIM_THRESHOLD, _KEPT)):
+        log.debug("mallopt refused: large blocks go back to the system")
