@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from typing import Any
 
-from starlette.types import Scope
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from .errors import ApiError, error_response
@@ -17,7 +16,7 @@ _LATE = ApiError(408, "The headers did not arrive in time.", code="header_timeou
 
 
 def bounded_protocol(
-    max_header_bytes: int, body_limit: Callable[[Scope], int], read_seconds: float
+    max_header_bytes: int, body_limit: Callable[[Mapping[str, Any]], int], read_seconds: float
 ) -> type[HttpToolsProtocol]:
     """uvicorn's httptools protocol, with limits.
 

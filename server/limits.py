@@ -6,7 +6,9 @@ A plain ASGI layer outside the application, since limits must hold while a body 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from contextlib import suppress
+from typing import Any
 
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -96,12 +98,12 @@ class Limits:
         return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
 
 
-def is_upload(scope: Scope, settings: Settings) -> bool:
+def is_upload(scope: Mapping[str, Any], settings: Settings) -> bool:
     """Whether a body goes to the disk as it comes; its route holds it to its limits."""
     return settings.batch_dir is not None and scope["method"] == "POST" and scope["path"] == "/v1/files"
 
 
-def body_limit(scope: Scope, settings: Settings) -> int:
+def body_limit(scope: Mapping[str, Any], settings: Settings) -> int:
     """Bytes that a body may have."""
     return settings.max_file_bytes + FORM_BYTES if is_upload(scope, settings) else settings.max_body_bytes
 

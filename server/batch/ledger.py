@@ -62,9 +62,10 @@ class Ledger:
         try:
             if restart:
                 self._forget()
-            begun, *sizes, self.answered, self.failed = self._connection.execute(
+            row: tuple[int, ...] = self._connection.execute(
                 "SELECT begun, output_bytes, errors_bytes, answered, failed FROM totals"
             ).fetchone()
+            begun, *sizes, self.answered, self.failed = row
             self.require(facts)
             paths = [output] if errors is None else [output, errors]
             for path, size in zip(paths, sizes, strict=False):

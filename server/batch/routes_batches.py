@@ -32,7 +32,7 @@ class BatchBody(Body):
     }
 
     input_file_id: str = Field(max_length=MAX_ID_CHARS)
-    endpoint: str = Field(json_schema_extra={"enum": sorted(ENDPOINTS)})
+    endpoint: str = Field(json_schema_extra={"enum": [*sorted(ENDPOINTS)]})
     completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[hd]$")
     metadata: dict[str, str] | None = Field(None, max_length=_MAX_PAIRS)
 

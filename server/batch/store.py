@@ -155,7 +155,7 @@ class Store:
     def files(
         self, owner: str, purpose: str | None, after: StoredFile | None, limit: int, order: Order
     ) -> list[StoredFile]:
-        rows = self._page("files", owner, after and after.number, limit, order, purpose)
+        rows = self._page("files", owner, None if after is None else after.number, limit, order, purpose)
         return [StoredFile(**row) for row in rows]
 
     def remove_file(self, file: StoredFile) -> StoredBatch | None:
@@ -193,7 +193,10 @@ class Store:
         return None if row is None else _batch(row)
 
     def batches(self, owner: str, after: StoredBatch | None, limit: int) -> list[StoredBatch]:
-        return [_batch(row) for row in self._page("batches", owner, after and after.number, limit, "desc", None)]
+        return [
+            _batch(row)
+            for row in self._page("batches", owner, None if after is None else after.number, limit, "desc", None)
+        ]
 
     def open_batches(self, owner: str | None = None) -> list[StoredBatch]:
         """Those that have not ended, oldest first; of one owner, or of all."""
@@ -268,7 +271,8 @@ class Store:
         self, table: str, owner: str, after: int | None, limit: int, order: Order, purpose: str | None
     ) -> list[sqlite3.Row]:
         sign, word = ("<", "DESC") if order == "desc" else (">", "ASC")
-        conditions, values = ["owner = ?"], [owner]
+        conditions = ["owner = ?"]
+        values: list[Any] = [owner]
         if after is not None:
             conditions.append(f"number {sign} ?")
             values.append(after)
