@@ -9,8 +9,9 @@ from collections.abc import Iterator
 
 import torch
 
+from foveate.kv_cache.geometry import CacheGeometry
 from foveate.patches.errors import PatchError
-from foveate.patches.families import facts
+from foveate.patches.families import ModelFacts, facts
 from foveate.patches.quantize import QuantizedLinear
 from foveate.patches.verify import verify
 from foveate.sparse_attn.ops import native
@@ -126,7 +127,16 @@ def _facts(loaded: LoadedModel) -> Iterator[tuple[str, str]]:
     if known.learned_sinks:
         yield "sinks", "learned, one per head"
     yield "context", f"{known.context_length} tokens"
+    yield "kv cache", _bytes_per_token(known, loaded)
     yield "schemes that move positions", "available" if loaded.rotary else "not available: unknown rotary embedding"
+
+
+def _bytes_per_token(known: ModelFacts, loaded: LoadedModel) -> str:
+    own, eight = (
+        CacheGeometry(known.num_layers, known.num_kv_heads, known.head_dim, 64, 1, dtype).bytes_per_token
+        for dtype in (loaded.dtype, torch.int8)
+    )
+    return f"{own:,} bytes per token; with --kv-dtype int8 {eight:,}, {eight / own:.0%} of that (CPU only)"
 
 
 def _print(lines: Iterator[tuple[str, str]]) -> None:

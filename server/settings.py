@@ -24,6 +24,7 @@ ENGINE_FIELDS = (
     "device",
     "quantization",
     "page_size",
+    "kv_dtype",
     "kv_cache_gib",
     "max_context",
     "max_batch_tokens",
@@ -69,6 +70,10 @@ class Settings(OperationSettings):
         "(weights only)",
     )
     page_size: int | None = Field(None, description="tokens per KV page: 16, 32, 64 or 128; by device if unset")
+    kv_dtype: Literal["auto", "int8"] = Field(
+        "auto",
+        description="element type of the KV cache: the model's, or int8 with a scale per token and head (CPU only)",
+    )
     kv_cache_gib: float | None = Field(
         None, gt=0, allow_inf_nan=False, description="memory of the KV cache in GiB; a share of what is free if unset"
     )

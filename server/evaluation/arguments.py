@@ -14,7 +14,9 @@ from .tasks import TASKS
 SETTINGS = (
     "dtype",
     "device",
+    "quantization",
     "page_size",
+    "kv_dtype",
     "kv_cache_gib",
     "max_batch_tokens",
     "profile",
@@ -26,7 +28,8 @@ EXAMPLES = f"""\
 Every prompt is made here from the seed: a document of --lengths tokens, answers included,
 facts planted in it, and at its end the beginning of a sentence that only such a fact completes. A fact
 counts as found if the greedy answer contains it. Dense attention always runs beside the others: what it
-does not find says something of the model, not of a scheme.
+does not find says something of the model, not of a scheme. Agreement is with dense attention over keys and
+values in full: what --kv-dtype int8 costs is the line of dense.
 
 tasks:
 {chr(10).join(f"  {name:<18} {task.about}" for name, task in TASKS.items())}

@@ -35,13 +35,22 @@ class Reader:
         prompt_tokens: Those of its prompt: what follows is decoded one by one, and the last ones
             before are the scheme's dense tail.
         chunk_tokens: Prompt tokens per forward pass.
+        geometry: Of the engine's pool, whose page size and element type are to be used; the defaults if ``None``.
     """
 
-    def __init__(self, loaded: LoadedModel, scheme: Scheme, tokens: int, prompt_tokens: int, chunk_tokens: int) -> None:
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        scheme: Scheme,
+        tokens: int,
+        prompt_tokens: int,
+        chunk_tokens: int,
+        geometry: CacheGeometry | None = None,
+    ) -> None:
         self._loaded, self._scheme = loaded, scheme
         self._prompt_tokens, self._chunk_tokens = prompt_tokens, chunk_tokens
         facts, device = loaded.attached.facts, loaded.device
-        one = CacheGeometry(
+        one = geometry or CacheGeometry(
             facts.num_layers, facts.num_kv_heads, facts.head_dim, default_page_size(device), 1, loaded.dtype, device
         )
         geometry = replace(one, num_pages=one.pages_for(tokens))
@@ -117,12 +126,14 @@ def answer(
     count: int,
     chunk_tokens: int,
     forced: Sequence[int] | None = None,
+    *,
+    geometry: CacheGeometry | None = None,
 ) -> Answer:
     """The greedy continuation of ``prompt`` by ``count`` tokens; or distributions along a ``forced`` one.
 
     End-of-text ends nothing.
     """
-    reader = Reader(loaded, scheme, len(prompt) + count, len(prompt), chunk_tokens)
+    reader = Reader(loaded, scheme, len(prompt) + count, len(prompt), chunk_tokens, geometry)
     [logits] = reader.read(prompt, first=len(prompt) - 1)
     rows: list[torch.Tensor] = []
     tokens: list[int] = []
@@ -148,7 +159,13 @@ def agreement(dense: Answer, other: Answer) -> dict[str, float]:
 
 
 def loss(
-    loaded: LoadedModel, scheme: Scheme, ids: Sequence[int], scored_from: int, chunk_tokens: int
+    loaded: LoadedModel,
+    scheme: Scheme,
+    ids: Sequence[int],
+    scored_from: int,
+    chunk_tokens: int,
+    *,
+    geometry: CacheGeometry | None = None,
 ) -> tuple[float, float]:
     """Mean negative log-likelihood of ``ids[scored_from:]`` as a prompt, and the share of keys read.
 
@@ -158,7 +175,7 @@ def loss(
         ``(nats per token, keys_read_fraction)``.
     """
     tail = scheme.for_phase(Phase.PREFILL).options.dense_tail_tokens
-    reader = Reader(loaded, scheme, len(ids), len(ids) + tail, chunk_tokens)
+    reader = Reader(loaded, scheme, len(ids), len(ids) + tail, chunk_tokens, geometry)
     targets = torch.tensor(ids[scored_from:], device=loaded.device)
     total, done = 0.0, 0
     for logits in reader.read(ids[:-1], first=scored_from - 1):
@@ -170,7 +187,13 @@ def loss(
 
 
 def converse(
-    loaded: LoadedModel, scheme: Scheme, prompt: Prompt, chunk_tokens: int, *, tokens: int
+    loaded: LoadedModel,
+    scheme: Scheme,
+    prompt: Prompt,
+    chunk_tokens: int,
+    *,
+    tokens: int,
+    geometry: CacheGeometry | None = None,
 ) -> tuple[list[str], float]:
     """The model's greedy answers to a prompt's turns, each question read behind the answer before.
 
@@ -183,13 +206,14 @@ def converse(
         prompt: Its first turn is the end of its text.
         chunk_tokens: Prompt tokens per forward pass.
         tokens: Of prompt, questions and answers, at most.
+        geometry: See ``Reader``.
 
     Returns:
         ``(answers, keys_read_fraction)``.
     """
     tokenizer = loaded.tokenizer
     ids: list[int] = tokenizer.encode(prompt.text, add_special_tokens=True)
-    reader = Reader(loaded, scheme, max(tokens, len(ids)) + _SLACK_TOKENS, len(ids), chunk_tokens)
+    reader = Reader(loaded, scheme, max(tokens, len(ids)) + _SLACK_TOKENS, len(ids), chunk_tokens, geometry)
     said: list[str] = []
     for turn in prompt.turns:
         if said:

@@ -137,6 +137,7 @@ class Evaluation:
     def __init__(self, engine: Engine, loaded: LoadedModel, plan: Plan, text: Text, chunk_tokens: int) -> None:
         self._engine, self._loaded, self._plan, self._text = engine, loaded, plan, text
         self._chunk_tokens = chunk_tokens
+        self._geometry = engine.cache.pool.geometry
         self._failed: dict[str, Refused] = {}
 
     @property
@@ -146,6 +147,9 @@ class Evaluation:
             "model": self._loaded.name,
             "fingerprint": fingerprint(self._loaded.model),
             "dtype": str(self._loaded.dtype).removeprefix("torch."),
+            "quantization": self._engine.identity["quantization"],
+            "kv_dtype": str(self._geometry.dtype).removeprefix("torch."),
+            "page_size": self._geometry.page_size,
             "chunk_tokens": self._chunk_tokens,
             "seed": self._plan.seed,
             "tasks": VERSION,
@@ -198,7 +202,9 @@ class Evaluation:
         """Answers, keys read and attention mass kept. One question is the engine's to answer, as for any client."""
         if any(len(prompt.turns) > 1 for prompt in prompts):
             found = [
-                forced.converse(self._loaded, policy.scheme, prompt, self._chunk_tokens, tokens=length)
+                forced.converse(
+                    self._loaded, policy.scheme, prompt, self._chunk_tokens, tokens=length, geometry=self._geometry
+                )
                 for prompt in prompts
             ]
             return [(answers, fraction, None) for answers, fraction in found]
@@ -219,7 +225,9 @@ class Evaluation:
             dense = None
             if task == "agreement":
                 reference = self._engine.build_scheme({"scheme": policies.DENSE})
-                dense = forced.answer(self._loaded, reference, ids, spare, self._chunk_tokens)
+                # Of keys and values in full, so that what int8 costs is seen.
+                full = replace(self._geometry, dtype=self._loaded.dtype)
+                dense = forced.answer(self._loaded, reference, ids, spare, self._chunk_tokens, geometry=full)
             for policy in waiting:
                 try:
                     values, fraction = self._measure(policy, ids, dense)
@@ -230,10 +238,18 @@ class Evaluation:
 
     def _measure(self, policy: Policy, ids: list[int], dense: forced.Answer | None) -> tuple[dict[str, float], float]:
         if dense is None:
-            nats, fraction = forced.loss(self._loaded, policy.scheme, ids, len(ids) // 2, self._chunk_tokens)
+            nats, fraction = forced.loss(
+                self._loaded, policy.scheme, ids, len(ids) // 2, self._chunk_tokens, geometry=self._geometry
+            )
             return {"loss": nats}, fraction
         other = forced.answer(
-            self._loaded, policy.scheme, ids, len(dense.tokens), self._chunk_tokens, forced=dense.tokens
+            self._loaded,
+            policy.scheme,
+            ids,
+            len(dense.tokens),
+            self._chunk_tokens,
+            forced=dense.tokens,
+            geometry=self._geometry,
         )
         return forced.agreement(dense, other), other.keys_read_fraction
 
