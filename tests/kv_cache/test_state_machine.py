@@ -58,10 +58,11 @@ class CacheMachine(RuleBasedStateMachine):
 
     sequences = Bundle("sequences")
     digest: Callable[[bytes], bytes] = staticmethod(sha256)
+    dtype = torch.float32
 
     def __init__(self) -> None:
         super().__init__()
-        geometry = CacheGeometry(num_layers=1, num_kv_heads=1, head_dim=2, page_size=PAGE, num_pages=NUM_PAGES)
+        geometry = CacheGeometry(1, 1, head_dim=2, page_size=PAGE, num_pages=NUM_PAGES, dtype=self.dtype)
         self.manager = KVCacheManager(PagePool(geometry, STATS))
         self.manager.prefix = PrefixIndex(PAGE, digest=self.digest)
         self.live: list[Sequence] = []
@@ -84,15 +85,25 @@ class CacheMachine(RuleBasedStateMachine):
         writable = table.pages[start // PAGE : (len(tokens) - 1) // PAGE + 1]
         assert [manager.allocator.references(page) for page in writable] == [1] * len(writable)
         for position, slot in enumerate(manager.slots(table, start, len(tokens)), start):
-            self.write_slot(slot, torch.tensor(key_row(sequence.namespace, tokens, position)))
+            self.write_slot(slot, key_row(sequence.namespace, tokens, position))
         manager.commit(table, tokens)
         sequence.tokens = tokens
         self.histories.add((sequence.namespace, tuple(tokens)))
 
-    def write_slot(self, slot: int, row: torch.Tensor) -> None:
+    def store(self, page: int, offset: int, token: float, fingerprint: float) -> None:
+        self.manager.pool.keys[0, page, 0, offset] = torch.tensor([token, fingerprint])
+
+    def read(self, slots: list[int]) -> list[list[float]]:
+        return self.manager.pool.layer(0).keys[:, 0].reshape(-1, 2)[slots].tolist()
+
+    def spoil(self, page: int) -> None:
+        self.manager.pool.keys[:, page] = float("nan")
+
+    def write_slot(self, slot: int, values: list[float]) -> None:
         layer = self.manager.pool.layer(0)
         page, offset = divmod(slot, PAGE)
-        layer.keys[page, 0, offset] = row
+        self.store(page, offset, *values)
+        row = torch.tensor(values)
         if offset == 0:
             for stat, rows in layer.stats.items():
                 rows[page] = stat.fold.empty
@@ -142,7 +153,7 @@ class CacheMachine(RuleBasedStateMachine):
         allocator = self.manager.allocator
         pages = allocator.allocate(data.draw(st.integers(1, allocator.available)))
         for page in pages:
-            self.manager.pool.keys[:, page] = float("nan")
+            self.spoil(page)
             for rows in self.manager.pool.stats.values():
                 rows[:, page] = float("nan")
             allocator.release(page)
@@ -179,12 +190,11 @@ class CacheMachine(RuleBasedStateMachine):
     @invariant()
     def every_sequence_reads_its_own_tokens(self) -> None:
         layer = self.manager.pool.layer(0)
-        flat = layer.keys[:, 0].reshape(-1, 2)
         for sequence in self.live:
             table, tokens = sequence.table, sequence.tokens
             assert table.num_tokens == len(tokens)
             expected = [key_row(sequence.namespace, tokens, position) for position in range(len(tokens))]
-            assert flat[self.manager.slots(table, 0, len(tokens))].tolist() == expected
+            assert self.read(self.manager.slots(table, 0, len(tokens))) == expected
             for start in range(0, len(tokens), PAGE):
                 rows = torch.tensor(expected[start : start + PAGE])
                 for stat, kept in layer.stats.items():
@@ -214,8 +224,41 @@ class CollidingCacheMachine(CacheMachine):
     digest = staticmethod(lambda data: bytes([zlib.crc32(data) % 3]))
 
 
+class Int8CacheMachine(CacheMachine):
+    """The same over int8 pages: the token is in the integers, the fingerprint in the scale of the value.
+
+    So a sequence reads its own tokens only if integers and scales of K and V move together.
+    """
+
+    dtype = torch.int8
+
+    def store(self, page: int, offset: int, token: float, fingerprint: float) -> None:
+        layer = self.manager.pool.layer(0)
+        layer.keys[page, 0, offset] = 1
+        layer.values[page, 0, offset] = int(token)
+        layer.key_scales[page, 0, offset] = token
+        layer.value_scales[page, 0, offset] = fingerprint
+
+    def read(self, slots: list[int]) -> list[list[float]]:
+        layer = self.manager.pool.layer(0)
+        keys, values = (rows[:, 0].reshape(-1, 2)[slots] for rows in (layer.key_rows(), layer.value_rows()))
+        found = []
+        for key, value in zip(keys.tolist(), values.tolist(), strict=True):
+            assert key[0] == key[1]
+            assert value[0] == value[1]
+            found.append([key[0], value[0] / key[0]])
+        return found
+
+    def spoil(self, page: int) -> None:
+        pool = self.manager.pool
+        pool.keys[:, page] = pool.values[:, page] = 99
+        pool.key_scales[:, page] = pool.value_scales[:, page] = float("nan")
+
+
 STEPS = settings(max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 TestCache = CacheMachine.TestCase
 TestCache.settings = STEPS
 TestCollidingCache = CollidingCacheMachine.TestCase
 TestCollidingCache.settings = STEPS
+TestInt8Cache = Int8CacheMachine.TestCase
+TestInt8Cache.settings = settings(STEPS, max_examples=40)
