@@ -114,7 +114,7 @@ Kernels: native in each instruction set of --isas, torch beside them, and whatev
 examples:
   foveate bench ops
   foveate bench ops --ops decode,prefill --shapes 0.5b --context 32768 -o ops
-  foveate bench ops --ops prefill,decode --int8-kv
+  foveate bench ops --ops prefill,decode --kv-dtype int8
   foveate bench ops --cpu-time --isas avx2,avx512        one thread, by its own time: steady on a busy machine
 """
 )
@@ -248,7 +248,9 @@ def _ops(parser: argparse.ArgumentParser) -> None:
         metavar="NAME,...",
         help="bfloat16, float32 (default: bfloat16)",
     )
-    parser.add_argument("--int8-kv", action="store_true", help="keys and values in int8 pages")
+    parser.add_argument(
+        "--kv-dtype", choices=("auto", "int8"), default="auto", help="of keys and values in pages (default: auto)"
+    )
     parser.add_argument("--isas", type=several(str), metavar="NAME,...", help="instruction sets (default: that in use)")
     parser.add_argument("--device", default="cpu", help="torch device (default: cpu)")
     parser.add_argument("--cpu-time", action="store_true", help="one thread, by the time that it ran")

@@ -77,8 +77,13 @@ def told(body: Mapping[str, Any]) -> str:
         return table([[title, *head], *found])
 
     model = body["model"]
-    parts = [f"{model['name']}, {model['dtype']}, weights {model['quantization']}, one prompt alone"] if cells else []
+    parts = []
     if cells:
+        loads = [load for cell in cells for load in cell["load_average"]]
+        parts.append(
+            f"{model['name']}, {model['dtype']}, weights {model['quantization']}, one prompt alone; "
+            f"load average {min(loads)} to {max(loads)} while it was measured"
+        )
         parts.append(rows("seconds to first token (keys read, in %)", _first))
         parts.append(rows("growth since the length before (1 linear, 2 quadratic)", _growth))
         parts.append(rows("ms between tokens, median (p90)", _gap))

@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from foveate.sparse_attn.ops import native
 
+from ..memory import keep_freed_blocks
 from . import ops_attention, ops_linear, ops_selection
 from .arguments import OPS
 from .cases import Case, Limits, Setting, clock_of, take_turns
@@ -43,6 +44,10 @@ def run(given: Namespace) -> int:
             raise ValueError("--cpu-time measures one thread")
         if given.cpu_time or given.threads:
             torch.set_num_threads(1 if given.cpu_time else given.threads)
+        if given.kv_dtype == "int8" and device.type != "cpu":
+            raise ValueError("--kv-dtype int8 is for a CPU")
+        if device.type == "cpu":
+            keep_freed_blocks()  # as an engine does
         torch.manual_seed(given.seed)
         report = Report("ops", given, device)
         rows = measure(given, device, isas)
@@ -66,7 +71,7 @@ def measure(given: Namespace, device: torch.device, isas: tuple[str, ...]) -> li
             kind: torch.dtype = getattr(torch, dtype)
             if dtype not in limits:
                 limits = {dtype: Limits(kind, device)}
-            stored = torch.int8 if given.int8_kv else kind
+            stored = torch.int8 if given.kv_dtype == "int8" else kind
             setting = Setting(
                 SHAPES[shape], shape, kind, stored, device, given.context, given.queries, given.share, isas
             )

@@ -1,9 +1,9 @@
-"""Linear layers: plain, quantised in each kind, and what torch itself offers for quantised weights."""
+"""Linear layers: plain, packed, quantised in each kind, and what torch itself offers for quantised weights."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 
 import torch
@@ -11,6 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from foveate.patches.linear_torch import quantize_rows
+from foveate.patches.packed import PackedLinear
 from foveate.patches.quantize import KINDS, QuantizedLinear
 
 from .cases import Case, Setting, steps_to_walk
@@ -61,13 +62,16 @@ def candidates(
     found[plain] = (lambda copy: functional.linear(x, layers[copy].weight), channels * depth * setting.dtype.itemsize)
     if setting.device.type != "cpu":
         return found
+    if setting.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = [PackedLinear(layer) for layer in layers]
+        found["bfloat16, packed"] = (partial(_layer, packed, x), found[plain][1])
     for kind in KINDS:
         made = [QuantizedLinear(layer, kind) for layer in layers]
         found[kind] = (partial(_layer, made, x), made[0].nbytes)
     return found | _torch_kernels(layers, x) if setting.dtype is torch.bfloat16 else found
 
 
-def _layer(made: list[QuantizedLinear], x: torch.Tensor, copy: int) -> torch.Tensor:
+def _layer(made: Sequence[nn.Module], x: torch.Tensor, copy: int) -> torch.Tensor:
     out: torch.Tensor = made[copy](x)
     return out
 

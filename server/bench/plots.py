@@ -46,13 +46,13 @@ def draw_serve(directory: Path, report: Mapping[str, Any]) -> list[Path]:
     """TTFT and TPOT at p50, p90 and p99, and goodput, against the rate of arrivals; a line per scheme."""
     cells = report["cells"]
     figure, axes = _figure(12.0, 4.0, 1, 3)
-    for label, own in _by_label(cells):
-        rates = [cell["rate"] for cell in own]
+    for number, (label, own) in enumerate(_by_label(cells)):
+        rates, color = [cell["rate"] for cell in own], f"C{number}"
         for panel, name in zip(axes, ("ttft_seconds", "tpot_seconds"), strict=False):
             for mark, style in (("p50", "-"), ("p90", "--"), ("p99", ":")):
                 values = [cell[name][mark] if cell[name] else float("nan") for cell in own]
-                panel.plot(rates, values, style, marker="o", label=f"{label} {mark}")
-        axes[2].plot(rates, [cell["goodput"] for cell in own], marker="o", label=label)
+                panel.plot(rates, values, style, marker="o", color=color, label=f"{label} {mark}")
+        axes[2].plot(rates, [cell["goodput"] for cell in own], marker="o", color=color, label=label)
     rates = sorted({cell["rate"] for cell in cells})
     axes[2].plot(rates, rates, color="#b0b0b0", linewidth=1, label="all that arrive")
     for panel, title in zip(axes, ("seconds to first token", "seconds per token", "good requests/s"), strict=True):
@@ -63,22 +63,21 @@ def draw_serve(directory: Path, report: Mapping[str, Any]) -> list[Path]:
 
 
 def draw_ops(directory: Path, report: Mapping[str, Any]) -> list[Path]:
-    """The share of the machine's limit that each op reaches, a panel per op."""
-    rows = report["rows"]
-    names = list(dict.fromkeys(row["op"] for row in rows))
-    counts = [sum(row["op"] == name for row in rows) for name in names]
-    if not names:
-        return []
-    figure, axes = _figure(9.0, 1.0 + 0.3 * sum(counts) + 0.6 * len(names), len(names), 1, counts)
-    for panel, name in zip([axes] if len(names) == 1 else axes, names, strict=True):
-        own = [row for row in rows if row["op"] == name]
+    """The share of the machine's limit that each kernel reaches, a plot per op."""
+    paths = []
+    for name in dict.fromkeys(row["op"] for row in report["rows"]):
+        own = [row for row in report["rows"] if row["op"] == name]
+        figure, panel = _figure(10.0, 1.2 + 0.2 * len(own))
         labels = [f"{row['dtype']} {row['shape']}, {row['case']}: {row['kernel']}" for row in own]
         panel.barh(range(len(own)), [row["share"] for row in own], color="#4c72b0")
         panel.set_yticks(range(len(own)), labels, fontsize=7)
         panel.invert_yaxis()
         panel.axvline(1.0, color="#c44e52", linewidth=1)
-        panel.set_title(f"{name}: share of {own[0]['limit']}", fontsize=9)
-    return [_save(figure, directory / "ops.png", report)]
+        panel.margins(y=0.01)
+        limits = " or ".join(dict.fromkeys(row["limit"] for row in own))
+        panel.set_title(f"{name}: share of {limits}", fontsize=9)
+        paths.append(_save(figure, directory / f"ops-{name}.png", report))
+    return paths
 
 
 def _lines(path: Path, report: Mapping[str, Any], name: str, title: str, factor: float) -> Path:
@@ -131,20 +130,20 @@ def _by_label(cells: Sequence[Mapping[str, Any]]) -> list[tuple[str, list[Mappin
     return [(label, [cell for cell in cells if cell["label"] == label]) for label in labels]
 
 
-def _figure(
-    width: float, height: float, rows: int = 1, columns: int = 1, heights: Sequence[int] | None = None
-) -> tuple[Figure, Any]:
+def _figure(width: float, height: float, rows: int = 1, columns: int = 1) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    return figure, figure.subplots(rows, columns, height_ratios=heights)
+    return figure, figure.subplots(rows, columns)
 
 
 def _save(figure: Figure, path: Path, report: Mapping[str, Any]) -> Path:
     """Every plot says where it was taken."""
-    machine, load = report["machine"], report["load_average"]
+    machine = report["machine"]
+    loads = [load for cell in report.get("cells", ()) for load in cell.get("load_average", ())]
+    loads = loads or list(report["load_average"].values())
     subject = report["model"]["name"] if "model" in report else report["kind"]
     figure.suptitle(
-        f"{subject}; {machine['cpu']}, {machine['threads']} threads; load {load['start']} to {load['end']}", fontsize=8
+        f"{subject}; {machine['cpu']}, {machine['threads']} threads; load {min(loads)} to {max(loads)}", fontsize=8
     )
     figure.savefig(path, dpi=_DOTS_PER_INCH)
     return path

@@ -7,6 +7,7 @@ import sys
 import tempfile
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -90,15 +91,9 @@ def prepared(given: Namespace, settings: Settings, max_running: int, new_tokens:
     options = replace(
         EngineOptions.of(settings), prefix_reuse=False, cache_dir=None, attention=None, max_running=max_running
     )
-    made: list[str] = []
-    if given.synthetic:
-        loaded = load_synthetic(given.synthetic, options, given.seed, given.vocab)
-        with tempfile.TemporaryDirectory() as spare:
-            directory: Path = given.output or Path(spare)
-            directory.mkdir(parents=True, exist_ok=True)
-            loaded, made = with_profiles(loaded, attentions, directory, given.seed)
-    else:
-        loaded = load(options)
+    # In a thread that ends with it, as ``Engine.load`` does and for its reason: the engine computes in one of its own.
+    with ThreadPoolExecutor(1, "foveate-load") as loader:
+        loaded, made = loader.submit(_load, given, options, attentions).result()
     room = loaded.context_length - new_tokens
     for length in given.lengths:
         if length > room:
@@ -116,6 +111,19 @@ def prepared(given: Namespace, settings: Settings, max_running: int, new_tokens:
         yield Bench(engine, loaded, options, policies, refused, made)
     finally:
         engine.shutdown(0)
+
+
+def _load(
+    given: Namespace, options: EngineOptions, attentions: Sequence[dict[str, Any]]
+) -> tuple[LoadedModel, list[str]]:
+    """The model, and the schemes whose profile was made from random tokens."""
+    if not given.synthetic:
+        return load(options), []
+    loaded = load_synthetic(given.synthetic, options, given.seed, given.vocab)
+    with tempfile.TemporaryDirectory() as spare:
+        directory: Path = given.output or Path(spare)
+        directory.mkdir(parents=True, exist_ok=True)
+        return with_profiles(loaded, attentions, directory, given.seed)
 
 
 def random_prompt(seed: int, name: object, vocab: int, length: int) -> list[int]:

@@ -22,7 +22,8 @@ from foveate.sparse_attn.errors import CalibrationMissing, ProfileError, SchemeE
 from foveate.sparse_attn.profile import Profile
 
 from ..calibrate import calibrate, shape_of
-from ..loader import LoadedModel, device_of, dtype_of, ready
+from ..loader import LoadedModel, check_kv_dtype, device_of, dtype_of, ready
+from ..memory import keep_freed_blocks
 from ..options import EngineOptions
 from .shapes import SHAPES
 
@@ -50,9 +51,15 @@ def load_synthetic(shape: str, options: EngineOptions, seed: int, vocab: int | N
         options: ``dtype="auto"`` is bfloat16 where the device multiplies it natively.
         seed: Of the weights.
         vocab: Tokens, instead of the shape's own.
+
+    Raises:
+        InvalidRequest: an option does not fit the device.
     """
     known = SHAPES[shape]
     device = device_of(options.device)
+    check_kv_dtype(options, device)
+    if device.type == "cpu":
+        keep_freed_blocks()
     dtype = dtype_of(options.dtype, device)
     model = synthetic_model(
         known.model_type,

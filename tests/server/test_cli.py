@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def test_help_has_an_example(capsys, command):
     with pytest.raises(SystemExit) as end:
         cli.main([command, "--help"])
     assert end.value.code == 0
-    assert f"foveate {command}" in capsys.readouterr().out.split("example")[1]
+    assert f"foveate {command}" in re.split("examples?:\n", capsys.readouterr().out)[1]
 
 
 def test_no_command_is_an_error(capsys):
