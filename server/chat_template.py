@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import Any
+from typing import Any, Literal
 
 from jinja2.exceptions import TemplateError
 
 from .errors import ApiError
 from .schemas_chat import ChatPromptBody
+from .tools.families import FAMILIES, ParserName, family_of, reads_tools
+from .tools.prompt import in_words
 
 MAX_SPELLED = 4096
 
@@ -20,10 +22,22 @@ class ChatTemplate:
     A control token spelled in a message is text there, never control. Encoding it so changes a
     setting of the tokenizer for a moment, which other threads would see: such chats go, one at a
     time, through a copy of the tokenizer, made when the first one comes.
+
+    Args:
+        tokenizer: The ``transformers`` tokenizer.
+        tool_parser: How the model writes calls of tools; ``auto`` sees that from its template.
+
+    Attributes:
+        family: How the model writes calls of tools.
+        special: Ids of its special tokens.
     """
 
-    def __init__(self, tokenizer: Any) -> None:
+    def __init__(self, tokenizer: Any, tool_parser: Literal["auto"] | ParserName = "auto") -> None:
         self._tokenizer = tokenizer
+        template = _tool_template(tokenizer)
+        self._reads_tools = reads_tools(template)
+        self.family = family_of(template) if tool_parser == "auto" else FAMILIES[tool_parser]
+        self.special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._careful: Any = None
         self._lock = threading.Lock()
         self._control = [token for token in tokenizer.added_tokens_encoder if token and not token.isspace()]
@@ -42,17 +56,18 @@ class ChatTemplate:
                 code="no_chat_template",
             )
         variables = self._variables(body)
-        spelled = self._spelled(body, variables)
+        messages, tools = self._chat(body)
+        spelled = self._spelled([messages, tools, variables])
         if spelled > MAX_SPELLED:  # each costs calls of the tokenizer
             raise ApiError(
                 400, f"messages: more than {MAX_SPELLED} control tokens", param="messages", code="invalid_value"
             )
         if not spelled:
-            return self._apply(self._tokenizer, body, variables, sanitize=False)
+            return self._apply(self._tokenizer, body, messages, tools, variables, sanitize=False)
         with self._lock:
             if self._careful is None:
                 self._careful = copy.deepcopy(self._tokenizer)
-            return self._apply(self._careful, body, variables, sanitize=True)
+            return self._apply(self._careful, body, messages, tools, variables, sanitize=True)
 
     def _variables(self, body: ChatPromptBody) -> dict[str, Any]:
         variables: dict[str, Any] = dict(body.chat_template_kwargs)
@@ -67,16 +82,48 @@ class ChatTemplate:
             variables["reasoning_effort"] = body.reasoning_effort
         return variables
 
-    def _spelled(self, body: ChatPromptBody, variables: dict[str, Any]) -> int:
-        texts = [message.content for message in body.messages]
-        texts += [message.name for message in body.messages if message.name]
-        texts += [value for value in variables.values() if isinstance(value, str)]
-        return sum(text.count(token) for text in texts for token in self._control)
+    def _chat(self, body: ChatPromptBody) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Messages and tools as the template is to read them."""
+        messages = [message.for_template() for message in body.messages]
+        tools = body.offered_tools
+        if not self._reads_tools and (
+            tools or any(message.tool_calls or message.tool_call_id for message in body.messages)
+        ):
+            return in_words(messages, tools), None
+        return messages, [tool.for_template() for tool in tools] or None
 
-    def _apply(self, tokenizer: Any, body: ChatPromptBody, variables: dict[str, Any], sanitize: bool) -> list[int]:
+    def _spelled(self, values: list[Any]) -> int:
+        """How many control tokens stand in the strings in ``values``.
+
+        Raises:
+            ApiError: 400, one stands in a key, where it could not be told from control.
+        """
+        count = 0
+        while values:
+            value = values.pop()
+            if isinstance(value, str):
+                count += sum(value.count(token) for token in self._control)
+            elif isinstance(value, dict):
+                if any(token in key for key in value for token in self._control):
+                    raise ApiError(400, "messages: a key holds a control token", param="messages", code="invalid_value")
+                values += value.values()
+            elif isinstance(value, list):
+                values += value
+        return count
+
+    def _apply(
+        self,
+        tokenizer: Any,
+        body: ChatPromptBody,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None,
+        variables: dict[str, Any],
+        sanitize: bool,
+    ) -> list[int]:
         try:
             ids: list[int] = tokenizer.apply_chat_template(
-                [message.for_template() for message in body.messages],
+                messages,
+                tools=tools,
                 add_generation_prompt=body.opens_answer,
                 continue_final_message=body.continue_final_message,
                 sanitize_control_tokens=sanitize,
@@ -93,3 +140,11 @@ class ChatTemplate:
                 code="chat_template_failed",
             ) from error
         return ids
+
+
+def _tool_template(tokenizer: Any) -> str:
+    """The template that a chat with tools goes through; empty if there is none."""
+    templates = tokenizer.chat_template or ""
+    if isinstance(templates, dict):
+        return str(templates.get("tool_use", templates.get("default", "")))
+    return str(templates)

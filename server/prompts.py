@@ -77,7 +77,7 @@ async def chat_prompt(body: ChatPromptBody, served: Served, worker: TextWorker) 
     Raises:
         ApiError: 400.
     """
-    _check_bytes(sum(len(message.content.encode()) for message in body.messages), served.engine, "messages")
+    _check_bytes(body.num_bytes, served.engine, "messages")
     return await worker.run(served.chat.render, body)
 
 

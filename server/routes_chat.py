@@ -19,6 +19,8 @@ from .prompts import chat_prompt, check_messages, check_scores
 from .request import Delta, TokenLogprob
 from .schemas_chat import ChatBody
 from .state import Served, ServerState, state_of
+from .tools.answer import ToolTalk
+from .tools.use import tool_use
 from .validation import parse_request, validate
 
 router = APIRouter()
@@ -44,15 +46,21 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
         raise ApiError(400, f"n: at most {state.settings.max_sequences}", param="n", code="invalid_value")
     prompt = await chat_prompt(body, served, state.text)
     check_scores(body, [prompt])
-    grammar = await constraint(served, body.grammar)
-    return Generation(served.engine, body, [prompt], ChatAnswer(served, body), grammar=grammar)
+    use = tool_use(body, served.chat.family, served.chat.special)
+    if use is None:
+        grammar = await constraint(served, body.grammar)
+        return Generation(served.engine, body, [prompt], ChatAnswer(served, body), grammar=grammar)
+    grammar = await constraint(served, lambda: use.grammar(body.grammar()))
+    answer = ChatAnswer(served, body, use.talk())
+    return Generation(served.engine, body, [prompt], answer, grammar=grammar, visible_ids=use.visible_ids)
 
 
 class ChatAnswer:
     """Writes OpenAI's ``chat.completion`` and ``chat.completion.chunk`` objects."""
 
-    def __init__(self, served: Served, body: ChatBody) -> None:
+    def __init__(self, served: Served, body: ChatBody, tools: ToolTalk | None = None) -> None:
         self._tokens = served.tokens
+        self._tools = tools
         self._with_logprobs = body.logprobs
         self._prompt_alternatives = body.prompt_logprobs
         self._scores: list[TokenLogprob] = []
@@ -73,10 +81,18 @@ class ChatAnswer:
         if choice not in self._begun:
             self._begun.add(choice)
             yield self._chunk(choice, {"role": "assistant", "content": ""})
-        if delta.text or delta.logprobs:
-            yield self._chunk(choice, {"content": delta.text}, logprobs=self._logprobs(delta.logprobs or ()))
+        told: list[dict[str, Any]] = [{"content": delta.text}] if delta.text else []
+        if self._tools is not None:
+            told = self._tools.deltas(choice, delta)
+        if delta.logprobs and not told:
+            told = [{"content": ""}]
+        for number, part in enumerate(told):
+            yield self._chunk(choice, part, logprobs=None if number else self._logprobs(delta.logprobs or ()))
         if delta.finish_reason:
-            yield self._chunk(choice, {}, finish_reason=delta.finish_reason)
+            reason: str = delta.finish_reason
+            if self._tools is not None:
+                reason = self._tools.finish_reason(choice, reason)
+            yield self._chunk(choice, {}, finish_reason=reason)
 
     def bare_chunk(self) -> dict[str, Any]:
         return {**self._head, "choices": []}
@@ -89,21 +105,25 @@ class ChatAnswer:
             **self._head,
             **scores,
             "object": "chat.completion",
-            "choices": [
-                {
-                    "index": choice.index,
-                    "message": {"role": "assistant", "content": choice.text, "refusal": None},
-                    "logprobs": self._logprobs(choice.logprobs),
-                    "finish_reason": choice.finish_reason,
-                }
-                for choice in choices
-            ],
+            "choices": [self._whole(choice) for choice in choices],
+        }
+
+    def _whole(self, choice: Choice) -> dict[str, Any]:
+        said: dict[str, Any] = {"content": choice.text}
+        reason: str | None = choice.finish_reason
+        if self._tools is not None:
+            said, reason = self._tools.message(choice)
+        return {
+            "index": choice.index,
+            "message": {"role": "assistant", **said, "refusal": None},
+            "logprobs": self._logprobs(choice.logprobs),
+            "finish_reason": reason,
         }
 
     def _chunk(
         self,
         choice: int,
-        delta: dict[str, str],
+        delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
         finish_reason: str | None = None,
     ) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import Response
 
+from .constraint import constraint
 from .errors import ApiError
 from .generation import Generation, in_one_piece, opened
 from .openapi import body_schema
@@ -43,6 +44,7 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
     served = state.served_as(body.model)
     try:
         prompt = await chat_prompt(chat, served, state.text)
+        grammar = await constraint(served, chat.grammar)
     except ApiError as error:
         raise renamed(error) from None
-    return Generation(served.engine, chat, [prompt], ResponsesAnswer(served, body), responses_usage)
+    return Generation(served.engine, chat, [prompt], ResponsesAnswer(served, body), responses_usage, grammar)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, ClassVar, Literal
@@ -10,6 +11,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from .sampling_limits import MAX_LOGPROBS
 from .schemas import INT32_MAX, MAX_NAME_CHARS, GenerationBody
+from .tools.schemas import MAX_CALLS, MAX_TOOLS, NamedChoice, Tool, ToolCall
 from .validation import Body
 
 # Variables that templates of known models read. A request may set these and no others: a template
@@ -27,12 +29,10 @@ TEMPLATE_VARIABLES = frozenset(
 )
 MAX_VARIABLE_CHARS = 4096
 
-_NO_TOOLS = "tools are not supported"
+_NO_FUNCTIONS = "use tools and tool_choice"
 _TEXT_ONLY = "this server reads and writes text only"
 _MESSAGE_REFUSED = {
-    "tool_calls": _NO_TOOLS,
-    "tool_call_id": _NO_TOOLS,
-    "function_call": _NO_TOOLS,
+    "function_call": _NO_FUNCTIONS,
     "audio": _TEXT_ONLY,
     "refusal": "refusals are not supported",
 }
@@ -41,9 +41,11 @@ _MESSAGE_REFUSED = {
 class Message(Body):
     """One message. Content in parts becomes one text, a line break between parts."""
 
-    role: Literal["system", "developer", "user", "assistant"]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
     content: str
     name: str | None = Field(None, max_length=MAX_NAME_CHARS)
+    tool_calls: list[ToolCall] = Field([], max_length=MAX_CALLS)
+    tool_call_id: str | None = Field(None, max_length=MAX_NAME_CHARS)
 
     @model_validator(mode="before")
     @classmethod
@@ -52,9 +54,17 @@ class Message(Body):
             for name, reason in _MESSAGE_REFUSED.items():
                 if data.get(name) not in (None, []):
                     raise ValueError(f"{name}: {reason}")
-            if data.get("role") in ("tool", "function"):
-                raise ValueError(f"role {data['role']}: {_NO_TOOLS}")
+            if data.get("role") == "assistant" and data.get("tool_calls"):
+                return {**data, "content": data.get("content") or ""}
         return data
+
+    @model_validator(mode="after")
+    def _tool_fields_fit_the_role(self) -> Message:
+        if self.tool_calls and self.role != "assistant":
+            raise ValueError("tool_calls: only a message of the assistant has them")
+        if (self.tool_call_id is not None) != (self.role == "tool"):
+            raise ValueError("tool_call_id: a message of role tool needs it, and no other has it")
+        return self
 
     @field_validator("content", mode="before")
     @classmethod
@@ -68,11 +78,23 @@ class Message(Body):
             texts.append(part["text"])
         return "\n".join(texts)
 
-    def for_template(self) -> dict[str, str]:
+    def for_template(self) -> dict[str, Any]:
         """As chat templates read it; they call a developer's message a system message."""
         role = "system" if self.role == "developer" else self.role
-        named = {} if self.name is None else {"name": self.name}
-        return {"role": role, "content": self.content, **named}
+        told: dict[str, Any] = {"role": role, "content": self.content}
+        if self.name is not None:
+            told["name"] = self.name
+        if self.tool_calls:
+            told["tool_calls"] = [call.for_template() for call in self.tool_calls]
+        if self.tool_call_id is not None:
+            told["tool_call_id"] = self.tool_call_id
+        return told
+
+    @property
+    def num_bytes(self) -> int:
+        """Of its text and its calls."""
+        calls = sum(len(call.function.arguments.encode()) + len(call.function.name) for call in self.tool_calls)
+        return len(self.content.encode()) + calls
 
 
 class ChatPromptBody(Body):
@@ -83,6 +105,29 @@ class ChatPromptBody(Body):
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, str | int | float | bool | None] = Field({})
     reasoning_effort: str | None = Field(None, max_length=32)
+    tools: list[Tool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice = "auto"
+
+    @field_validator("tools")
+    @classmethod
+    def _names_differ(cls, value: list[Tool]) -> list[Tool]:
+        if len({tool.function.name for tool in value}) < len(value):
+            raise ValueError("two functions have the same name")
+        return value
+
+    @field_validator("tool_choice", mode="before")
+    @classmethod
+    def _is_offered(cls, value: Any, info: ValidationInfo) -> Any:
+        tools = info.data.get("tools")
+        if isinstance(value, dict):
+            value = NamedChoice.model_validate(value)
+        if tools is None or value in ("none", "auto"):
+            return value
+        if not tools:
+            raise ValueError("there are no tools to choose from")
+        if isinstance(value, NamedChoice) and value.function.name not in {tool.function.name for tool in tools}:
+            raise ValueError("there is no tool of this name")
+        return value
 
     @field_validator("continue_final_message")
     @classmethod
@@ -111,6 +156,17 @@ class ChatPromptBody(Body):
         return value
 
     @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model is told of."""
+        return [] if self.tool_choice == "none" else self.tools
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all that the template writes into the prompt, as far as that is the request's."""
+        tools = sum(len(json.dumps(tool.for_template(), ensure_ascii=False).encode()) for tool in self.offered_tools)
+        return tools + sum(message.num_bytes for message in self.messages)
+
+    @property
     def opens_answer(self) -> bool:
         """Whether the prompt ends with the head of the assistant's answer."""
         return not self.continue_final_message if self.add_generation_prompt is None else self.add_generation_prompt
@@ -121,10 +177,8 @@ class ChatBody(GenerationBody, ChatPromptBody):
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         **GenerationBody.refused,
-        "tools": (([],), _NO_TOOLS),
-        "functions": (([],), _NO_TOOLS),
-        "tool_choice": (("none",), _NO_TOOLS),
-        "function_call": (("none",), _NO_TOOLS),
+        "functions": (([],), _NO_FUNCTIONS),
+        "function_call": (("none",), _NO_FUNCTIONS),
         "audio": ((), _TEXT_ONLY),
         "modalities": ((["text"],), _TEXT_ONLY),
         "prediction": ((), "predicted output is not supported"),
@@ -140,6 +194,7 @@ class ChatBody(GenerationBody, ChatPromptBody):
     max_completion_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
+    parallel_tool_calls: bool = True
 
     @field_validator("top_logprobs")
     @classmethod

@@ -18,6 +18,7 @@ from .grammar.source import (
 from .validation import Body
 
 _ANY_OBJECT = {"type": "object"}
+_SCHEMA: dict[str, Any] = {"type": ["object", "string", "boolean"]}
 _WRITERS: Mapping[str, Callable[[Any, str], GrammarSource]] = {
     "json": json_source,
     "regex": regex_source,
@@ -31,7 +32,7 @@ class JsonSchemaFormat(Body):
 
     name: str = Field("", max_length=64)
     description: str | None = None
-    schema_: dict[str, Any] | bool = Field(alias="schema")
+    schema_: Any = Field(alias="schema", json_schema_extra={"type": ["object", "boolean"]})
     strict: bool = False
 
 
@@ -45,7 +46,7 @@ class ResponseFormat(Body):
 class StructuredOutputs(Body):
     """``structured_outputs``: one of these."""
 
-    json_: dict[str, Any] | str | bool | None = Field(None, alias="json")
+    json_: Any = Field(None, alias="json", json_schema_extra=_SCHEMA)
     json_object: bool = False
     regex: str | None = None
     choice: list[str] | None = None
@@ -66,7 +67,7 @@ class GrammarBody(Body):
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | bool | None = None
+    guided_json: Any = Field(None, json_schema_extra=_SCHEMA)
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None

@@ -111,6 +111,9 @@ class Settings(OperationSettings):
         allow_inf_nan=False,
         description="share of decode steps in which the attention mass that selections kept is measured",
     )
+    tool_parser: Literal["auto", "hermes", "llama3_json", "mistral", "plain"] = Field(
+        "auto", description="how the model writes calls of tools; auto sees that from its chat template"
+    )
     trust_remote_code: bool = Field(False, description="run Python code that comes with the model")
 
     max_body_bytes: int = Field(16 * 2**20, ge=1024, description="bytes of a request's body; more is answered 413")

@@ -63,7 +63,9 @@ class ServerState:
             grammars.load()
         except GrammarsUnavailable as error:  # requests that need it are told so
             _log.warning("%s", error)
-        self._served = Served(engine, TokenText(engine.tokenizer), ChatTemplate(engine.tokenizer), grammars)
+        self._served = Served(
+            engine, TokenText(engine.tokenizer), ChatTemplate(engine.tokenizer, self.settings.tool_parser), grammars
+        )
 
     @property
     def condition(self) -> str:
