@@ -19,6 +19,7 @@ from .engine_protocol import EngineLike
 from .errors import install_handlers
 from .head import HeadAsGet
 from .limits import Limits
+from .openapi import describe_app
 from .settings import Settings
 from .state import ServerState, attach_state
 
@@ -59,6 +60,7 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     install_handlers(app)
     for routes in (routes_completions, routes_chat, routes_responses, routes_cache, routes_meta, routes_files, routes_batches):
         app.include_router(routes.router)
+    describe_app(app, state.keys.locked)
     # The last one added is the outermost.
     app.add_middleware(HeadAsGet)
     app.add_middleware(Limits, settings=settings, keys=state.keys)

@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator
 
 from .request import SamplingParams
-from .sampling_limits import LARGEST_PRIORITY, LEAST_PRIORITY, MAX_BIASES, MAX_CHOICES, MAX_LOGPROBS, MAX_STOPS
+from .sampling_limits import (
+    LARGEST_PRIORITY,
+    LEAST_PRIORITY,
+    MAX_BIASES,
+    MAX_CHOICES,
+    MAX_LOGPROBS,
+    MAX_STOP_CHARS,
+    MAX_STOPS,
+)
 from .schemas_grammar import GrammarBody
 from .schemas_labels import LabelledBody
 from .validation import Body
@@ -31,6 +39,21 @@ _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
+# What ``sampling_limits`` checks of these, for the description of the server.
+_STOP = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
+_STOPS = WithJsonSchema({"anyOf": [_STOP, {"type": "array", "maxItems": MAX_STOPS, "items": _STOP}]})
+_TOKEN_ID = {"type": "integer", "minimum": 0}
+_TOKEN_IDS = WithJsonSchema({"type": "array", "maxItems": MAX_STOPS, "items": _TOKEN_ID})
+_BIASES = WithJsonSchema(
+    {
+        "type": "object",
+        "maxProperties": MAX_BIASES,
+        "propertyNames": {"pattern": "^[0-9]{1,10}$"},
+        "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100},
+    }
+)
+
+
 class GenerationBody(GrammarBody, LabelledBody):
     """What completions and chat have in common. OpenAI's names first, then vLLM's, then our own.
 
@@ -47,16 +70,16 @@ class GenerationBody(GrammarBody, LabelledBody):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: dict[str, float] = Field({}, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, float], _BIASES] = Field({}, max_length=MAX_BIASES)
     seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
-    stop: list[str] = Field([], max_length=MAX_STOPS)
+    stop: Annotated[list[str], _STOPS] = Field([], max_length=MAX_STOPS)
 
     top_k: int = Field(0, ge=-1, le=INT32_MAX)
     min_p: float = Field(0.0, ge=0, le=1)
     repetition_penalty: float = Field(1.0, gt=0, le=10)
     min_tokens: int = Field(0, ge=0, le=INT32_MAX)
     prompt_logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
-    stop_token_ids: list[int] = Field([], max_length=MAX_STOPS)
+    stop_token_ids: Annotated[list[int], _TOKEN_IDS] = Field([], max_length=MAX_STOPS)
     ignore_eos: bool = False
     include_stop_str_in_output: bool = False
     skip_special_tokens: bool = True
@@ -140,6 +163,11 @@ class GenerationBody(GrammarBody, LabelledBody):
         )
 
 
+_IDS = {"type": "array", "minItems": 1, "items": _TOKEN_ID}
+_TEXT = {"type": "string", "minLength": 1}
+_PROMPT = {"anyOf": [_TEXT, _IDS, {"type": "array", "minItems": 1, "items": {"anyOf": [_TEXT, _IDS]}}]}
+
+
 class CompletionBody(GenerationBody):
     """``POST /v1/completions``. ``prompt``: text, texts, token ids, or lists of token ids."""
 
@@ -149,7 +177,7 @@ class CompletionBody(GenerationBody):
         "suffix": (("",), "inserting before a suffix is not supported"),
     }
 
-    prompt: str | list[Any]
+    prompt: Annotated[str | list[Any], WithJsonSchema(_PROMPT)]
     max_tokens: int | None = Field(16, ge=0, le=INT32_MAX)
     logprobs: int | None = Field(None, ge=0, le=MAX_LOGPROBS)
     echo: bool = False
@@ -176,4 +204,4 @@ class DetokenizeBody(Body):
     """``POST /detokenize``."""
 
     model: str | None = Field(None, max_length=MAX_NAME_CHARS)
-    tokens: list[Any]
+    tokens: Annotated[list[Any], WithJsonSchema({"type": "array", "items": _TOKEN_ID})]

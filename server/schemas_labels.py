@@ -42,7 +42,7 @@ class LabelledBody(Body):
     safety_identifier: str | None = Field(None, max_length=MAX_LABEL_CHARS)
     prompt_cache_key: str | None = Field(None, max_length=MAX_LABEL_CHARS)
     metadata: dict[_Key, _Value] | None = Field(None, max_length=MAX_PAIRS)
-    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}\z")
+    request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
 
     stream: bool = False
     stream_options: StreamOptions | None = None

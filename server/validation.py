@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic_core import CoreSchema
 from starlette.requests import Request
 
 from .errors import ApiError
@@ -23,6 +24,19 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True, allow_inf_nan=False)
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {}
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """The schema with what pydantic cannot know: ``null`` leaves a field out, and what is refused."""
+        schema = handler.resolve_ref_schema(handler(core_schema))
+        properties = schema.setdefault("properties", {})
+        for name, own in properties.items():
+            if name not in schema.get("required", ()) and {"type": "null"} not in own.get("anyOf", ()):
+                kept = {key: own.pop(key) for key in ("default", "title", "description") if key in own}
+                properties[name] = {"anyOf": [own, {"type": "null"}], **kept}
+        for name, (harmless, reason) in cls.refused.items():
+            properties[name] = {"enum": [*harmless, None], "description": f"Refused otherwise: {reason}."}
+        return schema
 
     @model_validator(mode="before")
     @classmethod
