@@ -28,6 +28,15 @@ case "$1 $2" in
     "$VENV/bin/python" -m pip install "torch==$(torch_version)" "$wheel[$extras]"
     if [[ $2 == cuda ]]; then # flashinfer compiles its kernels when they are first asked for
         "$VENV/bin/python" -m pip install 'cuda-toolkit[nvcc,cccl]==13.*'
+        cuda=$("$VENV/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/nvidia/cu13
+        [[ -x $cuda/bin/nvcc ]] || die "there is no nvcc in $cuda/bin"
+        # Where it links, and the name that it links to; the wheels of CUDA have neither.
+        ln -sfn lib "$cuda/lib64"
+        ln -sfn libcudart.so.13 "$cuda/lib/libcudart.so"
+    fi
+    if [[ $(uname -m) == x86_64 ]]; then
+        "$VENV/bin/python" -c 'import sys; from foveate.sparse_attn.ops import native; sys.exit(not native.library())' ||
+            die "the CPU kernels were built but do not load"
     fi
     # Without bytecode of its own a container with a read-only root would compile it at every start.
     "$VENV/bin/python" -m compileall -q "$VENV/lib" >/dev/null || true # a few files are for other Pythons

@@ -28,6 +28,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -71,15 +72,18 @@ class Builder:
         self.stages: dict[str, Image] = {}
         self.image = Image("")
         self.done = hashlib.sha256()
+        self.waiting: list[tuple[str, Callable[[Path], None]]] = []
+        self.used: set[Path] = set()
 
     def run(self, word: str, rest: str) -> None:
         if word not in IGNORED:
             getattr(self, "do_" + word.lower())(rest)
 
     def do_from(self, rest: str) -> None:
+        self.finish()
         base, _, name = rest.partition(" AS ")
         self.done = hashlib.sha256(base.encode())
-        self.image = Image(str(self.work / (name or "final")))
+        self.image = Image("")
         self.stages[name or "final"] = self.image
         distribution, _, tag = base.partition(":")
         if distribution != "debian":
@@ -92,14 +96,16 @@ class Builder:
             shutil.rmtree(fresh, ignore_errors=True)
             check(["debootstrap", "--variant=minbase", suite, str(fresh)])
             fresh.rename(made)
-        self.base = made
+        self.image.root = str(made)
 
     def do_run(self, rest: str) -> None:
-        self._step(
-            rest.encode() + self._scripts(rest),
-            lambda root: check(enter(root, ["/bin/sh", "-c", rest], self.binds), env=self._variables()),
-            rest,
-        )
+        self.done.update(rest.encode())
+
+        def run(root: Path) -> None:
+            say(rest)
+            check(enter(root, ["/bin/sh", "-c", rest], self.binds), env=self._variables())
+
+        self._layer(run)
 
     def do_copy(self, rest: str) -> None:
         words = shlex.split(rest)
@@ -135,8 +141,9 @@ class Builder:
                 (root / to).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(path, root / to, follow_symlinks=False)
 
-        previous = self.stages[flags[0].removeprefix("--from=")].root.encode() if flags else b""
-        self._step(rest.encode() + previous + content.digest(), copy, f"COPY {rest}")
+        previous = str(origin).encode() if flags else b""
+        self.done.update(rest.encode() + previous + content.digest())
+        self.waiting.append((f"COPY {rest}", copy))
 
     def do_env(self, rest: str) -> None:
         self.image.env |= dict(item.split("=", 1) for item in shlex.split(rest))
@@ -159,25 +166,32 @@ class Builder:
     def do_healthcheck(self, rest: str) -> None:
         self.image.health = json.loads(rest.partition("CMD ")[2])
 
-    def _step(self, key: bytes, act, label: str) -> None:  # type: ignore[no-untyped-def]
-        """One layer: a copy of the one before, changed; kept under the hash of all that made it."""
-        before = self.work / f"layer-{self.done.hexdigest()[:16]}"
-        previous = before if before.exists() else self.base
-        self.done.update(hashlib.sha256(key).digest())
+    def finish(self) -> None:
+        """Ends a stage: what was copied after its last RUN becomes a layer too."""
+        if self.waiting:
+            self._layer(lambda root: None)
+
+    def prune(self) -> None:
+        """Removes the layers of earlier builds that this one did not use."""
+        for layer in self.work.glob("layer-*"):
+            if layer not in self.used:
+                shutil.rmtree(layer)
+
+    def _layer(self, act: Callable[[Path], None]) -> None:
+        """A copy of the layer before with what waits to be copied, changed by ``act``; kept under the hash of it all."""
         layer = self.work / f"layer-{self.done.hexdigest()[:16]}"
         if not layer.exists():
-            say(label)
             fresh = layer.with_suffix(".new")
             shutil.rmtree(fresh, ignore_errors=True)
-            check(["cp", "-a", "--reflink=auto", str(previous), str(fresh)])
+            check(["cp", "-a", "--reflink=auto", self.image.root, str(fresh)])
+            for label, copy in self.waiting:
+                say(label)
+                copy(fresh)
             act(fresh)
             fresh.rename(layer)
+        self.waiting.clear()
         self.image.root = str(layer)
-
-    def _scripts(self, command: str) -> bytes:
-        """The content of the script that a RUN names is part of what the step is; it was copied before."""
-        script = Path(self.image.root) / shlex.split(command)[0].lstrip("/")
-        return script.read_bytes() if script.exists() else b""
+        self.used.add(layer)
 
     def _variables(self) -> dict[str, str]:
         mine = {name: value for name, value in os.environ.items() if name.startswith(PASSED)}
@@ -254,7 +268,9 @@ def serve(image: Image, work: Path, model: Path) -> None:
     def ask(command: list[str]) -> subprocess.CompletedProcess[str]:
         return subprocess.run(inside(command), env=image.env, capture_output=True, text=True, check=False)
 
-    say(ask([*image.entrypoint, "doctor"]).stdout)
+    doctor = ask([*image.entrypoint, "doctor"]).stdout
+    say(doctor)
+    assert "attention kernels on cpu:    native" in doctor, "the kernels are not in use"
     environment = {**image.env, "FOVEATE_MODEL": model.name, "FOVEATE_LOG_FORMAT": "json"}
     log = work / "server.log"
     with log.open("w") as output:
@@ -320,6 +336,8 @@ def main() -> None:
     builder = Builder(given.dockerfile.resolve(), work, [path.resolve() for path in given.bind])
     for word, rest in instructions(given.dockerfile):
         builder.run(word, rest)
+    builder.finish()
+    builder.prune()
     record.write_text(json.dumps(asdict(builder.image)))
     say(f"built {builder.image.root}")
     if not given.build_only:
