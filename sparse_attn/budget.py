@@ -29,22 +29,21 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
     size = selection.granularity
     tiles = selection.tiles
     own = _keeps_own(scheme, phase)
-    kept = []
-    if own or options.window_tokens:
-        units = _own_units(tiles, size, options.window_tokens)
-        # Without its own token, a decode query's window still begins right before it.
-        kept = [units if own else torch.where(units * size < _tile_start(tiles)[:, None], units, -1)]
+    heads = selection.indices.shape[1]
+    parts = [selection.indices]
     # No wider than the longest context, or a large number would cost its width on short prompts.
     sinks = min(-(-options.sink_tokens // size), _longest(tiles) // size + 1)
     if sinks:
         first = torch.arange(sinks, device=selection.indices.device, dtype=torch.int32).expand(len(tiles), -1)
         last = (tiles.position + tiles.query_count - 1) // size
-        kept.append(torch.where(first <= last[:, None], first, -1))
-    heads = selection.indices.shape[1]
-    if not kept:
-        return selection
-    added = torch.cat(kept, dim=1)[:, None, :].expand(-1, heads, -1)
-    return _distinct(torch.cat([selection.indices, added], dim=2), selection)
+        kept = torch.where(first <= last[:, None], first, -1)
+        parts.insert(0, kept[:, None, :].expand(-1, heads, -1))
+    if own or options.window_tokens:
+        kept = _own_units(tiles, size, options.window_tokens)
+        if not own:  # then a decode query's window still begins right before it
+            kept = torch.where(kept * size < _tile_start(tiles)[:, None], kept, -1)
+        parts.append(kept[:, None, :].expand(-1, heads, -1))
+    return _distinct(torch.cat(parts, dim=2), selection) if len(parts) > 1 else selection
 
 
 def free_units(tiles: Tiles, scheme: Scheme, size: int, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,7 +94,14 @@ def _own_units(tiles: Tiles, size: int, window_tokens: int) -> torch.Tensor:
 
 
 def _distinct(indices: torch.Tensor, selection: Selection) -> Selection:
-    """Sorts each row, drops repeats, pads by -1 at the end."""
+    """Sorts each row, drops repeats, pads by -1 at the end.
+
+    A scheme that chooses among ``free_units`` alone comes in order already, in decode without a gap: sorting took
+    0.5 ms per layer for 3,600 keys, looking takes a tenth of that. A GPU would have to be waited for.
+    """
+    if indices.device.type == "cpu" and _ascending(indices):
+        counts = torch.full(indices.shape[:2], indices.shape[2], dtype=torch.int32)
+        return Selection(indices, counts, selection.granularity, selection.tiles)
     big = torch.iinfo(torch.int32).max
     ordered = torch.where(indices < 0, big, indices).sort(dim=2).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
@@ -103,6 +109,11 @@ def _distinct(indices: torch.Tensor, selection: Selection) -> Selection:
     ordered = ordered.masked_fill(repeated, big).sort(dim=2).values
     counts = (ordered < big).sum(dim=2, dtype=torch.int32)
     return Selection(torch.where(ordered == big, -1, ordered), counts, selection.granularity, selection.tiles)
+
+
+def _ascending(indices: torch.Tensor) -> bool:
+    """Is every row without repeats and padding, and in order?"""
+    return bool((indices[..., 0] >= 0).all()) and bool((indices[..., 1:] > indices[..., :-1]).all())
 
 
 def spans(start: int, stop: int, prompt_tokens: int, options: SchemeOptions) -> list[tuple[int, int, bool]]:

@@ -75,6 +75,17 @@ class Tiles:
         owner, query_start, query_count, first = (column.contiguous() for column in table.unbind(1))
         return cls(size, owner, query_start, query_count, first, tuple(host))
 
+    def last(self, count: int) -> Tiles:
+        """The same tiles with their last ``count`` queries alone."""
+        cut = (self.query_count - count).clamp(min=0)
+        host = tuple(
+            (sequence, start + max(length - count, 0), min(length, count), position + max(length - count, 0))
+            for sequence, start, length, position in self.host
+        )
+        return Tiles(
+            self.size, self.sequence, self.query_start + cut, self.query_count - cut, self.position + cut, host
+        )
+
     def __len__(self) -> int:
         return len(self.host)
 

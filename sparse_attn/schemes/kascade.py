@@ -35,6 +35,8 @@ class KascadeOptions(SchemeOptions):
             rolling budget), of the context in decode.
         min_budget_tokens: Least that the share comes to.
         tile_tokens: Queries that share a choice in prefill, a power of two. Larger is cheaper.
+        scored_queries: Queries of a tile, its last, that an anchor scores and pools (ours: scoring is
+            what an anchor costs, and it costs by the query); 0 takes all, as the paper does.
         pool: ``group`` chooses per KV head, pooled over its query heads; ``all`` pools over all
             heads, so every head reads the same keys (the paper's variant without a head map).
         anchors: Number of anchor layers; 0 takes the profile's own.
@@ -50,6 +52,7 @@ class KascadeOptions(SchemeOptions):
     budget_fraction: float = 0.1
     min_budget_tokens: int = 128
     tile_tokens: int = 32
+    scored_queries: int = 0
     pool: Literal["group", "all"] = "group"
     anchors: int = 0
     dense_first_layers: int = 1
@@ -64,7 +67,7 @@ class KascadeOptions(SchemeOptions):
             raise SchemeConfigError(f"tile_tokens must be a power of two, got {self.tile_tokens}")
         if self.pool not in ("group", "all"):
             raise SchemeConfigError(f"pool must be 'group' or 'all', got {self.pool!r}")
-        for name in ("anchors", "dense_first_layers", "uncalibrated"):
+        for name in ("scored_queries", "anchors", "dense_first_layers", "uncalibrated"):
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < 0:
                 raise SchemeConfigError(f"{name} must be a whole number >= 0, got {value!r}")
@@ -150,7 +153,10 @@ class Kascade(Scheme):
         spec = replace(layer.spec, band=CAUSAL)
         candidates = budget.free_units(tiles, self, 1, phase)
         budgets = [self._budget(position, phase) for *_, position in tiles.host]
-        return ops.pooled_topk(query, view, tiles, spec, candidates, budgets, pool=self._pool)
+        wanted = self.options.scored_queries if phase is Phase.PREFILL else 0
+        scored = tiles.last(wanted) if wanted else tiles
+        chosen = ops.pooled_topk(query, view, scored, spec, candidates, budgets, pool=self._pool)
+        return replace(chosen, tiles=tiles)
 
     def _budget(self, position: int, phase: Phase) -> int:
         options = self.options

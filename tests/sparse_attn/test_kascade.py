@@ -92,8 +92,8 @@ def masked(q, k, v, allow):
     return torch.einsum("hts,shd->thd", torch.softmax(logits, -1), v.repeat_interleave(GROUP, 1))
 
 
-def oracle_prefill(model, budget, anchors=ANCHORS, head_map=HEAD_MAP, pool_all=False, tile=TILE):
-    """Section 3.2 with masks; ``budget`` maps a tile's start to k."""
+def oracle_prefill(model, budget, anchors=ANCHORS, head_map=HEAD_MAP, pool_all=False, tile=TILE, scored=None):
+    """Section 3.2 with masks; ``budget`` maps a tile's start to k, ``scored`` queries of a tile are pooled."""
     length = len(model.q[0])
     causal = torch.ones(length, length, dtype=torch.bool).tril()
     outs, carried = [], None
@@ -105,9 +105,10 @@ def oracle_prefill(model, budget, anchors=ANCHORS, head_map=HEAD_MAP, pool_all=F
                 weights = weights.sum(0, keepdim=True).expand(KV_HEADS, -1, -1)
             carried = torch.zeros(KV_HEADS, length, length, dtype=torch.bool)
             for start in range(0, length, tile):
-                rows = slice(start, start + tile)
+                rows, end = slice(start, start + tile), min(start + tile, length)
+                pooled = slice(max(start, end - (scored or tile)), end)
                 for head in range(KV_HEADS):
-                    chosen = best(weights[head, rows, :start].sum(0), budget(start))
+                    chosen = best(weights[head, pooled, :start].sum(0), budget(start))
                     carried[head, rows, chosen] = True
                 carried[:, rows, rows] |= causal[rows, rows]
         allow = causal.expand(KV_HEADS, -1, -1) if index == 0 else carried[torch.tensor(head_map[index])]
@@ -157,6 +158,13 @@ def test_pooled_over_all_heads_needs_no_head_map():
 def test_other_tiles(tile):
     model = Model(100, build(budget_tokens=11, tile_tokens=tile))
     close(model.run(0, 100), oracle_prefill(model, lambda start: 11, tile=tile))
+
+
+@pytest.mark.parametrize("scored", [1, 5, TILE, 2 * TILE])
+def test_the_last_queries_of_a_tile_can_stand_for_it(scored):
+    model = Model(170, build(budget_tokens=17, scored_queries=scored))
+    close(model.run(0, 170), oracle_prefill(model, lambda start: 17, scored=scored))
+    close(model.run(169, 170, Phase.DECODE), oracle_decode(model, 17))
 
 
 @pytest.mark.parametrize(("length", "k"), [(1, 5), (40, 5), (40, 40), (211, 21)])
