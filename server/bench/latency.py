@@ -151,7 +151,8 @@ class Latency:
             return
         if policy.digest not in warm:
             warm.add(policy.digest)
-            time_request(self._bench.engine, self._prompt(min(WARM_PROMPT, length)), WARM_NEW, policy.scheme)
+            new = min(WARM_NEW, self._given.new_tokens)
+            time_request(self._bench.engine, self._prompt(min(WARM_PROMPT, length)), new, policy.scheme)
         load = load_average()
         watch = watch_parts(self._bench.loaded.model) if kind == "parts" else nullcontext()
         try:

@@ -29,11 +29,16 @@ class Report:
         kind: ``latency``, ``throughput``, ``serve`` or ``ops``.
         given: The command line.
         device: Where it is measured.
+
+    Raises:
+        OSError: the output directory cannot be made: said now, not after hours.
     """
 
     def __init__(self, kind: str, given: Namespace, device: torch.device) -> None:
         self.kind = kind
         self._given = given
+        if given.output is not None:
+            given.output.mkdir(parents=True, exist_ok=True)
         self._about: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -67,7 +72,6 @@ class Report:
         ]
         directory: Path | None = self._given.output
         if directory is not None:
-            directory.mkdir(parents=True, exist_ok=True)
             target = directory / f"{self.kind}.json"
             part = target.with_name(f".{target.name}.part")
             part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")

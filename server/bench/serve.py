@@ -63,7 +63,7 @@ def run(given: Namespace) -> int:
     try:
         report = Report("serve", given, torch.device("cpu"))
         server, loads, refused = asyncio.run(measure())
-    except (ServerError, SchemeError, ValueError) as error:
+    except (ServerError, SchemeError, OSError, ValueError) as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
     body = {

@@ -27,7 +27,7 @@ from ..loader import LoadedModel, load
 from ..options import EngineOptions
 from ..packaged import PackagedModelError
 from ..settings import Settings
-from .synthetic import load_synthetic, with_profiles
+from .synthetic import forget_profiles, load_synthetic, with_profiles
 
 # What a user can bring about: said in one line, without a trace.
 ERRORS = (SchemeError, PatchError, PackagedModelError, EngineError, OtherResults, OSError, ValueError)
@@ -123,6 +123,8 @@ def _load(
     with tempfile.TemporaryDirectory() as spare:
         directory: Path = given.output or Path(spare)
         directory.mkdir(parents=True, exist_ok=True)
+        if getattr(given, "fresh", False):
+            forget_profiles(directory)
         return with_profiles(loaded, attentions, directory, given.seed)
 
 

@@ -29,6 +29,7 @@ from .shapes import SHAPES
 
 # Enough tokens to learn thresholds from; a threshold holds for other lengths by the same share of keys.
 PROFILE_TOKENS = 2048
+_FILE = "synthetic-{}.safetensors"
 
 
 class LetterTokenizer:
@@ -100,10 +101,16 @@ def with_profiles(
     made: list[str] = []
     for attention in attentions:
         while (missing := _missing_profile(attention, loaded.profiles)) and missing not in made:
-            profile = _profile(loaded, missing, directory / f"synthetic-{missing}.safetensors", seed)
+            profile = _profile(loaded, missing, directory / _FILE.format(missing), seed)
             loaded = replace(loaded, profiles={**loaded.profiles, missing: profile})
             made.append(missing)
     return loaded, made
+
+
+def forget_profiles(directory: Path) -> None:
+    """Deletes the profiles that an earlier run left."""
+    for path in directory.glob(_FILE.format("*")):
+        path.unlink()
 
 
 def _missing_profile(attention: Mapping[str, Any], profiles: Mapping[str, Profile]) -> str | None:

@@ -72,7 +72,7 @@ def measure(given: Namespace, bench: Bench) -> tuple[dict[str, list[dict[str, An
                 bar.set_postfix_str(policy.label)
                 try:
                     if not turn:
-                        _generate(llm, [prompts[0]], 2, policy, None)  # warms up
+                        _generate(llm, [prompts[0]], min(2, given.new_tokens), policy, None)  # warms up
                     runs[policy.label].append(_generate(llm, prompts, given.new_tokens, policy, bar))
                 except (EngineError, SchemeError) as error:
                     cause = error.__cause__ or error

@@ -41,6 +41,24 @@ def loaded():
 # From end to end
 
 
+@pytest.mark.parametrize("what", ["latency", "throughput", "ops", "serve"])
+def test_an_output_that_is_no_directory_is_told_before_anything_is_measured(tmp_path, capsys, what):
+    file = tmp_path / "taken"
+    file.write_text("")
+    arguments = {"serve": ("--url", "http://127.0.0.1:9"), "ops": ()}.get(what, (*TINY, "--scheme", "dense"))
+    assert cli.main(["bench", what, *arguments, "-o", str(file)]) == 1
+    captured = capsys.readouterr()
+    assert "File exists" in captured.err
+    assert not captured.out
+
+
+def test_an_answer_of_one_token(tmp_path):
+    assert bench(tmp_path, "--lengths", "40", "--new-tokens", "1", "--repeats", "1", "--scheme", "dense") == 0
+    [cell] = report_of(tmp_path)["cells"]
+    assert cell["gap_seconds"] is cell["decode_shares"] is None
+    assert cell["prefill_shares"]["linear"] > 0
+
+
 def test_every_scheme_is_measured_at_every_length(tmp_path, capsys):
     arguments = ("--lengths", "256,128", "--new-tokens", "3", "--repeats", "2")
     assert bench(tmp_path, *arguments) == 0
@@ -195,6 +213,22 @@ def test_throughput_of_a_batch(tmp_path, capsys):
         assert cell["tokens_per_second"] == pytest.approx(152 / cell["seconds"])
     assert report["synthetic_profiles"] == ["kascade"]
     assert "3 prompts of 40 and 60 tokens" in capsys.readouterr().out
+
+
+def test_synthetic_profiles_are_kept_and_forgotten(tmp_path, capsys):
+    arguments = ("--lengths", "40", "--new-tokens", "1", "--repeats", "1", "--no-parts", "--scheme", "composed,kascade")
+    assert bench(tmp_path, *arguments) == 0
+    file = tmp_path / "synthetic-kascade.safetensors"
+    made = file.stat().st_mtime_ns
+    assert bench(tmp_path, *arguments) == 0
+    assert file.stat().st_mtime_ns == made
+    assert bench(tmp_path, *arguments, "--fresh") == 0
+    assert file.stat().st_mtime_ns != made
+    policy = '{"scheme": "composed", "prefill": "kascade", "decode": "top_theta"}'
+    assert bench(tmp_path, *arguments, "--policy", policy, "--vocab", "300", "--fresh", what="latency") == 0
+    report = report_of(tmp_path)
+    assert sorted(report["synthetic_profiles"]) == ["kascade", "top_theta"], "also those of a policy's parts"
+    assert report["unavailable"] == []
 
 
 # Timing one request
