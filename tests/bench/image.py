@@ -178,7 +178,7 @@ class Builder:
                 shutil.rmtree(layer)
 
     def _layer(self, act: Callable[[Path], None]) -> None:
-        """A copy of the layer before with what waits to be copied, changed by ``act``; kept under the hash of it all."""
+        """A copy of the layer before, with what waits to be copied and what ``act`` does, under the hash of it all."""
         layer = self.work / f"layer-{self.done.hexdigest()[:16]}"
         if not layer.exists():
             fresh = layer.with_suffix(".new")
