@@ -10,6 +10,7 @@ import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.stored import dequantize, quantize
 from foveate.kv_cache.view import Rows
 from foveate.sparse_attn import ops, registry
 from foveate.sparse_attn.attend import attend
@@ -38,9 +39,15 @@ class Rotator:
 
 
 class World:
-    """Raw q, k, v of some sequences, and their attention through pages."""
+    """Raw q, k, v of some sequences, and their attention through pages.
 
-    def __init__(self, lengths, scheme=None, seed=0, order_seed=0, starts=0):
+    Args:
+        stored: Element type of the pages.
+        rounded: Write the floats that int8 pages would stand for.
+    """
+
+    def __init__(self, lengths, scheme=None, seed=0, order_seed=0, stored=torch.float32, rounded=False):
+        self.rounded = rounded
         generator = torch.Generator().manual_seed(seed)
         self.scheme, self.lengths = scheme, lengths
         self.q, self.k, self.v = (
@@ -48,7 +55,7 @@ class World:
             for heads in (HEADS, KV_HEADS, KV_HEADS)
         )
         needed = [-(-length // PAGE) for length in lengths]
-        geometry = CacheGeometry(LAYERS, KV_HEADS, DIM, PAGE, sum(needed) + 2)
+        geometry = CacheGeometry(LAYERS, KV_HEADS, DIM, PAGE, sum(needed) + 2, stored)
         self.pool = PagePool(geometry, scheme.page_stats(geometry) if scheme else ())
         order = torch.randperm(geometry.num_pages, generator=torch.Generator().manual_seed(order_seed)).tolist()
         self.tables = [[order.pop() for _ in range(count)] for count in needed]
@@ -66,8 +73,11 @@ class World:
         q, k, v = (
             torch.cat([part[a:b] for part, (a, b) in zip(x, spans, strict=True)]) for x in (self.q, self.k, self.v)
         )
+        rotated = rotate(k, positions)
+        if self.rounded:
+            rotated, v = (dequantize(*quantize(rows)) for rows in (rotated, v))
         for index in range(layer + 1):  # earlier layers too: a layer may reuse what one of them chose
-            ops.write_kv(rotate(k, positions), v, self.pool.layer(index), step.slots)
+            ops.write_kv(rotated, v, self.pool.layer(index), step.slots)
             out = attend(rotate(q, positions), LayerCall(index, spec), step)
         return out.split([b - a for a, b in spans]), step
 
@@ -114,6 +124,16 @@ def test_chunks_change_nothing(scheme, cuts):
     want = World([150], scheme).whole()[0]
     world, edges = World([150], scheme), [0, *cuts, 150]
     close(torch.cat([world.run([span])[0][0] for span in itertools.pairwise(edges)]), want)
+
+
+@pytest.mark.parametrize("layer", range(LAYERS))
+def test_int8_pages_are_read_as_the_floats_they_stand_for(scheme, layer):
+    """What is chosen, and what comes of it, in the prompt and in the answer."""
+    eight, floats = World([90, 150], scheme, stored=torch.int8), World([90, 150], scheme, rounded=True)
+    prompt, answer = [(0, 88), (0, 149)], [(88, 89), (149, 150)]
+    for phase, spans in ((Phase.PREFILL, prompt), (Phase.DECODE, answer)):
+        for got, want in zip(*(world.run(spans, phase, layer)[0] for world in (eight, floats)), strict=True):
+            close(got, want)
 
 
 def test_order_of_pages_changes_nothing(scheme):

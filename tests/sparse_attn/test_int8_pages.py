@@ -1,0 +1,310 @@
+"""int8 pages: written alike by C++ and torch, and read by every op as the floats that they stand for.
+
+``make_views`` gives the same tokens twice: in int8 pages, and in float32 pages that hold what the int8 ones stand for.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+import torch
+
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.stats import KEY_SUM, VALUE_SUM, Fold, PageStat
+from foveate.kv_cache.stored import dequantize, quantize
+from foveate.kv_cache.view import PagedView, Rows
+from foveate.sparse_attn import ops
+from foveate.sparse_attn.ops import anchor_native, attention_native, native, reference, threshold_native
+from foveate.sparse_attn.ops.attention_ratio import attention_ratio
+from foveate.sparse_attn.ops.key_change import key_change
+from foveate.sparse_attn.ops.sums import chunk_sums, cut_sums, unit_sums
+from foveate.sparse_attn.protocol import AttentionSpec
+from foveate.sparse_attn.selection import Band, ScoreThreshold, Selection, Tiles
+
+CPU, NAN = torch.device("cpu"), float("nan")
+EVERY_STAT = tuple(PageStat(source, fold) for source in ("key", "value") for fold in Fold)
+# RMS error of (out, lse) against the float32 reference over the same int8 pages. Measured: float32 7e-7; bfloat16
+# 4.6e-3 and 4e-4 where rows and weights are rounded to bfloat16 (prompts on dot products and tiles), 1.5e-4 else in
+# prompts; in decode 4e-5, and 1.1e-3 and 3e-5 where tiles of bytes take queries and weights in two planes.
+TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (7e-3, 6e-4)}
+DECODE_TOLERANCE = {torch.float32: (2e-6, 2e-6), torch.bfloat16: (2e-3, 1e-4)}
+SPECS = {
+    "causal": AttentionSpec(0.2),
+    "softcap": AttentionSpec(0.2, softcap=2.0),
+    "ring": AttentionSpec(0.2, band=Band(5, 60), softcap=3.0),
+    "sinks": AttentionSpec(0.2, sinks=torch.tensor([0.5, -2.0, 100.0, 1.0, 0.0, 3.0])),
+}
+# (KV heads, group, head dim): on tiles of bytes, and beside them by head dim and by group.
+HEADS = [(2, 3, 64), (1, 8, 128), (1, 7, 64), (2, 2, 256), (3, 1, 80), (1, 5, 16), (1, 12, 64)]
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def isas():
+    return native.library().isas if native.library() else ()
+
+
+@pytest.fixture(params=native.ISAS)
+def isa(request):
+    if request.param not in isas():
+        pytest.skip(f"this machine has no kernels for {request.param}")
+    return request.param
+
+
+@pytest.fixture(params=DTYPES.values(), ids=DTYPES)
+def dtype(request):
+    return request.param
+
+
+def spoil(pool):
+    """Anything may stand in a slot that was never written, NaN scales among it."""
+    if pool.geometry.quantized:
+        pool.keys.fill_(77), pool.values.fill_(-99)
+        pool.key_scales.fill_(NAN), pool.value_scales.fill_(NAN)
+    else:
+        pool.keys.fill_(NAN), pool.values.fill_(NAN)
+
+
+@cache
+def make_views(contexts, queries, kv_heads=2, dim=64, page=16, stats=()):
+    """Views of int8 pages and of float32 pages with the same rows, pages in shuffled order."""
+    generator = torch.Generator().manual_seed(0)
+    needed = [-(-context // page) for context in contexts]
+    pools = [
+        PagePool(CacheGeometry(1, kv_heads, dim, page, sum(needed) + 3, kind), stats)
+        for kind in (torch.int8, torch.float32)
+    ]
+    for pool in pools:
+        spoil(pool)
+    order = torch.randperm(sum(needed) + 3, generator=generator).tolist()
+    tables = [[order.pop() for _ in range(count)] for count in needed]
+    for table, context in zip(tables, contexts, strict=True):
+        slots = torch.tensor([table[i // page] * page + i % page for i in range(context)])
+        rows = torch.randn(2, context, kv_heads, dim, generator=generator)
+        ops.write_kv(rows[0], rows[1], pools[0].layer(0), slots)
+        ops.write_kv(*(dequantize(*quantize(part)) for part in rows), pools[1].layer(0), slots)
+    rows = Rows.build(tables, list(contexts), list(queries), CPU)
+    return tuple(PagedView(pool.layer(0), rows) for pool in pools)
+
+
+def make_query(view, heads, dtype=torch.float32):
+    shape = view.rows.num_queries, heads, view.head_dim
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+def choose(view, heads, granularity, tile):
+    tiles = Tiles.of(view.rows, tile)
+    units = -(-max(view.rows.host_context_lens) // granularity)
+    mask = torch.rand(len(tiles), heads, units, generator=torch.Generator().manual_seed(2)) < 0.4
+    mask &= torch.arange(units) <= ((tiles.position + tiles.query_count - 1) // granularity)[:, None, None]
+    mask[0, 0] = False
+    return Selection.from_mask(mask, granularity, tiles)
+
+
+def check(got, want, tolerance):
+    for name, a, b, ratio in zip(("out", "lse"), got, want, tolerance, strict=False):
+        assert torch.equal(torch.isinf(a), torch.isinf(b)), f"{name}: other rows see nothing"
+        a, b = (part.double().nan_to_num(neginf=0, nan=NAN) for part in (a, b))
+        error = (a - b).pow(2).mean().sqrt() / b.pow(2).mean().sqrt().clamp(min=1e-6)
+        assert error < ratio, f"{name}: RMS error {error:.2e} of the reference"
+
+
+@pytest.mark.parametrize("heads", HEADS, ids="{0[0]}x{0[1]}x{0[2]}".format)
+@pytest.mark.parametrize("granularity", [None, 1, 16], ids="granularity-{}".format)
+def test_native_decode(isa, dtype, heads, granularity):
+    kv_heads, group, dim = heads
+    eight, floats = make_views((1000, 3, 200), (1, 1, 1), kv_heads, dim)
+    query = make_query(eight, kv_heads * group, dtype)
+    selection = granularity and choose(eight, kv_heads, granularity, 1)
+    want = reference.attention(query, floats, selection, AttentionSpec(0.2))
+    got = attention_native.decode(query, eight, selection, AttentionSpec(0.2), isa=isa)
+    check(got, want, DECODE_TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+@pytest.mark.parametrize("granularity", [None, 4, 32], ids="granularity-{}".format)
+def test_native_attention_of_every_kind_of_layer(isa, dtype, phase, granularity, spec):
+    shape = ((130, 17, 600), (1, 1, 1)) if phase == "decode" else ((130, 17, 200), (30, 16, 111))
+    eight, floats = make_views(*shape)
+    query = make_query(eight, 6, dtype)
+    selection = granularity and choose(eight, 6, granularity, 1 if phase == "decode" else 32)
+    want = reference.attention(query, floats, selection, spec)
+    got = getattr(attention_native, phase)(query, eight, selection, spec, isa=isa)
+    check(got, want, (DECODE_TOLERANCE if phase == "decode" else TOLERANCE)[dtype])
+
+
+@pytest.mark.parametrize("heads", HEADS, ids="{0[0]}x{0[1]}x{0[2]}".format)
+@pytest.mark.parametrize("kind", ["dense", "keys-per-query"])
+def test_native_prefill(isa, dtype, heads, kind):
+    kv_heads, group, dim = heads
+    eight, floats = make_views((130, 17, 200), (30, 16, 111), kv_heads, dim)
+    query = make_query(eight, kv_heads * group, dtype)
+    selection = choose(eight, kv_heads, 16, 1) if kind == "keys-per-query" else None
+    want = reference.attention(query, floats, selection, AttentionSpec(0.2))
+    check(attention_native.prefill(query, eight, selection, AttentionSpec(0.2), isa=isa), want, TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize("queries", [(1, 1), (60, 111)], ids=["decode", "prefill"])
+@pytest.mark.parametrize("value_mean", [False, True], ids=["", "value-mean"])
+def test_native_thresholds(isa, queries, value_mean):
+    eight, floats = make_views((90, 300), queries, stats=(VALUE_SUM,))
+    query = make_query(eight, 6)
+    plan = ScoreThreshold(torch.full(query.shape[:2], 0.5), dropped_sum="exact", value_mean=value_mean)
+    want = ops.thresholded(query, floats, plan, AttentionSpec(0.2), backend="reference")
+    for got in (
+        threshold_native.thresholded(query, eight, plan, AttentionSpec(0.2), isa=isa),
+        ops.thresholded(query, eight, plan, AttentionSpec(0.2), backend="torch"),
+        ops.thresholded(query, eight, plan, AttentionSpec(0.2), backend="reference"),
+    ):
+        check(got, want, (2e-5, 2e-6))
+        assert (got[2] - want[2]).abs().max() <= 1, "a logit that rounds to the other side of the threshold"
+
+
+def test_native_anchor_scores(isa, dtype):
+    eight, floats = make_views((130, 200), (130, 111))
+    query, tiles = make_query(eight, 6, dtype), Tiles.of(eight.rows, 32)
+    rows = range(len(tiles))
+    want = ops.anchor_scores(query, floats, tiles, AttentionSpec(0.2), backend="reference")
+    got = anchor_native.scores(query, eight, tiles, AttentionSpec(0.2), rows, False, isa=isa)
+    error = (got - want).abs().max() / want.max()
+    assert error < (1e-6 if dtype == torch.float32 else 1e-2)
+
+
+PURE = {
+    "decode": lambda view, backend: ops.decode(make_query(view, 6), view, None, AttentionSpec(0.2), backend=backend),
+    "softcapped": lambda view, backend: ops.decode(
+        make_query(view, 6), view, None, AttentionSpec(0.2, softcap=2.0), backend=backend
+    ),
+    "selected": lambda view, backend: ops.decode(
+        make_query(view, 6), view, choose(view, 2, 4, 1), AttentionSpec(0.2), backend=backend
+    ),
+}
+PROMPT = {
+    "prefill": lambda view, backend: ops.prefill(make_query(view, 6), view, None, AttentionSpec(0.2), backend=backend),
+    "window": lambda view, backend: ops.prefill(
+        make_query(view, 6), view, None, AttentionSpec(0.2, band=Band(0, 37)), backend=backend
+    ),
+    "selected": lambda view, backend: ops.prefill(
+        make_query(view, 6), view, choose(view, 2, 4, 32), AttentionSpec(0.2), backend=backend
+    ),
+    "keys-per-query": lambda view, backend: ops.prefill(
+        make_query(view, 6), view, choose(view, 2, 16, 1), AttentionSpec(0.2), backend=backend
+    ),
+    "anchors": lambda view, backend: (
+        ops.anchor_scores(make_query(view, 6), view, Tiles.of(view.rows, 32), AttentionSpec(0.2), backend=backend),
+    ),
+    "antidiagonals": lambda view, backend: (
+        ops.antidiagonal_scores(make_query(view, 6), view, Tiles.of(view.rows, 32), 4, 0.2, backend=backend),
+    ),
+    "changes": lambda view, backend: (key_change(view, 3, 64, 4, backend=backend),),
+    "sums": lambda view, backend: (unit_sums(view, 8, backend=backend)[:, :16],),
+    "chunks": lambda view, backend: (
+        chunk_sums(view, torch.tensor([[0, 7], [30, 100]]), torch.tensor([[7, 50], [1, 99]]), backend=backend),
+    ),
+    "cut": lambda view, backend: (cut_sums(view, 8, (21, 100), (130, 200), backend=backend),),
+    "cut-pages": lambda view, backend: (cut_sums(view, 32, (21, 100), (130, 200), backend=backend),),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("op", PURE.values(), ids=PURE)
+def test_ops_of_decode_in_torch(op, backend):
+    eight, floats = make_views((300, 3, 170), (1, 1, 1))
+    check(op(eight, backend), op(floats, "reference"), (1e-5, 1e-5))
+
+
+@pytest.mark.parametrize("backend", ["torch", "reference"])
+@pytest.mark.parametrize("op", PROMPT.values(), ids=PROMPT)
+def test_ops_of_prompts_in_torch(op, backend):
+    eight, floats = make_views((130, 200), (130, 111), stats=(KEY_SUM,))
+    check(op(eight, backend), op(floats, "reference"), (1e-5, 1e-5))
+
+
+def test_ops_without_a_backend():
+    eight, floats = make_views((130, 200), (130, 111), stats=(KEY_SUM, VALUE_SUM))
+    query = make_query(eight, 6)
+    of = [attention_ratio(query, view, AttentionSpec(0.2), 4, 32) for view in (eight, floats)]
+    check((of[0],), (of[1],), (1e-5,))
+
+
+@pytest.mark.parametrize("dim", [16, 80, 512], ids="{}-channels".format)
+@pytest.mark.parametrize("stored", [torch.int8, None], ids=["int8", "full"])
+def test_native_writes_what_torch_writes(dtype, stored, dim):
+    """Bit for bit, scales and odd rows included; sums of statistics in float32, so up to their order."""
+    if not isas():
+        pytest.skip("the kernels were not built on this machine")
+    generator = torch.Generator().manual_seed(0)
+    geometry = CacheGeometry(1, 2, dim, 16, 20, stored or dtype)
+    pools = [PagePool(geometry, EVERY_STAT) for _ in range(2)]
+    tensors = [[tensor for tensor in pool._tensors()] for pool in pools]
+    for tensor in (*tensors[0], *tensors[1]):
+        tensor.fill_(3)
+    order = torch.randperm(20, generator=generator)[:18]
+    slots = torch.cat([page * 16 + torch.arange(16) for page in order])
+    slots[[7, 150]] = -1
+    # Rows of very different sizes, lying as the model's projections leave them.
+    sizes = torch.exp(8 * torch.randn(288, 1, 1, generator=generator))
+    key, value = ((torch.randn(2, 288, dim, generator=generator).transpose(0, 1) * sizes).to(dtype) for _ in range(2))
+    key[5, 0], key[9, 1, 3], value[10, 0, 2], key[11] = 0, NAN, float("inf"), 1e-38
+    for backend, pool in zip(("torch", "native"), pools, strict=True):
+        for part in (slice(0, 100), slice(100, 101), slice(101, 288)):
+            ops.write_kv(key[part], value[part], pool.layer(0), slots[part], backend=backend)
+    kept = len(tensors[0]) - len(EVERY_STAT)
+    for want, got in zip(tensors[0][:kept], tensors[1][:kept], strict=True):
+        assert torch.equal(want.float().nan_to_num(nan=12345.0), got.float().nan_to_num(nan=12345.0))
+    for stat, want, got in zip(EVERY_STAT, tensors[0][kept:], tensors[1][kept:], strict=True):
+        torch.testing.assert_close(
+            got, want, rtol=1e-4, atol=0, equal_nan=True, msg=lambda text, s=stat: f"{s}: {text}"
+        )
+
+
+@pytest.mark.parametrize("stored", [torch.int8, torch.float32], ids=["int8", "float32"])
+def test_statistics_are_those_of_the_rows_that_are_read(stored):
+    pool = PagePool(CacheGeometry(1, 2, 32, 16, 4, stored), EVERY_STAT)
+    rows = torch.randn(2, 30, 2, 32, generator=torch.Generator().manual_seed(0))
+    ops.write_kv(rows[0], rows[1], pool.layer(0), torch.arange(16, 46))
+    for page, count in ((1, 16), (2, 14)):
+        for stat, want in ops.page_stats(pool.layer(0), page, count).items():
+            torch.testing.assert_close(pool.layer(0).stats[stat][page], want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_slot_behind_the_last_page_is_refused_and_nothing_written():
+    pool = PagePool(CacheGeometry(1, 1, 16, 16, 2, torch.int8))
+    pool.keys.zero_()
+    with pytest.raises(IndexError):
+        ops.write_kv(torch.ones(2, 1, 16), torch.ones(2, 1, 16), pool.layer(0), torch.tensor([0, 32]))
+    if isas():
+        assert not pool.keys.any()
+
+
+def test_triton_refuses_int8_pages():
+    pool = PagePool(CacheGeometry(1, 1, 16, 16, 2, torch.int8))
+    with pytest.raises(ValueError, match="int8"):
+        ops.write_kv(torch.ones(1, 1, 16), torch.ones(1, 1, 16), pool.layer(0), torch.tensor([0]), backend="triton")
+
+
+@pytest.mark.parametrize("scale", [0.05, 0.2], ids="scale{}".format)
+def test_attention_is_off_by_no_more_than_the_rounding_allows(scale):
+    """From |k - k8| <= step / 2: a logit moves by at most d = scale * |q|_1 * step_k / 2, so log-sum-exp by d, the
+    weights, which sum to 1, by exp(2 d) - 1 in all, and the output by that times the largest value, plus step_v / 2."""
+    generator = torch.Generator().manual_seed(0)
+    length, dim, heads = 400, 64, 6
+    key, value = torch.randn(2, length, 2, dim, generator=generator)
+    pools = [PagePool(CacheGeometry(1, 2, dim, 16, 25, kind)) for kind in (torch.int8, torch.float32)]
+    rows = Rows.build([list(range(25))], [length], [length], CPU)
+    views = [PagedView(pool.layer(0), rows) for pool in pools]
+    for view in views:
+        ops.write_kv(key, value, view.pages, torch.arange(length))
+    query = torch.randn(length, heads, dim, generator=generator)
+    (out, lse), (want, want_lse) = (ops.prefill(query, view, None, AttentionSpec(scale)) for view in views)
+    steps = [pools[0].key_scales[0].transpose(0, 1).flatten(1), pools[0].value_scales[0].transpose(0, 1).flatten(1)]
+    step_k, step_v = (part.cummax(1).values.T.repeat_interleave(3, 1) for part in steps)  # [T, H], of the keys seen
+    moved = scale * query.abs().sum(-1) * step_k / 2
+    assert ((lse - want_lse).abs() <= moved + 1e-5).all()
+    largest = value.abs().amax(-1).cummax(0).values.repeat_interleave(3, 1)
+    bound = torch.expm1(2 * moved) * largest + step_v / 2
+    error = (out - want).abs().amax(-1)
+    assert (error <= bound + 1e-5).all()
+    assert float(error.max()) > 1e-4, "int8 costs something, or it was not used"
