@@ -97,6 +97,11 @@ class PageStore:
     def num_files(self) -> int:
         return len(self._index.runs)
 
+    @property
+    def takes_writes(self) -> bool:
+        """False where nothing can be kept, and for a while after the disk refused a file."""
+        return self._usable and time.monotonic() >= self._no_writes_before
+
     def count(self, keys: Sequence[bytes]) -> int:
         """How many pages of a chain, from the first on, are kept."""
         with self._lock:
@@ -169,7 +174,7 @@ class PageStore:
         Returns:
             Whether it is kept now.
         """
-        if not self._usable or time.monotonic() < self._no_writes_before:
+        if not self.takes_writes:
             return False
         head = head_of(header, token_ids)
         size = len(head) + pages.numel()

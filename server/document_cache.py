@@ -245,10 +245,10 @@ class DocumentCache:
     def _touch(self, names: SequenceOf[str]) -> None:
         """Notes that files are in use; a file that is all in memory must not look forgotten."""
         now = time.monotonic()
-        if self._touched.get(names[0], float("-inf")) > now - TOUCH_SECONDS:
+        if self._touched.get(names[-1], float("-inf")) > now - TOUCH_SECONDS:
             return
         self._touched = {name: when for name, when in self._touched.items() if when > now - TOUCH_SECONDS}
-        self._touched[names[-1]] = self._touched[names[0]] = now
+        self._touched[names[-1]] = now
         self._saves.run_exclusively(lambda: self._store.touch(names))
 
 

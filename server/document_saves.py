@@ -117,6 +117,8 @@ class Saves:
             layout: How its pages lie in bytes.
             about: For people who list the cache.
         """
+        if not self._store.takes_writes:
+            return
         keys = [entry.key for entry in entries]
         missing = deque(index for index in self._store.missing(keys) if keys[index] not in self._under_way)
         if not missing:
@@ -135,6 +137,8 @@ class Saves:
         for write in [write for write in self._writes if write.future.done()]:
             self._writes.remove(write)
             self._under_way.difference_update(write.keys)
+            if write.future.exception() is not None:
+                log.error("pages were not written to disk", exc_info=write.future.exception())
         while self._saves:
             save = self._saves[0]
             try:
