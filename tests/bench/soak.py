@@ -338,7 +338,7 @@ def main() -> int:
         f"preempted {last['preempted']:g}"
     )
     print(
-        f"resident memory {first['rss_kib'] / 1024:.1f} MiB after round 1, {last['rss_kib'] / 1024:.1f} MiB at the end; "
+        f"resident memory {first['rss_kib'] / 1024:.1f} MiB after round 1, {last['rss_kib'] / 1024:.1f} at the end; "
         f"since the warm-up {report['growth']:+.2%}; threads {last['threads']:g}, open files {last['files']:g}"
     )
     for complaint in complaints:
