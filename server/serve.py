@@ -54,6 +54,7 @@ def run(settings: Settings) -> int:
     try:
         app = create_app(None, settings)
     except BatchError as error:
+        listener.close()
         complain(str(error), settings)
         return 1
     _reload_keys_on_hangup(state_of_app(app))

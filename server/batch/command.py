@@ -16,6 +16,7 @@ from pathlib import Path
 from types import FrameType
 from typing import BinaryIO
 
+from pydantic import ValidationError
 from tqdm import tqdm
 
 from ..engine_protocol import EngineLike
@@ -34,20 +35,28 @@ _LOOKED_AT = 1000  # lines in which a model's name is looked for
 
 
 def name_model(given: Namespace) -> None:
-    """Takes the model from the lines where neither a flag nor the environment names it.
+    """Takes the model from the lines where no flag, variable or file of settings names it.
 
-    The first line that names one counts. Clients' name for the model is then that name, too.
+    The first line that names one counts. It is clients' name for the model then, too.
     """
-    chosen = getattr(given, "model", None) or os.environ.get("FOVEATE_MODEL")
+    values = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
+    try:
+        settings = Settings(**values)
+        chosen, named = settings.model, settings.served_model_name
+    except ValidationError as error:
+        if any(item["loc"] != ("model",) or item["type"] != "missing" for item in error.errors()):
+            return  # told by whoever reads the settings next
+        chosen, named = None, getattr(given, "served_model_name", None)
     try:
         with open_input(given.input) as file:
-            named = _first_model(file, Settings.model_fields["max_body_bytes"].default)
+            found = _first_model(file, Settings.model_fields["max_body_bytes"].default)
     except BatchError:
-        return  # said by ``run``
-    if named is None or hasattr(given, "served_model_name") or os.environ.get("FOVEATE_SERVED_MODEL_NAME"):
+        return  # said by ``run``, if a model is named elsewhere
+    if found is None or chosen not in (None, found):
         return
-    if chosen in (None, named):
-        given.model = given.served_model_name = named
+    given.model = found
+    if named is None:
+        given.served_model_name = found
 
 
 def run(given: Namespace, settings: Settings) -> int:
@@ -180,7 +189,7 @@ async def _run(
         before = os.fstat(file.fileno())
 
         def show(count: int) -> None:
-            bar.set_postfix(errors=ledger.failed, refresh=False)
+            bar.set_postfix_str(f"{ledger.failed} errors", refresh=False)
             bar.update(count)
 
         source = Source(file, ledger, ENDPOINTS.keys(), settings.max_body_bytes)

@@ -9,6 +9,7 @@ from typing import Any
 from .. import routes_chat, routes_completions
 from ..errors import ApiError
 from ..generation import Generation, collect, submit
+from ..metrics import ServerMetrics
 from ..state import ServerState
 from ..streaming import ResponseStream
 
@@ -35,7 +36,7 @@ async def prepare(state: ServerState, url: str, body: dict[str, Any]) -> Generat
     return await ENDPOINTS[url](state, body)
 
 
-async def answer(state: ServerState, generation: Generation, owner: str) -> dict[str, Any]:
+async def answer(state: ServerState, generation: Generation, owner: str, metrics: ServerMetrics) -> dict[str, Any]:
     """The answer to one line, however long it waits where the line sets no ``timeout``.
 
     Raises:
@@ -43,7 +44,7 @@ async def answer(state: ServerState, generation: Generation, owner: str) -> dict
         SchemeError: it asks for no scheme, or for a wrong option.
     """
     seconds = generation.body.timeout or inf
-    stream = ResponseStream(generation.engine, state.metrics, seconds, full_seconds=inf)
+    stream = ResponseStream(generation.engine, metrics, seconds, full_seconds=inf)
     try:
         await submit(stream, generation, state, owner, _priority(generation.body.priority))
         return await collect(stream, generation)

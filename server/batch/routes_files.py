@@ -52,7 +52,7 @@ async def upload(request: Request) -> Response:
     settings = state_of(request).settings
     body = _Body(request, settings)
     try:
-        async with service.uploads:
+        with service.uploading(owner_of(request)):
             return JSONResponse(file_object(await _receive(request, body, service, settings)))
     except ClientDisconnect:
         return Response(status_code=_CLIENT_GONE)

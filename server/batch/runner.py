@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
 from ..exceptions import EngineDead, QueueFull, RequestAborted, StepFailed
+from ..metrics import ServerMetrics
 from ..state import ServerState
 from .endpoints import answer, prepare
 from .entry import Entry, LineError, parse_line
@@ -102,6 +103,8 @@ class BatchRunner:
         self._state, self._source, self._ledger, self._owner = state, source, ledger, owner
         self._threads, self._at_once, self._on_done = threads, at_once, on_done
         self._preparing = asyncio.Semaphore(PREPARED_AT_ONCE)
+        # Lines wait for hours, which must not be read as the time that a client waits.
+        self._metrics = ServerMetrics(lambda: None)
         self._sizes: dict[asyncio.Task[Result], int] = {}
         self._claimed: set[str] = set()
         self._at_end = False
@@ -185,7 +188,7 @@ class BatchRunner:
             generation = await prepare(self._state, entry.url, entry.body)
         while True:
             with suppress(QueueFull):
-                return await answer(self._state, generation, self._owner)
+                return await answer(self._state, generation, self._owner, self._metrics)
             await asyncio.sleep(QUEUE_SECONDS)
 
     def _check_engine(self, error: Exception) -> None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
+from ..errors import ApiError
 from ..state import ServerState
 from .errors import CannotResume, EngineStopped
 from .ledger import Ledger
@@ -17,7 +21,7 @@ from .runner import BatchRunner, Source, open_input
 from .store import Store, StoredBatch
 
 RUNNING_AT_ONCE = 4
-UPLOADS_AT_ONCE = 4
+UPLOADS_AT_ONCE = 16  # of one owner
 POLL_SECONDS = 0.1
 COUNT_SECONDS = 1.0  # between two counts in the store; those that clients read are newer
 RETRY_SECONDS = 10.0  # after a full disk
@@ -41,7 +45,6 @@ class BatchService:
 
     Attributes:
         store: Files and batches.
-        uploads: Held by each upload that is on its way.
     """
 
     def __init__(self, state: ServerState, store: Store) -> None:
@@ -50,7 +53,7 @@ class BatchService:
         self._running: dict[str, _Running] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._not_before: dict[str, float] = {}
-        self.uploads = asyncio.Semaphore(UPLOADS_AT_ONCE)
+        self._uploads: Counter[str] = Counter()
 
     async def start(self) -> None:
         self._threads = ThreadPoolExecutor(RUNNING_AT_ONCE + 1, thread_name_prefix="foveate-batch")
@@ -65,6 +68,28 @@ class BatchService:
         await asyncio.gather(self._loop, return_exceptions=True)
         self._threads.shutdown()
         self.store.close()
+
+    @contextmanager
+    def uploading(self, owner: str) -> Iterator[None]:
+        """Counts an upload on its way.
+
+        Raises:
+            ApiError: 429, the owner has enough of them.
+        """
+        if self._uploads[owner] >= UPLOADS_AT_ONCE:
+            raise ApiError(
+                429,
+                f"{UPLOADS_AT_ONCE} uploads are on their way already.",
+                type="rate_limit_error",
+                code="too_many_uploads",
+                headers={"retry-after": "5"},
+            )
+        self._uploads[owner] += 1
+        try:
+            yield
+        finally:
+            self._uploads[owner] -= 1
+            self._uploads += Counter()  # forgets who has none
 
     def wake(self) -> None:
         """There is a new batch, or one to cancel."""
@@ -90,11 +115,14 @@ class BatchService:
 
     async def _run(self) -> None:
         while not self._closing:
+            self._wake.clear()
             if self._may_run:
-                await self._start_batches()
+                try:
+                    await self._start_batches()
+                except Exception as error:  # the disk, most likely; this loop must not end
+                    _log.error("no batch can be begun: %s", error)
             else:
                 self._stop_batches()
-            self._wake.clear()
             with suppress(TimeoutError):
                 # The engine says nothing when it becomes ready, or begins to drain.
                 await asyncio.wait_for(self._wake.wait(), POLL_SECONDS)
@@ -158,15 +186,20 @@ class BatchService:
         if problem := self._problem(found):
             await self._in_thread(self._end, batch, "failed", problem)
             return
-        if not store.advance(batch.id, "in_progress", ("cancelling", "cancelled"), total=found.lines):
+        if not await self._advance(batch, "in_progress", total=found.lines):
             return  # cancelled meanwhile: it is taken up again at once
         try:
             finished = await self._answer(running, found)
         except CannotResume as error:
             await self._in_thread(self._end, batch, "failed", _told("cannot_resume", str(error)))
             return
-        if finished and store.advance(batch.id, "finalizing", ("cancelling", "cancelled")):
+        if finished and await self._advance(batch, "finalizing"):
             await self._in_thread(self._end, batch, "completed")
+
+    async def _advance(self, batch: StoredBatch, status: str, **values: Any) -> bool:
+        """Moves a batch on, unless it is to be cancelled."""
+        advance = partial(self.store.advance, batch.id, status, ("cancelling", "cancelled"), **values)
+        return bool(await self._in_thread(advance))
 
     async def _answer(self, running: _Running, found: Scan) -> bool:
         batch, store, settings = running.batch, self.store, self._state.settings

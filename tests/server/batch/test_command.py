@@ -199,12 +199,12 @@ def test_a_signal_ends_it_cleanly(folder, loaded, engine, capsys, number, status
 
 def test_kills_lose_and_double_nothing(model_dir):
     """The smaller version of what CONTRIBUTING.md names; in a process of its own, since it forks."""
-    command = [sys.executable, kill_batch.__file__, "--fork", "--model", model_dir, "--lines", "400", "--kills", "4"]
+    command = [sys.executable, kill_batch.__file__, "--fork", "--model", model_dir, "--lines", "150", "--kills", "3"]
     done = subprocess.run(
         [*command, "--seconds", "0.05", "--in-flight", "4"], capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "400 records, 0 lost, 0 duplicated" in done.stdout
+    assert "150 records, 0 lost, 0 duplicated" in done.stdout
 
 
 def test_ctrl_c_while_the_model_is_loaded(folder, model_dir):

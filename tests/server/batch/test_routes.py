@@ -14,6 +14,11 @@ import pytest
 from foveate.server import engine as engine_module
 from foveate.server import limits
 from foveate.server.app import create_app
+from foveate.server.batch.errors import InUse
+from foveate.server.batch.ledger import Ledger
+from foveate.server.batch.records import answered
+from foveate.server.batch.store import Store
+from foveate.server.cli import main
 from foveate.server.serve import FoveateServer, address_of, listen, server_config
 from foveate.server.settings import Settings
 from foveate.server.state import state_of_app
@@ -287,6 +292,58 @@ def test_names_of_files_are_labels(http, tmp_path):
         assert http.get(f"/v1/files/{id}/content").status_code == 404
         assert http.delete(f"/v1/files/{id}").status_code == 404
         assert http.post(f"/v1/batches/{id}/cancel").status_code == 404
+
+
+def test_one_server_has_a_directory(http, engine, tmp_path):
+    with pytest.raises(InUse, match="in use by another process"):
+        create_app(engine, Settings(model="fake-model", batch_dir=tmp_path / "batches"))
+
+
+def test_a_directory_that_cannot_be_used_ends_the_server(capsys, tmp_path):
+    (tmp_path / "file").touch()
+    assert main(["serve", "fake-model", "--port", "0", "--batch-dir", str(tmp_path / "file" / "batches")]) == 1
+    assert "cannot use" in capsys.readouterr().err
+
+
+def test_uploads_of_one_key_are_bounded(http, monkeypatch):
+    monkeypatch.setattr("foveate.server.batch.service.UPLOADS_AT_ONCE", 0)
+    response = http.post("/v1/files", files={"file": ("a", b"{}")}, data={"purpose": "batch"})
+    assert (response.status_code, response.json()["error"]["code"]) == (429, "too_many_uploads")
+
+
+def test_what_a_killed_server_left_is_swept(engine, tmp_path):
+    folder = tmp_path / "batches"
+    store = Store(folder)
+    kept = store.upload_path()
+    kept.write_bytes(b"{}")
+    file = store.add_file("", "batch", "a", kept)
+    batch = store.add_batch("", CHAT, "24h", file, None)
+    store.file_path(batch.output_file).write_bytes(b"half a li")
+    for path in (store.upload_path(), store.file_path("file-of-no-row"), folder / "states" / "batch_of_no_row-wal"):
+        path.write_bytes(b"x")
+    store.close()
+    store = Store(folder)
+    assert sorted(path.name for path in (folder / "files").iterdir()) == sorted([file.id, batch.output_file])
+    assert list((folder / "uploads").iterdir()) == list((folder / "states").iterdir()) == []
+    store.close()
+
+
+def test_a_batch_cancelled_by_a_killed_server_ends_with_whole_records(serving, engine, tmp_path):
+    store = Store(tmp_path / "batches")
+    given = store.upload_path()
+    given.write_bytes(jsonl([chat_line("a")]))
+    batch = store.add_batch("", CHAT, "24h", store.add_file("", "batch", "a", given), None)
+    ledger = Ledger(store.state_path(batch), store.file_path(batch.output_file), store.file_path(batch.error_file), {})
+    ledger.add([answered(1, "a", {})])
+    ledger.close()
+    with store.file_path(batch.output_file).open("ab") as file:
+        file.write(b'{"id":"batch_req_torn')
+    store.advance(batch.id, "cancelling")
+    store.close()
+    with serving() as url, client_at(url) as client:
+        ended = finished(client, client.batches.retrieve(batch.id))
+        assert (ended.status, ended.request_counts.completed) == ("cancelled", 1)
+        assert [record["custom_id"] for record in records(client.files.content(ended.output_file_id).content)] == ["a"]
 
 
 def test_the_store_has_a_bound(http):
