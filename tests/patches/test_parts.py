@@ -9,10 +9,11 @@ import torch
 from transformers import AttentionInterface
 
 import foveate
-from foveate.patches import interface, parts
+from foveate.patches import interface, packed, parts
 from foveate.patches.parts import PARTS, PartClock, watch_parts
 from foveate.patches.quantize import quantize
 from foveate.patches.synthetic import synthetic_model
+from foveate.patches.tune import tune
 from foveate.sparse_attn import attend
 
 SIZES = {
@@ -138,3 +139,16 @@ def test_a_fused_mlp_is_linear_and_an_attention_module_is_not(model, now):
     with foveate.attach(model), torch.inference_mode(), watch_parts(model) as clock:
         model(torch.arange(20)[None])
     assert clock.seconds == {"attention": 0, "selection": 0, "linear": 6.0}
+
+
+def test_a_tuned_mlp_is_linear(now):
+    model = synthetic_model("llama", torch.bfloat16, torch.device("cpu"), **SIZES)
+    if not packed.supports(model):
+        pytest.skip("layers are packed on CPUs with bfloat16 instructions only")
+    tune(model)
+    mlp = model.model.layers[0].mlp
+    assert isinstance(mlp, packed.GatedMLP)
+    mlp.up_proj.times = slow(mlp.up_proj.times, now, 3.0)
+    with foveate.attach(model), torch.inference_mode(), watch_parts(model) as clock:
+        model(torch.arange(20)[None])
+    assert clock.seconds == {"attention": 0, "selection": 0, "linear": 3.0}
