@@ -56,8 +56,10 @@ def json_source(schema: Any, param: str) -> GrammarSource:
             schema = json.loads(schema)
         except (ValueError, RecursionError):
             raise GrammarRefused("the schema is not valid JSON", param) from None
-    if not isinstance(schema, (dict, bool)):
-        raise GrammarRefused("a schema is a JSON object", param)
+    if schema is True:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise GrammarRefused("no text satisfies it" if schema is False else "a schema is a JSON object", param)
     check_depth(schema, param)
     text = json.dumps(schema, ensure_ascii=False)
     if len(text.encode()) > MAX_SCHEMA_BYTES:

@@ -52,8 +52,6 @@ def calls_only(
     rules.append(f"calls: {calls}")
     if answer is not None:
         schema = json.loads(answer.text)
-        if isinstance(schema, bool):
-            raise GrammarRefused("with tools the schema must be an object", answer.param)
         options = {"whitespace_pattern": BLANKS, "lenient": False}
         rules.append(f"answer: %json {json.dumps({**schema, 'x-guidance': options}, ensure_ascii=False)}")
     text = "\n".join([f"start: calls{' | answer' if answer else ''}", *rules])

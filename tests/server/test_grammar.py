@@ -1,0 +1,227 @@
+"""Compiling grammars: bounds, hostile ones, the cache; and masks against plain enumeration."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from foveate.server.grammar import store
+from foveate.server.grammar.source import (
+    MAX_DEPTH,
+    MAX_GRAMMAR_BYTES,
+    MAX_OPTIONS,
+    MAX_REGEX_CHARS,
+    MAX_SCHEMA_BYTES,
+    GrammarRefused,
+    choice_source,
+    grammar_source,
+    json_source,
+    regex_source,
+)
+from foveate.server.grammar.store import Grammars, GrammarsUnavailable
+
+VOCAB = 300
+
+
+@pytest.fixture(scope="module")
+def grammars(tokenizer):
+    grammars = Grammars(tokenizer, VOCAB, seconds=2)
+    yield grammars
+    grammars.close()
+
+
+def tokens_of(mask):
+    return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+
+def accepts(grammars, tokenizer, source, text):
+    """Whether ``text`` is a whole answer, token by token as the sampler sees it."""
+    state = grammars.compile_now(source).begin()
+    output = []
+    for token in tokenizer.encode(text):
+        if token not in tokens_of(state.mask(VOCAB)):
+            return False
+        output.append(token)
+        state.read(output)
+    return state.accepts
+
+
+@pytest.mark.parametrize(
+    ("source", "yes", "no"),
+    [
+        (regex_source(r"\d{3}-\d{4}", "x"), ["123-4567"], ["123-456", "123-45678", "abc"]),
+        (regex_source(r"^(ab|é/)+$", "x"), ["ab", "é/ab"], ["", "a", "ba"]),
+        (choice_source(["yes", "no", 'a "b"\n\\', "世界"], "x"), ["yes", 'a "b"\n\\', "世界"], ["ye", "yesno", ""]),
+        (json_source({"type": "object"}, "x"), ["{}", '{"a": [1, null]}', '{\n  "a": "ü"\n}'], ["[]", '{"a":1', "{}x"]),
+        (json_source('{"enum": [1, "x"]}', "x"), ["1", '"x"'], ["x", "2"]),
+        (json_source(True, "x"), ["1", "[]"], ["", "a"]),
+        (grammar_source('root ::= "a" (" b" | " c"){2,3}', "x"), ["a b c"], ["a b", "a b c b c"]),
+        (grammar_source('start: "x" NUM\nNUM: /[0-9]+/', "x"), ["x12"], ["x"]),
+    ],
+    ids=["regex", "anchored", "choice", "object", "schema-text", "any", "gbnf", "lark"],
+)
+def test_what_a_grammar_accepts(grammars, tokenizer, source, yes, no):
+    assert [text for text in yes if not accepts(grammars, tokenizer, source, text)] == []
+    assert [text for text in no if accepts(grammars, tokenizer, source, text)] == []
+
+
+@given(options=st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4))
+def test_choices_are_taken_to_the_letter(grammars, tokenizer, options):
+    options = [option for option in options if option.isprintable()] or ["a"]
+    source = choice_source(options, "x")
+    for text in [*options, *(option[:-1] for option in options), options[0] + options[-1]]:
+        assert accepts(grammars, tokenizer, source, text) == (text in options), text
+
+
+def test_blanks_in_json_are_bounded(grammars, tokenizer):
+    source = json_source({"type": "array", "items": {"type": "integer"}}, "x")
+    assert accepts(grammars, tokenizer, source, "[\n" + " " * 40 + "1]")
+    assert not accepts(grammars, tokenizer, source, "[\n" + " " * 41 + "1]")
+    assert not accepts(grammars, tokenizer, source, "[\n\n1]")
+
+
+def nested(depth):
+    schema = {"type": "string"}
+    for _ in range(depth):
+        schema = {"items": schema}
+    return schema
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda: json_source({"description": "x" * MAX_SCHEMA_BYTES}, "p"),
+        lambda: json_source('"' + "x" * MAX_SCHEMA_BYTES, "p"),
+        lambda: json_source("{", "p"),
+        lambda: json_source("[" * 50_000, "p"),
+        lambda: json_source(3, "p"),
+        lambda: json_source(nested(MAX_DEPTH), "p"),
+        lambda: regex_source("a" * (MAX_REGEX_CHARS + 1), "p"),
+        lambda: choice_source([], "p"),
+        lambda: choice_source([""], "p"),
+        lambda: choice_source(["x"] * (MAX_OPTIONS + 1), "p"),
+        lambda: choice_source(["x" * MAX_GRAMMAR_BYTES], "p"),
+        lambda: grammar_source("#" * (MAX_GRAMMAR_BYTES + 1), "p"),
+    ],
+)
+def test_what_is_too_large_is_refused_unread(write):
+    with pytest.raises(GrammarRefused) as caught:
+        write()
+    assert caught.value.param == "p"
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        regex_source("([a-z", "p"),
+        regex_source("(?=a)b", "p"),
+        regex_source(r"\bfoo\b", "p"),
+        regex_source("(a?){2000}a{2000}", "p"),
+        json_source({"type": "foo"}, "p"),
+        json_source({"not": {}}, "p"),
+        json_source({"x-guidance": {"lenient": True}, "not": {}}, "p"),
+        json_source({"$ref": "http://127.0.0.1/schema"}, "p"),
+        json_source({"$ref": "#/nowhere"}, "p"),
+        json_source({"$ref": "#"}, "p"),
+        json_source(False, "p"),
+        grammar_source("root ::= root", "p"),
+        grammar_source("root ::= (", "p"),
+        grammar_source("root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000, "p"),
+        grammar_source('%import "/etc/passwd"\nstart: "a"', "p"),
+        grammar_source("", "p"),
+        regex_source("\ud800", "p"),
+    ],
+    ids=[
+        "unclosed", "look-ahead", "word-boundary", "explosive", "no-type", "not", "lenient-by-itself", "remote",
+        "dangling", "only-itself", "false", "endless", "gbnf", "gbnf-deep", "import", "empty", "surrogate",
+    ],
+)  # fmt: skip
+def test_bad_grammars_are_refused_by_name(grammars, source):
+    with pytest.raises(GrammarRefused) as caught:
+        grammars.compile_now(source)
+    assert caught.value.param == "p"
+    assert 0 < len(str(caught.value)) <= 300
+    assert not re.search(r"0x[0-9a-f]{6}|\n|File \"", str(caught.value))
+
+
+# The first makes the compiler run for minutes, the second overflows its stack, which ends the process.
+HOSTILE = {
+    "slow": lambda: json_source({"allOf": [{"type": "string", "pattern": f"{i}.*x.{{30}}y"} for i in range(500)]}, "p"),
+    "deadly": lambda: grammar_source(
+        "start: a0\n" + "\n".join(f'a{i}: "x" | a{i + 1}' for i in range(3000)) + '\na3000: "y"', "p"
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_a_grammar_that_hangs_or_kills_the_compiler_costs_its_request_alone(grammars, tokenizer, kind):
+    began = time.monotonic()
+    with pytest.raises(GrammarRefused, match="too complex"):
+        grammars.compile_now(HOSTILE[kind]())
+    assert time.monotonic() - began < 60  # 2 s and what a busy machine adds; unbounded, the slow one takes minutes
+    assert accepts(grammars, tokenizer, regex_source(f"{kind}", "p"), kind)
+
+
+def test_a_grammar_is_compiled_once(tokenizer, monkeypatch):
+    monkeypatch.setattr(store, "MAX_CACHED", 3)
+    grammars = Grammars(tokenizer, VOCAB)
+    try:
+        first = grammars.compile_now(regex_source("a", "p"))
+        assert grammars.compile_now(regex_source("a", "q")) is first
+        for pattern in "bcd":
+            grammars.compile_now(regex_source(pattern, "p"))
+        assert len(grammars._cached) == 3
+        assert grammars.compile_now(regex_source("a", "p")) is not first
+        monkeypatch.setattr(store, "MAX_CACHED_BYTES", 20)
+        grammars.compile_now(regex_source("x" * 15, "p"))
+        assert len(grammars._cached) <= 4
+        assert grammars._cached_bytes == sum(len(text) for _, text in grammars._cached) <= 20
+    finally:
+        grammars.close()
+
+
+def test_requests_wait_for_their_grammar_without_blocking_the_loop(grammars):
+    async def main():
+        ticks = 0
+        task = asyncio.ensure_future(grammars.compile(HOSTILE["slow"]()))
+        while not task.done():
+            await asyncio.sleep(0.02)
+            ticks += 1
+        with pytest.raises(GrammarRefused):
+            await task
+        return ticks
+
+    assert asyncio.run(main()) > 20
+
+
+def test_other_kinds_of_tokenizers_are_told_apart():
+    class Slow:
+        pass
+
+    with pytest.raises(GrammarsUnavailable):
+        Grammars(Slow(), 10).load()
+
+
+def test_the_process_that_tries_grammars_gets_no_secrets(tokenizer, monkeypatch):
+    monkeypatch.setenv("FOVEATE_API_KEY", "secret")
+    grammars = Grammars(tokenizer, VOCAB)
+    try:
+        grammars.compile_now(regex_source("a", "p"))
+        process = grammars._guard._process
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            assert b"FOVEATE" not in file.read()
+    finally:
+        grammars.close()
+    assert process.poll() is not None
+
+
+def test_ids_beyond_the_tokenizer_are_never_allowed(grammars, tokenizer):
+    mask = grammars.compile_now(regex_source("(?s:.*)", "p")).begin().mask(VOCAB)
+    assert max(tokens_of(mask)) < 256  # the bytes; neither control tokens, nor the 42 ids without a token
+    assert len(mask) == -(-VOCAB // 32)
