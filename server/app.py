@@ -58,7 +58,15 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
     attach_state(app, state)
     app.state.batches = batches
     install_handlers(app)
-    for routes in (routes_completions, routes_chat, routes_responses, routes_cache, routes_meta, routes_files, routes_batches):
+    for routes in (
+        routes_completions,
+        routes_chat,
+        routes_responses,
+        routes_cache,
+        routes_meta,
+        routes_files,
+        routes_batches,
+    ):
         app.include_router(routes.router)
     describe_app(app, state.keys.locked)
     # The last one added is the outermost.

@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+from starlette.routing import compile_path
 
 from foveate.sparse_attn.errors import CalibrationMissing, SchemeError, UnknownScheme
 
@@ -114,11 +116,25 @@ def error_response(error: Exception) -> JSONResponse:
     return JSONResponse(error_body(told), status_code=told.status, headers=told.headers)
 
 
+def methods_of(app: FastAPI, path: str) -> set[str]:
+    """What may be asked of ``path``; HEAD wherever there is GET. Empty for a path that nothing describes."""
+    methods: set[str] = set()
+    for template, operations in app.openapi()["paths"].items():
+        if compile_path(template)[0].match(path):
+            methods |= {method.upper() for method in operations}
+    return methods | ({"HEAD"} if "GET" in methods else set())
+
+
 def install_handlers(app: FastAPI) -> None:
     """Routes every exception of ``app`` through the table."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return error_response(error)
+        response = error_response(error)
+        if response.status_code == HTTPStatus.METHOD_NOT_ALLOWED:
+            # The router knows the methods of the first route that has the path, and there may be others.
+            methods = methods_of(app, request.scope["path"])
+            response.headers["allow"] = ", ".join(sorted(methods)) or response.headers.get("allow", "")
+        return response
 
     for cls in (ApiError, engine_errors.EngineError, SchemeError, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(cls, handle)

@@ -70,8 +70,9 @@ async def opened(request: Request, generation: Generation) -> ResponseStream:
     """The events of ``generation``, which runs from now on."""
     state, body = state_of(request), generation.body
     limits = state.settings
-    seconds = limits.request_timeout if body.timeout is None else min(body.timeout, limits.request_timeout)
-    stream = ResponseStream(generation.engine, state.metrics, seconds, limits.write_seconds)
+    asked = body.timeout is not None and body.timeout < limits.request_timeout
+    seconds = body.timeout if asked and body.timeout is not None else limits.request_timeout
+    stream = ResponseStream(generation.engine, state.metrics, seconds, limits.write_seconds, asked)
     await submit(stream, generation, state, request.scope.get(OWNER, ""))
     return stream
 
@@ -102,7 +103,9 @@ async def submit(
     salt = f"{owner}/{body.cache_salt}"
     if not body.cache_prompt:
         salt += f"/{uuid.uuid4()}"  # nothing was ever computed under it, and nothing will be again
-    stream.submit(generation.prompts, generation.sampling(), scheme, salt, body.priority if priority is None else priority)
+    stream.submit(
+        generation.prompts, generation.sampling(), scheme, salt, body.priority if priority is None else priority
+    )
 
 
 async def collect(stream: ResponseStream, generation: Generation) -> dict[str, Any]:

@@ -129,8 +129,8 @@ class ResponsesBody(LabelledBody):
     top_p: float = Field(1.0, gt=0, le=1)
     top_logprobs: int = Field(0, ge=0, le=MAX_LOGPROBS)
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field([], max_length=16)
-    text: TextOptions = TextOptions()
-    reasoning: ReasoningOptions = ReasoningOptions()
+    text: TextOptions = Field(default_factory=lambda: TextOptions.model_validate({}))
+    reasoning: ReasoningOptions = Field(default_factory=lambda: ReasoningOptions.model_validate({}))
     parallel_tool_calls: bool = True
 
     @field_validator("reasoning", mode="before")

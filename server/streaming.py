@@ -35,13 +35,14 @@ class SlowReader(ApiError):
 
 
 class RequestTimeout(ApiError):
-    """The whole answer took too long."""
+    """The whole answer took too long: for the client, who ``asked`` for so much time, or for the server."""
 
-    def __init__(self, seconds: float) -> None:
+    def __init__(self, seconds: float, asked: bool) -> None:
         super().__init__(
-            504,
-            f"The answer was not complete after {seconds:g} seconds (timeout, or --request-timeout).",
-            type="server_error",
+            408 if asked else 504,
+            f"The answer was not complete after {seconds:g} seconds ({'timeout' if asked else '--request-timeout'}).",
+            type="invalid_request_error" if asked else "server_error",
+            param="timeout" if asked else None,
             code="request_timeout",
             headers={"x-should-retry": "false"},
         )
@@ -57,13 +58,17 @@ class ResponseStream:
 
     Args:
         seconds: Time for the whole answer.
+        asked: Whether the client chose that time.
         full_seconds: Time for which ``QUEUED_EVENTS`` per choice may wait.
     """
 
-    def __init__(self, engine: EngineLike, metrics: ServerMetrics, seconds: float, full_seconds: float) -> None:
+    def __init__(
+        self, engine: EngineLike, metrics: ServerMetrics, seconds: float, full_seconds: float, asked: bool = False
+    ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._seconds = seconds
+        self._asked = asked
         self._full_seconds = full_seconds
         self._full_since: float | None = None
         self._deadline = time.monotonic() + seconds
@@ -128,7 +133,7 @@ class ResponseStream:
                     async with asyncio.timeout(min(self._spoke_at + pause, self._deadline) - time.monotonic()):
                         await self._wake.wait()
                 if time.monotonic() >= self._deadline:
-                    self.fail(RequestTimeout(self._seconds))
+                    self.fail(RequestTimeout(self._seconds, self._asked))
                 continue
             index, event = self._events.popleft()
             if isinstance(event, Failed):

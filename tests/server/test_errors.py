@@ -251,6 +251,12 @@ def test_paths_and_methods(client):
     response = client.get(COMPLETIONS)
     check_error(response, 405)
     assert response.headers["allow"] == "POST"
+    for path, methods in (
+        ("/v1/files", "GET, HEAD, POST"),
+        ("/v1/files/x", "DELETE, GET, HEAD"),
+        ("/v1/models/a/b", "GET"),
+    ):
+        assert client.put(path).headers["allow"] == methods
 
 
 def test_overflow_is_told_in_the_words_that_clients_look_for(client):

@@ -204,7 +204,7 @@ def test_timeout(client, engine, path):
     engine.gate.clear()
     response = post(client, path, timeout=0.05)
     engine.gate.set()
-    assert (response.status_code, response.json()["error"]["code"]) == (504, "request_timeout")
+    assert (response.status_code, response.json()["error"]["code"]) == (408, "request_timeout")
 
 
 @BOTH
