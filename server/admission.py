@@ -81,9 +81,9 @@ class Admission:
         tokens = len(group.request.prompt_token_ids)
         excess = sum(waiting) + tokens - options.max_queued_tokens
         if len(waiting) >= options.max_queued_requests:
-            full, ahead = f"{len(waiting)} requests", max(min(waiting), excess)
+            full, ahead = f"{len(waiting)} of at most {options.max_queued_requests} requests", max(min(waiting), excess)
         elif excess > 0:
-            full, ahead = f"{sum(waiting)} prompt tokens", excess
+            full, ahead = f"{sum(waiting)} of at most {options.max_queued_tokens} prompt tokens", excess
         else:
             return
         in_work = sum(item.num_remaining for item in list(scheduler.running) if item.num_remaining > 1)

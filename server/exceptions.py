@@ -65,7 +65,7 @@ class QueueFull(EngineError):
     """
 
     def __init__(self, waiting: str, retry_seconds: float) -> None:
-        super().__init__(f"{waiting} are waiting already; try again in about {math.ceil(retry_seconds)} s")
+        super().__init__(f"the queue is full ({waiting}); try again in about {math.ceil(retry_seconds)} s")
         self.retry_seconds = retry_seconds
 
 

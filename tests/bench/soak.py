@@ -198,7 +198,7 @@ class Caller:
 def _verdict(status: int, text: str, body: dict[str, Any], expected: str) -> str:
     wrong = f"{expected} was expected, got {status}: {text[-300:]}"
     if status != 200:
-        right = {"refused": (400,), "timed out": (504,), "done": ()}[expected]
+        right = {"refused": (400,), "timed out": (408,), "done": ()}[expected]
         return expected if status in right else wrong
     if not body["stream"]:
         choices = json.loads(text)["choices"]
