@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationInfo, field_validator, model_validator
+from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from .sampling_limits import MAX_LOGPROBS
 from .schemas import INT32_MAX, MAX_NAME_CHARS, GenerationBody
@@ -38,11 +38,20 @@ _MESSAGE_REFUSED = {
 }
 
 
+MAX_PARTS = 4096  # of one message
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_PARTS, "items": _PART}]}
+
+
 class Message(Body):
     """One message. Content in parts becomes one text, a line break between parts."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str
+    content: Annotated[str, WithJsonSchema(_CONTENT)]
     name: str | None = Field(None, max_length=MAX_NAME_CHARS)
     tool_calls: list[ToolCall] = Field([], max_length=MAX_CALLS)
     tool_call_id: str | None = Field(None, max_length=MAX_NAME_CHARS)
@@ -71,6 +80,8 @@ class Message(Body):
     def _join_parts(cls, value: Any) -> Any:
         if not isinstance(value, list):
             return value
+        if len(value) > MAX_PARTS:
+            raise ValueError(f"content has at most {MAX_PARTS} parts")
         texts = []
         for part in value:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):

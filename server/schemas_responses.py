@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from .errors import ApiError
 from .sampling_limits import MAX_LOGPROBS
 from .schemas import INT32_MAX, MAX_NAME_CHARS
-from .schemas_chat import ChatBody
+from .schemas_chat import MAX_PARTS, ChatBody
 from .schemas_labels import LabelledBody
 from .validation import Body, validate
 
@@ -71,18 +71,28 @@ class ReasoningOptions(Body):
     effort: str | None = Field(None, max_length=32)
 
 
+_PART = {
+    "type": "object",
+    "required": ["type", "text"],
+    "properties": {"type": {"enum": ["input_text", "output_text", "text"]}, "text": {"type": "string"}},
+}
+_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_PARTS, "items": _PART}]}
+
+
 class InputMessage(Body):
     """One message of the input; what an earlier answer held is taken as it was."""
 
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[dict[str, Any]]
+    content: Annotated[str | list[dict[str, Any]], WithJsonSchema(_CONTENT)]
 
     @field_validator("content", mode="before")
     @classmethod
     def _text_or_parts(cls, value: Any) -> Any:
         if not isinstance(value, (str, list)):
             raise ValueError("content is a string or a list of parts")
+        if isinstance(value, list) and len(value) > MAX_PARTS:
+            raise ValueError(f"content has at most {MAX_PARTS} parts")
         for part in value if isinstance(value, list) else ():
             kind = part.get("type") if isinstance(part, dict) else None
             if kind not in ("input_text", "output_text", "text") or not isinstance(part.get("text"), str):

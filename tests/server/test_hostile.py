@@ -247,6 +247,17 @@ CASES = {
     "prompts-bomb": field("prompt", ["a"] * 100_000, "prompt"),
     "prompt-bomb": field("prompt", "a" * 4_000_000, "prompt"),
     "messages-bomb": field("messages", [USER] * 100_000, path=CHAT),
+    "parts-bomb": field(
+        "messages", [{"role": "user", "content": [{"type": "text", "text": ""}] * 100_000}], "messages[0].content", CHAT
+    ),
+    "response-parts-bomb": field(
+        "input", [{"role": "user", "content": [{"type": "text", "text": ""}] * 100_000}], "input[0].content", RESPONSES
+    ),
+    "regex-bomb": field("structured_outputs", {"regex": "(" * 20_000 + "a" + ")+" * 20_000}),
+    "regex-backtracking-far": field("guided_regex", "(" * 300 + "a" + "{1000}){1000}" * 300),
+    "tools-bomb": field(
+        "tools", [{"type": "function", "function": {"name": f"f{i}"}} for i in range(20_000)], path=CHAT
+    ),
     "max_tokens-negative": field("max_tokens", -1),
     "max_tokens-huge": field("max_tokens", HUGE),
     "max_tokens-float": field("max_tokens", 1.5),
