@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -64,13 +66,13 @@ def read_lines(file: BinaryIO, max_bytes: int, digest: hashlib._Hash | None = No
             yield Line(number, data)
 
 
-def scan(path: Path, max_bytes: int) -> Scan:
-    """Reads ``path`` once.
+def scan(path: Path, max_bytes: int, max_lines: int = sys.maxsize) -> Scan:
+    """Reads ``path`` once, or as far as the first line after ``max_lines``.
 
     Raises:
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        lines = sum(1 for _ in read_lines(file, max_bytes, digest))
+        lines = sum(1 for _ in islice(read_lines(file, max_bytes, digest), max_lines + 1))
     return Scan(digest.hexdigest(), lines)

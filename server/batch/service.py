@@ -179,7 +179,8 @@ class BatchService:
             await self._in_thread(self._end, batch, "cancelled")
             return
         try:
-            found = await self._in_thread(scan, store.file_path(batch.input_file), self._state.settings.max_body_bytes)
+            path, settings = store.file_path(batch.input_file), self._state.settings
+            found = await self._in_thread(scan, path, settings.max_body_bytes, settings.max_batch_lines)
         except FileNotFoundError:
             await self._in_thread(self._end, batch, "failed", _told("input_missing", "The input file is gone."))
             return
@@ -240,7 +241,7 @@ class BatchService:
     def _problem(self, found: Scan) -> list[dict[str, Any]] | None:
         most = self._state.settings.max_batch_lines
         if found.lines > most:
-            message = f"The file has {found.lines} lines, the most is {most} (--max-batch-lines)."
+            message = f"The file has more than {most} lines (--max-batch-lines)."
             return _told("too_many_lines", message)
         if found.lines == 0:
             return _told("empty_file", "The file has no lines.")
