@@ -32,7 +32,9 @@ class OperationSettings(BaseSettings):
         None, description="TOML or YAML file of settings by name, such as max_context = 4096; flags and variables win"
     )
     tls_cert: Path | None = Field(None, description="PEM file of the certificate chain; with it the server speaks TLS")
-    tls_key: Path | None = Field(None, description="PEM file of its private key, if the certificate's file does not hold it")
+    tls_key: Path | None = Field(
+        None, description="PEM file of its private key, if the certificate's file does not hold it"
+    )
     cors_origin: Annotated[tuple[str, ...], NoDecode] = Field(
         (),
         description="origin whose pages may call the server from a browser, such as https://app.example.org, or * "

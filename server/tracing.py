@@ -9,6 +9,7 @@ The library is an extra (``pip install 'foveate[otel]'``) and is imported only w
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from .request import Usage
 
 _NANOSECONDS = 1_000_000_000
-_FLUSH_MILLISECONDS = 3000
+_CLOSE_SECONDS = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ class Tracing:
         resource = Resource.create({"service.version": __version__})
         if str(resource.attributes["service.name"]).startswith("unknown_service"):  # OTEL_SERVICE_NAME does not say
             resource = resource.merge(Resource({"service.name": "foveate"}))
-        self._provider = TracerProvider(resource=resource)
+        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         self._provider.add_span_processor(BatchSpanProcessor(exporter))
         self._tracer = self._provider.get_tracer("foveate", __version__)
         self._propagator = TraceContextTextMapPropagator()
@@ -84,9 +85,10 @@ class Tracing:
         return RequestTrace(self._tracer, span)
 
     def close(self) -> None:
-        """Sends what is left, for a few seconds at most."""
-        self._provider.force_flush(_FLUSH_MILLISECONDS)
-        self._provider.shutdown()
+        """Sends what is left, for ``_CLOSE_SECONDS`` at most; the library itself waits 10 for a silent collector."""
+        closing = threading.Thread(target=self._provider.shutdown, name="foveate-traces", daemon=True)
+        closing.start()
+        closing.join(_CLOSE_SECONDS)
 
 
 class RequestTrace:

@@ -8,9 +8,9 @@ import signal
 import ssl
 import subprocess
 import sys
-import textwrap
 import threading
 import time
+from pathlib import Path
 
 import httpx
 import pytest
@@ -189,23 +189,15 @@ class TestTls:
 
 
 PROCESS = """
-import sys, types
-
-class Tokenizer:
-    added_tokens_encoder, chat_template, all_special_ids = {}, None, []
-    encode = lambda self, text, add_special_tokens: [1]
-    decode = lambda self, ids: "a"
+import sys, types, warnings
+sys.path.insert(0, sys.argv.pop(1))
+from conftest import FakeEngine, make_tokenizer
 
 class Engine:
-    state, tokenizer, created, context_length, dtype, model_name = "ready", Tokenizer(), 1, 9, "float32", "m"
-    default_scheme = types.SimpleNamespace(name="dense")
-    schemes = lambda self: []
-    def shutdown(self, drain_seconds): self.state = "dead"
     @staticmethod
     def load(settings):
-        import warnings
         warnings.warn("careful\\nnow")
-        return Engine()
+        return FakeEngine(make_tokenizer())
 
 sys.modules["foveate.server.engine"] = types.SimpleNamespace(Engine=Engine)
 from foveate.server.cli import main
@@ -217,7 +209,8 @@ def test_a_process_reads_its_keys_again_and_writes_json_alone(tmp_path):
     key_file = tmp_path / "keys"
     key_file.write_text("old\n")
     key_file.chmod(0o604)
-    command = [sys.executable, "-c", textwrap.dedent(PROCESS), "--log-format", "json", "--api-key-file", str(key_file)]
+    command = [sys.executable, "-c", PROCESS, str(Path(__file__).parent)]
+    command += ["--log-format", "json", "--api-key-file", str(key_file)]
     environment = {**os.environ, "FOVEATE_NOSUCH": "1"}
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment

@@ -29,7 +29,8 @@ def log_to(monkeypatch):
     """Configures the root logger onto a buffer, and puts everything back after the test."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
-    for client in ("httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):  # the test's own client speaks in the same process
+    # The test's own client speaks in the same process.
+    for client in ("httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
         monkeypatch.setattr(logging.getLogger(client), "disabled", True)
 
     def start(form, level="debug"):

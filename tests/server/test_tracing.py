@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from starlette.testclient import TestClient
 
-from foveate.server import settings_checks, state
+from foveate.server import settings_checks, state, tracing
 from foveate.server.app import create_app
 from foveate.server.cli import build_parser, read_settings
 from foveate.server.settings import Settings
@@ -129,6 +131,16 @@ def test_spans_are_sent(engine):
         thread.join()
     assert got[0][0] == "/v1/traces"
     assert b"GET /v1/models" in got[0][1]
+
+
+def test_a_silent_collector_holds_nothing_up(engine, monkeypatch):
+    monkeypatch.setattr(tracing, "_CLOSE_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        settings = Settings(model="m", otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
+        with TestClient(create_app(engine, settings)) as client:
+            began = time.monotonic()
+            assert client.get("/v1/models").status_code == 200
+        assert time.monotonic() - began < 3
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "ftp://x", "http://", "x"])
