@@ -13,6 +13,7 @@ import textwrap
 import threading
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -319,21 +320,16 @@ def test_stopping_tells_answers_that_take_too_long(running, engine):
 
 
 STUB = """
-import sys, threading, time, types
-
-class Tokenizer:
-    added_tokens_encoder, chat_template, all_special_ids = {}, None, []
-    encode = lambda self, text, add_special_tokens: [1]
-    decode = lambda self, ids: "a"
+import sys, time, types
+sys.path.insert(0, sys.argv[1])
+from conftest import FakeEngine, make_tokenizer
 
 class Engine:
-    state, tokenizer = "ready", Tokenizer()
-    def shutdown(self, drain_seconds): self.state = "dead"
     @staticmethod
     def load(settings):
         print("loading", flush=True)
         time.sleep(LOAD_SECONDS)
-        return Engine()
+        return FakeEngine(make_tokenizer())
 
 sys.modules["foveate.server.engine"] = types.SimpleNamespace(Engine=Engine)
 from foveate.server.cli import main
@@ -348,7 +344,8 @@ sys.exit(main(["serve", "m", "--port", "0", "--log-level", "error"]))
 )
 def test_a_signal_ends_the_process_with_zero(number, load_seconds, moment):
     code = textwrap.dedent(STUB).replace("LOAD_SECONDS", str(load_seconds))
-    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as process:
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         line = ""
         while moment not in line:
             line = process.stdout.readline()
