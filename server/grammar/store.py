@@ -111,11 +111,9 @@ class Grammars:
         own.no_truncation()
         # The end of a text is a token of its own here: which ids mean it to the model is the sampler's matter.
         own.add_special_tokens([AddedToken(_END, special=True)])
-        self._end_id = own.token_to_id(_END)
-        size = max(self._vocab_size, self._end_id + 1)
-        arguments = {"text": own.to_str(), "vocab_size": size, "eos_token_id": self._end_id}
+        self._end_id = int(own.token_to_id(_END) or 0)
         try:
-            self._tokenizer = tokenizer_of(**arguments)
+            self._tokenizer = tokenizer_of(own.to_str(), max(self._vocab_size, self._end_id + 1), self._end_id)
         except Exception as error:
             raise GrammarsUnavailable("constrained output does not know this model's kind of tokenizer") from error
         added = self._hf_tokenizer.added_tokens_decoder

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import random
 import resource
+import signal
 import sys
 import threading
 
@@ -20,6 +21,7 @@ from .compile import matcher_of, normal_form, reason_of, tokenizer_of
 # An eighth of the usual stack: what passes here is far from the edge in the server's threads.
 _STACK_BYTES = 2**20
 _MEMORY_BYTES = 4 * 2**30
+_ORPHAN_SECONDS = 30.0
 _WALK_TOKENS = 256
 _COMPLEX = frozenset({"ParserTooComplex", "LexerTooComplex", "InternalError"})
 
@@ -31,10 +33,13 @@ def main() -> None:
     tokenizer = tokenizer_of(**json.loads(sys.stdin.readline()))
     _say({"ready": True})
     for line in sys.stdin:
+        # The server ends a trial after 5 s. If it is gone, nobody else will.
+        signal.setitimer(signal.ITIMER_REAL, _ORPHAN_SECONDS)
         try:
             _say({"grammar": _try(tokenizer, **json.loads(line))})
         except Exception as error:
             _say({"error": reason_of(str(error))})
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _try(tokenizer: llguidance.LLTokenizer, kind: str, text: str) -> str:

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from foveate.server.grammar import store
+from foveate.server.grammar import store, trial
 from foveate.server.grammar.source import (
     MAX_DEPTH,
     MAX_GRAMMAR_BYTES,
@@ -101,6 +106,7 @@ def nested(depth):
         lambda: json_source("{", "p"),
         lambda: json_source("[" * 50_000, "p"),
         lambda: json_source(3, "p"),
+        lambda: json_source(False, "p"),
         lambda: json_source(nested(MAX_DEPTH), "p"),
         lambda: regex_source("a" * (MAX_REGEX_CHARS + 1), "p"),
         lambda: choice_source([], "p"),
@@ -129,7 +135,6 @@ def test_what_is_too_large_is_refused_unread(write):
         json_source({"$ref": "http://127.0.0.1/schema"}, "p"),
         json_source({"$ref": "#/nowhere"}, "p"),
         json_source({"$ref": "#"}, "p"),
-        json_source(False, "p"),
         grammar_source("root ::= root", "p"),
         grammar_source("root ::= (", "p"),
         grammar_source("root ::= " + "(" * 20_000 + '"a"' + ")" * 20_000, "p"),
@@ -139,7 +144,7 @@ def test_what_is_too_large_is_refused_unread(write):
     ],
     ids=[
         "unclosed", "look-ahead", "word-boundary", "explosive", "no-type", "not", "lenient-by-itself", "remote",
-        "dangling", "only-itself", "false", "endless", "gbnf", "gbnf-deep", "import", "empty", "surrogate",
+        "dangling", "only-itself", "endless", "gbnf", "gbnf-deep", "import", "empty", "surrogate",
     ],
 )  # fmt: skip
 def test_bad_grammars_are_refused_by_name(grammars, source):
@@ -219,6 +224,25 @@ def test_the_process_that_tries_grammars_gets_no_secrets(tokenizer, monkeypatch)
     finally:
         grammars.close()
     assert process.poll() is not None
+
+
+def test_the_process_does_not_outlive_a_server_that_was_killed(tokenizer):
+    """Neither idle, when its input ends, nor in the middle of a compilation, when its own clock runs out."""
+    grammars = Grammars(tokenizer, VOCAB)
+    grammars.compile_now(regex_source("a", "p"))
+    process = grammars._guard._process
+    process.stdin.close()
+    assert process.wait(timeout=30) == 0
+    process.stdout.close()
+    grammars._guard._process = None
+    source = Path(trial.__file__).read_text(encoding="utf-8").replace("_ORPHAN_SECONDS = 30.0", "_ORPHAN_SECONDS = 0.5")
+    hostile = HOSTILE["slow"]()
+    lines = [grammars._guard._tokenizer, {"kind": hostile.kind, "text": hostile.text}]
+    given = "".join(json.dumps(line) + "\n" for line in lines)
+    code = source.replace("from .compile", "from foveate.server.grammar.compile")
+    ended = subprocess.run([sys.executable, "-c", code], input=given.encode(), capture_output=True, timeout=60)
+    assert ended.returncode == -signal.SIGALRM
+    grammars.close()
 
 
 def test_ids_beyond_the_tokenizer_are_never_allowed(grammars, tokenizer):
