@@ -330,6 +330,7 @@ def test_what_is_deleted_is_gone_from_disk_and_memory(start, tmp_path):
     assert ask(engine, longer)[1] == 320, "only what it had for itself"
     with pytest.raises(KeyError):
         engine.documents.delete("0" * 32)
+    settle(engine)
     assert len(engine.documents.delete(None)) == 3
     assert files(tmp_path) == []
     assert [ask(engine, prompt)[1] for prompt in (shared, other)] == [0, 0]
