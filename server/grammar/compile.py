@@ -74,13 +74,38 @@ def normal_form(kind: Kind, text: str) -> str:
         # ``overrides``: a schema could bring options of its own, and let keywords go that are not implemented.
         return matcher.grammar_from_json_schema(text, overrides={"lenient": False, "whitespace_pattern": BLANKS})
     if kind == "regex":
-        return matcher.grammar_from_regex(text)
+        return matcher.grammar_from_regex(ascii_digits(text))
     if kind == "choice":
         options = dict.fromkeys(json.loads(text))
         return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in options))
     if kind == "grammar":
         return llguidance.grammar_from("grammar", text)
     return matcher.grammar_from_lark(text)
+
+
+def ascii_digits(pattern: str) -> str:
+    r"""``pattern`` with ``[0-9]`` for ``\d``, but in negated classes.
+
+    To the library ``\d`` is any digit of any script, and of a newer Unicode than the reader of the answer may know.
+    What the narrower class matches, every regex engine's ``\d`` does.
+    """
+    written, negated = [], [False]  # one entry per open class, behind one for the outside
+    place = 0
+    while place < len(pattern):
+        char = pattern[place]
+        if char == "\\":
+            pair = pattern[place : place + 2]
+            digits = "0-9" if len(negated) > 1 else "[0-9]"
+            written.append(digits if pair == "\\d" and not any(negated) else pair)
+            place += 2
+            continue
+        written.append(char)
+        place += 1
+        if char == "[" and not pattern.startswith("[:", place - 1):
+            negated.append(pattern.startswith("^", place))
+        elif char == "]" and len(negated) > 1 and pattern[place - 2 : place] not in ("[]", ":]"):
+            negated.pop()
+    return "".join(written)
 
 
 def matcher_of(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LLMatcher:

@@ -17,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from foveate.server.grammar import store, trial
+from foveate.server.grammar.compile import ascii_digits
 from foveate.server.grammar.source import (
     MAX_DEPTH,
     MAX_GRAMMAR_BYTES,
@@ -74,6 +75,23 @@ def accepts(grammars, tokenizer, source, text):
 def test_what_a_grammar_accepts(grammars, tokenizer, source, yes, no):
     assert [text for text in yes if not accepts(grammars, tokenizer, source, text)] == []
     assert [text for text in no if accepts(grammars, tokenizer, source, text)] == []
+
+
+@pytest.mark.parametrize(
+    ("pattern", "want"),
+    [
+        (r"\d{3}", "[0-9]{3}"),
+        (r"\\d", r"\\d"),
+        (r"[\d.]+\D", r"[0-9.]+\D"),
+        (r"[^\d]\d", r"[^\d][0-9]"),
+        (r"[a\]\d]\d", r"[a\]0-9][0-9]"),
+        (r"[[:alpha:]\d]\d", r"[[:alpha:]0-9][0-9]"),
+        (r"\[\d\]", r"\[[0-9]\]"),
+        ("\\", "\\"),
+    ],
+)
+def test_digits_are_those_that_every_reader_knows(pattern, want):
+    assert ascii_digits(pattern) == want
 
 
 @given(options=st.lists(st.text(min_size=1, max_size=6), min_size=1, max_size=4))

@@ -120,7 +120,7 @@ def test_every_answer_under_a_schema_parses_and_validates(llm, compiled, schema,
 
 
 def patterns():
-    atoms = st.sampled_from(["a", "[b-d]", r"\d", "é", "(?:xy|z)", "世", r"\.", "[^a-z\\s]", "/"])
+    atoms = st.sampled_from(["a", "[b-d]", r"\d", "é", "(?:xy|z)", "世", r"\.", "[^a-z]", "/"])
     repeated = st.tuples(atoms, st.sampled_from(["", "?", "{1,3}", "{2}"])).map("".join)
     return st.lists(repeated, min_size=1, max_size=4).map("".join)
 
