@@ -118,8 +118,10 @@ def test_the_next_engine_answers_from_disk_as_the_first_did(start, tmp_path, pol
 def test_a_longer_prompt_begins_with_the_kept_one(start, tmp_path):
     prompt = prompt_of(400)
     ask(start(), prompt[:300])
-    warm = ask(start(), prompt)
+    engine = start()
+    warm = ask(engine, prompt)
     assert warm[1] == 288
+    settle(engine)
     assert len(files(tmp_path)) == 2
     assert ask(start(), prompt) == (warm[0], 384)
 
