@@ -1,4 +1,4 @@
-"""int8 rows: how far off they may be, what becomes of odd ones, and that they are read alike by every way of indexing."""
+"""int8 rows: how far off they may be, what becomes of odd ones, and that every way of indexing reads them alike."""
 
 from __future__ import annotations
 

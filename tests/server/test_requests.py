@@ -199,7 +199,8 @@ class TestFullQueue:
             await refused.task
             return refused
 
-        check_full(self.fill(make, exchange, eventually, ask, max_queued_tokens=100), "150 of at most 100 prompt tokens")
+        refused = self.fill(make, exchange, eventually, ask, max_queued_tokens=100)
+        check_full(refused, "150 of at most 100 prompt tokens")
 
     def test_what_fits_is_taken(self, make, exchange, eventually):
         async def ask(app, callers, engine):
@@ -210,7 +211,8 @@ class TestFullQueue:
             await refused.task
             return refused
 
-        check_full(self.fill(make, exchange, eventually, ask, max_queued_tokens=100), "100 of at most 100 prompt tokens")
+        refused = self.fill(make, exchange, eventually, ask, max_queued_tokens=100)
+        check_full(refused, "100 of at most 100 prompt tokens")
 
     def test_the_time_to_wait_comes_from_the_measured_rate(self, make):
         engine, _, _ = make()
