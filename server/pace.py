@@ -18,6 +18,8 @@ LARGEST_CHANGE = 2.0
 LEAST_WORK = 16.0
 # The rate of prompt tokens forgets what is older than about this.
 RATE_SECONDS = 30.0
+# Weights of a layer, where no linear layer tells its shape.
+_UNKNOWN_LINEAR = 2**20
 
 
 def context_of_equal_cost(loaded: LoadedModel) -> float:
@@ -25,14 +27,16 @@ def context_of_equal_cost(loaded: LoadedModel) -> float:
 
     3,000 for SmolLM2-135M, 25,000 for a Llama of 7B.
     """
-    embeddings = {id(weight) for weight in loaded.model.get_input_embeddings().parameters()}
-    output = loaded.model.get_output_embeddings()
-    if output is not None:
-        embeddings |= {id(weight) for weight in output.parameters()}
-    weights = [*loaded.model.parameters(), *loaded.model.buffers()]
-    linear: int = sum(weight.numel() for weight in weights if id(weight) not in embeddings)
+    head = loaded.model.get_output_embeddings()
+    # Not the weights: those of a layer may be packed into something that is no parameter.
+    linear = sum(
+        layer.in_features * layer.out_features
+        for layer in loaded.model.modules()
+        if layer is not head and hasattr(layer, "in_features") and hasattr(layer, "out_features")
+    )
     facts = loaded.attached.facts
-    return max(linear, 1) / (2 * facts.num_layers * facts.num_heads * facts.head_dim)
+    linear = linear or facts.num_layers * _UNKNOWN_LINEAR
+    return float(linear / (2 * facts.num_layers * facts.num_heads * facts.head_dim))
 
 
 class Pace:

@@ -6,7 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.server.pace import Pace
+from foveate.server.loader import load
+from foveate.server.options import EngineOptions
+from foveate.server.pace import Pace, context_of_equal_cost
 from foveate.server.scheduler import LEAST_TOKENS
 
 from .scheduler_runs import make_scheduler, make_sequence, step
@@ -315,3 +317,11 @@ class TestPace:
         for _ in range(200):
             pace.observe(step(scheduler), 1.0)
         assert pace.tokens_per_second < 5
+
+    @pytest.mark.parametrize("quantization", ["none", "int8"])
+    def test_a_token_costs_what_its_linear_layers_multiply(self, model_dir, quantization):
+        """Also where the weights are packed or quantised, and no parameters any more."""
+        loaded = load(EngineOptions(model_dir, dtype="bfloat16", quantization=quantization))
+        attention, mlp = 64 * (2 * 64 + 2 * 32), 3 * 64 * 96
+        assert context_of_equal_cost(loaded) == pytest.approx((attention + mlp) / (2 * 4 * 16))
+        loaded.attached.detach()
