@@ -154,7 +154,9 @@ class Scheduler:
         if end - start <= room:
             return Chunk(sequence, start, end - start)
         cut = (start + room) // tile * tile
-        return Chunk(sequence, start, cut - start if cut > start else room)
+        if cut > start:
+            return Chunk(sequence, start, cut - start)
+        return Chunk(sequence, start, room if is_first else 0)  # what others left of a step is no reason to cut a tile
 
     def _grow(self, chunk: Chunk, chunks: list[Chunk]) -> bool:
         """Reserves the pages of ``chunk`` and adds it, preempting sequences after it in order if it must."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -66,7 +65,7 @@ def read_lines(file: BinaryIO, max_bytes: int, digest: hashlib._Hash | None = No
             yield Line(number, data)
 
 
-def scan(path: Path, max_bytes: int, max_lines: int = sys.maxsize) -> Scan:
+def scan(path: Path, max_bytes: int, max_lines: int | None = None) -> Scan:
     """Reads ``path`` once, or as far as the first line after ``max_lines``.
 
     Raises:
@@ -74,5 +73,7 @@ def scan(path: Path, max_bytes: int, max_lines: int = sys.maxsize) -> Scan:
     """
     digest = hashlib.sha256()
     with path.open("rb") as file:
-        lines = sum(1 for _ in islice(read_lines(file, max_bytes, digest), max_lines + 1))
+        lines = sum(
+            1 for _ in islice(read_lines(file, max_bytes, digest), None if max_lines is None else max_lines + 1)
+        )
     return Scan(digest.hexdigest(), lines)

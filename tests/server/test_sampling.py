@@ -133,7 +133,7 @@ def test_logprobs_are_the_models_own():
         ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
         ("repetition_penalty", 0.0), ("n", 0), ("n", 17), ("logprobs", 21), ("logprobs", -1), ("stop", ("",)),
         ("stop", ("x" * 257,)), ("stop", ("x",) * 17), ("logit_bias", {VOCAB: 1.0}), ("logit_bias", {1: math.nan}),
-        ("logit_bias", {1: 101.0}), ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 17), ("seed", 2**64),
+        ("logit_bias", {1: 101.0}), ("max_tokens", -1), ("min_tokens", -1), ("min_tokens", 17), ("seed", 2**64),
         ("stop_token_ids", (VOCAB,)),
     ],
     ids=str,
