@@ -48,6 +48,7 @@ def check_the_same(make_llm: Make, policy) -> None:
     assert tokens(llm, None) != want
     # Three of the prompts fit to the page, so that their answers push each other out.
     pages = llm.engine.cache.pool.geometry.bytes_per_page * 30.5 / 2**30
-    tight = make_llm(max_batch_tokens=512, kv_cache_gib=pages, prefix_reuse=False)
+    # Steps as long as they like: how fast the machine is decides neither who comes in nor who is pushed out.
+    tight = make_llm(max_batch_tokens=512, kv_cache_gib=pages, prefix_reuse=False, step_seconds=1000.0)
     assert tokens(tight, policy) == want, "preempted"
     assert tight.engine.snapshot().preemptions > 0

@@ -107,7 +107,7 @@ PROMPTS = prompts_of(1, 2, 15, 16, 17, 63, 130, 200)
         {"max_batch_tokens": 7},
         {"max_batch_tokens": 64, "page_size": 32},
         {"prefix_reuse": False, "max_running": 2},
-        {"kv_cache_gib": 0.00025},
+        {"kv_cache_gib": 0.00025, "step_seconds": 1e3},
     ],
     ids=["plain", "chunks-of-7", "pages-of-32", "two-at-once", "preempting"],
 )
@@ -184,7 +184,7 @@ def test_seeded_sampling_survives_preemption(make_engine):
     params = SamplingParams(temperature=1.0, max_tokens=40, seed=5, ignore_eos=True, presence_penalty=0.5)
     prompts = prompts_of(60, 61, 62, 63, 64)
     want = run(make_engine(), prompts, params)
-    engine = make_engine(kv_cache_gib=0.0002)
+    engine = make_engine(kv_cache_gib=0.0002, step_seconds=1e3)
     assert run(engine, prompts, params) == want
     assert engine.snapshot().preemptions > 0
 
@@ -218,7 +218,7 @@ def test_context_is_filled_when_no_length_is_given(make_engine):
 
 
 def test_what_cannot_run_is_refused_at_once(make_engine):
-    engine = make_engine(kv_cache_gib=0.0002)
+    engine = make_engine(kv_cache_gib=0.0002, step_seconds=1e3)
     for prompt, params, error in [
         ([], GREEDY, InvalidRequest),
         ([260], GREEDY, InvalidRequest),

@@ -48,7 +48,9 @@ def test_answers_are_the_same_however_they_are_computed(model_dir, attention):
     chunked, _ = answers(model_dir, prompts, attention, max_batch_tokens=64 if attention else 7)
     again, warm = answers(model_dir, prompts, attention, turns=2)
     assert warm.cached_tokens > 0
-    many, pressed = answers(model_dir, prompts[2:] * 4, attention, kv_cache_gib=0.00008, prefix_reuse=False)
+    many, pressed = answers(
+        model_dir, prompts[2:] * 4, attention, kv_cache_gib=0.00008, prefix_reuse=False, step_seconds=1e3
+    )
     assert pressed.preemptions > 0
     for got in (chunked, again, *(many[at : at + 5] for at in range(0, 20, 5))):
         whole = want[-len(got) :]

@@ -143,7 +143,7 @@ def test_an_answer_follows_as_without(make_engine):
 
 def test_beside_others_and_under_pressure(make_engine, model_dir):
     """A pool too small for all of them: whoever is preempted is told each token once."""
-    engine = make_engine(kv_cache_gib=40 * 16 * 2 * 2 * 2 * 16 * 4 / 2**30, max_batch_tokens=48)
+    engine = make_engine(kv_cache_gib=40 * 16 * 2 * 2 * 2 * 16 * 4 / 2**30, max_batch_tokens=48, step_seconds=1e3)
     prompts = [prompt_of(150, seed) for seed in range(4)]
     answer = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, prompt_logprobs=3)
     waiting = [submit(engine, prompt, answer) for prompt in prompts]

@@ -48,7 +48,16 @@ def test_alone_equals_transformers(smollm_dir, prompts, first_answers):
     [
         ({"max_batch_tokens": 512}, 4000),
         ({"max_batch_tokens": 100, "page_size": 16}, 777),
-        ({"max_batch_tokens": 256, "page_size": 16, "kv_cache_gib": 0.014, "prefix_reuse": False}, 128),
+        (
+            {
+                "max_batch_tokens": 256,
+                "page_size": 16,
+                "kv_cache_gib": 0.014,
+                "prefix_reuse": False,
+                "step_seconds": 1000.0,
+            },
+            128,
+        ),
     ],
     ids=["batched-then-cached", "odd-chunks", "preempted"],
 )
