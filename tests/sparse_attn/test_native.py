@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+import subprocess
 from functools import cache
 
 import pytest
@@ -241,6 +243,15 @@ def test_instruction_set_can_be_named(monkeypatch):
     monkeypatch.setenv(native.ISA_VARIABLE, "mmx")
     with pytest.raises(ValueError, match="FOVEATE_CPU_ISA=mmx: this machine has"):
         native.Library(path)
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="binutils is not installed")
+def test_opening_the_library_runs_no_code_of_an_instruction_set():
+    """A table that is filled when the library is opened is filled by instructions that this CPU may not have."""
+    path = native.Path(native.__file__).with_name(native.LIBRARY_NAME)
+    symbols = subprocess.run(["nm", path], capture_output=True, text=True, check=True).stdout
+    assert "foveate_prefill" in symbols
+    assert [line for line in symbols.splitlines() if "_GLOBAL__sub_I_isa" in line] == []
 
 
 def test_band_without_keys():

@@ -211,7 +211,7 @@ inline int choose(const float* scores, int64_t first, int64_t end, int64_t budge
 }
 
 template <class Engine>
-AnchorKernels anchor_kernels_of(void (*begin)(), void (*end)()) {
+constexpr AnchorKernels anchor_kernels_of(void (*begin)(), void (*end)()) {
     return {anchor_scratch<Engine>, anchor_pool<Engine>, choose, begin, end};
 }
 

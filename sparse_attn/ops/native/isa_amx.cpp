@@ -6,7 +6,7 @@
 namespace {
 void release_tiles() { _tile_release(); }
 using ByteEngine = Quantised<AmxEngine>;
-const IsaKernels kTables[2] = {
+constexpr IsaKernels kTables[2] = {
     {
         prefill_rows<AmxEngine>,     prefill_scratch<AmxEngine>, prefill_item<AmxEngine>,   gathered_rows<AmxEngine>,
         gathered_scratch<AmxEngine>, gathered_item<AmxEngine>,   decode_scratch_on_tiles,   decode_item_on_tiles,

@@ -4,7 +4,7 @@
 
 namespace {
 void release_tiles() { _tile_release(); }
-const AnchorKernels kTables[2] = {
+constexpr AnchorKernels kTables[2] = {
     anchor_kernels_of<AmxEngine>(configure_tiles, release_tiles),
     anchor_kernels_of<Quantised<AmxEngine>>(configure_tiles, release_tiles),
 };

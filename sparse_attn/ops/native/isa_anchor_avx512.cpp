@@ -2,7 +2,7 @@
 #include "fma_engine.h"
 
 namespace {
-const AnchorKernels kTables[4] = {
+constexpr AnchorKernels kTables[4] = {
     anchor_kernels_of<FmaEngine<Vec16, float>>(nothing, nothing),
     anchor_kernels_of<FmaEngine<Vec16, bfloat16>>(nothing, nothing),
     anchor_kernels_of<FmaEngine<Vec16, float, int8_t>>(nothing, nothing),

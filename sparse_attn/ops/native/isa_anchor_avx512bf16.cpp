@@ -4,7 +4,7 @@
 #include "quantised.h"
 
 namespace {
-const AnchorKernels kTables[2] = {
+constexpr AnchorKernels kTables[2] = {
     anchor_kernels_of<DotEngine>(nothing, nothing),
     anchor_kernels_of<Quantised<DotEngine>>(nothing, nothing),
 };

@@ -3,7 +3,7 @@
 #include "threshold.h"
 
 namespace {
-const IsaKernels kTables[4] = {
+constexpr IsaKernels kTables[4] = {
     threshold_kernels_of<FmaEngine<Vec8, float>, VectorProducts<FloatRows<Vec8, float>>>(),
     threshold_kernels_of<FmaEngine<Vec8, bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16>>>(),
     threshold_kernels_of<FmaEngine<Vec8, float, int8_t>, VectorProducts<FloatRows<Vec8, float, int8_t>>>(),

@@ -3,7 +3,7 @@
 #include "threshold.h"
 
 namespace {
-const IsaKernels kTables[4] = {
+constexpr IsaKernels kTables[4] = {
     threshold_kernels_of<FmaEngine<Vec16, float>, VectorProducts<FloatRows<Vec16, float>>>(),
     threshold_kernels_of<FmaEngine<Vec16, bfloat16>, VectorProducts<FloatRows<Vec16, bfloat16>>>(),
     threshold_kernels_of<FmaEngine<Vec16, float, int8_t>, VectorProducts<FloatRows<Vec16, float, int8_t>>>(),

@@ -5,7 +5,7 @@
 #include "threshold.h"
 
 namespace {
-const IsaKernels kTables[2] = {
+constexpr IsaKernels kTables[2] = {
     threshold_kernels_of<DotEngine, VectorProducts<DotRows>>(),
     threshold_kernels_of<Quantised<DotEngine>, VectorProducts<FloatRows<Vec16, bfloat16, int8_t>>>(),
 };

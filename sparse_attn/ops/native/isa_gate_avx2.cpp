@@ -1,6 +1,6 @@
 #include "gate_lanes.h"
 
 namespace {
-const GateKernels kTables[2] = {Gate<Vec8, float>::kernels(), Gate<Vec8, bfloat16>::kernels()};
+constexpr GateKernels kTables[2] = {Gate<Vec8, float>::kernels(), Gate<Vec8, bfloat16>::kernels()};
 }
 extern const GateKernels* const kGateAvx2 = kTables;

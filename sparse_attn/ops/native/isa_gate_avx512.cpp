@@ -1,6 +1,6 @@
 #include "gate_lanes.h"
 
 namespace {
-const GateKernels kTables[2] = {Gate<Vec16, float>::kernels(), Gate<Vec16, bfloat16>::kernels()};
+constexpr GateKernels kTables[2] = {Gate<Vec16, float>::kernels(), Gate<Vec16, bfloat16>::kernels()};
 }
 extern const GateKernels* const kGateAvx512 = kTables;

@@ -1,4 +1,4 @@
 #include "linear_dot.h"
 #include "linear_lanes.h"
 
-const LinearKernels kLinearAvx2 = DotLinear<Lanes8<WordDot>>::table();
+constexpr LinearKernels kLinearAvx2 = DotLinear<Lanes8<WordDot>>::table();

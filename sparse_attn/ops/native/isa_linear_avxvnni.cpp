@@ -1,4 +1,4 @@
 #include "linear_dot.h"
 #include "linear_lanes.h"
 
-const LinearKernels kLinearAvxVnni = DotLinear<Lanes8<VnniDot8>>::table();
+constexpr LinearKernels kLinearAvxVnni = DotLinear<Lanes8<VnniDot8>>::table();

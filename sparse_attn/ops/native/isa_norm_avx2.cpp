@@ -1,6 +1,6 @@
 #include "norm_lanes.h"
 
 namespace {
-const NormRows kTable[2] = {norm_rows<Vec8, float>, norm_rows<Vec8, bfloat16>};
+constexpr NormRows kTable[2] = {norm_rows<Vec8, float>, norm_rows<Vec8, bfloat16>};
 }
 extern const NormRows* const kNormAvx2 = kTable;

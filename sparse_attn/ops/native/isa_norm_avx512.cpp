@@ -1,6 +1,6 @@
 #include "norm_lanes.h"
 
 namespace {
-const NormRows kTable[2] = {norm_rows<Vec16, float>, norm_rows<Vec16, bfloat16>};
+constexpr NormRows kTable[2] = {norm_rows<Vec16, float>, norm_rows<Vec16, bfloat16>};
 }
 extern const NormRows* const kNormAvx512 = kTable;
