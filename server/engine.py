@@ -6,8 +6,9 @@ import logging
 import threading
 import time
 from collections import deque
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -149,6 +150,12 @@ class Engine:
             self._admission.check_queue(group, inbox, self._stepper.scheduler, self._options)
             self._inbox.append(group)
             self._wake.notify()
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """What this thread submits inside is seen at once: no step begins with only a part of it."""
+        with self._wake:
+            yield
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its last event is ``Failed``. Unknown ids are ignored."""

@@ -84,13 +84,16 @@ class LLM:
         try:
             while waiting or running:
                 # Only as many as run at once: a long list of prompts must not fill the queue.
-                while waiting and len(running) < self.engine.max_running:
+                requests = {}
+                while waiting and len(running) + len(requests) < self.engine.max_running:
                     number, prompt = waiting.pop()
                     ids = self.engine.tokenize(prompt, True) if isinstance(prompt, str) else prompt
-                    request_id = uuid.uuid4().hex
-                    request = GenerationRequest(request_id, list(ids), params, scheme, _numbered(events, number))
-                    self.engine.submit(request)
-                    running[number] = request_id
+                    sink = _numbered(events, number)
+                    requests[number] = GenerationRequest(uuid.uuid4().hex, list(ids), params, scheme, sink)
+                with self.engine.together():
+                    for number, request in requests.items():
+                        self.engine.submit(request)
+                        running[number] = request.request_id
                 number, event = events.get()
                 if on_event is not None:
                     on_event(number, event)

@@ -74,7 +74,8 @@ def tokens_of(seen, index=0):
 
 def run(engine, prompts, sampling=GREEDY, attention=None):
     """Greedy tokens of all prompts, submitted at once."""
-    waiting = [submit(engine, prompt, sampling, attention)[1] for prompt in prompts]
+    with engine.together():
+        waiting = [submit(engine, prompt, sampling, attention)[1] for prompt in prompts]
     return [tokens_of(collect(events)) for events in waiting]
 
 
@@ -140,7 +141,8 @@ def test_policies_of_one_batch_do_not_touch_each_other(make_engine):
     policies = [None, {"scheme": "streaming", "budget_tokens": 32}, {"scheme": "streaming", "budget_tokens": 64}, None]
     alone = [run(engine, [prompt], attention=policy)[0] for prompt, policy in zip(prompts, policies, strict=True)]
     engine.cache.reset_prefix()
-    waiting = [submit(engine, prompt, attention=policy)[1] for prompt, policy in zip(prompts, policies, strict=True)]
+    with engine.together():
+        waiting = [submit(engine, prompt, attention=policy)[1] for prompt, policy in zip(prompts, policies, strict=True)]
     assert [tokens_of(collect(events)) for events in waiting] == alone
 
 

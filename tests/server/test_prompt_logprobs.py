@@ -146,7 +146,8 @@ def test_beside_others_and_under_pressure(make_engine, model_dir):
     engine = make_engine(kv_cache_gib=40 * 16 * 2 * 2 * 2 * 16 * 4 / 2**30, max_batch_tokens=48, step_seconds=1e3)
     prompts = [prompt_of(150, seed) for seed in range(4)]
     answer = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, prompt_logprobs=3)
-    waiting = [submit(engine, prompt, answer) for prompt in prompts]
+    with engine.together():
+        waiting = [submit(engine, prompt, answer) for prompt in prompts]
     for prompt, events in zip(prompts, waiting, strict=True):
         check(scores_of(collect(events)), stock(model_dir, prompt), prompt)
     assert engine.snapshot().preemptions > 0
