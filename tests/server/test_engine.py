@@ -142,7 +142,8 @@ def test_policies_of_one_batch_do_not_touch_each_other(make_engine):
     alone = [run(engine, [prompt], attention=policy)[0] for prompt, policy in zip(prompts, policies, strict=True)]
     engine.cache.reset_prefix()
     with engine.together():
-        waiting = [submit(engine, prompt, attention=policy)[1] for prompt, policy in zip(prompts, policies, strict=True)]
+        pairs = zip(prompts, policies, strict=True)
+        waiting = [submit(engine, prompt, attention=policy)[1] for prompt, policy in pairs]
     assert [tokens_of(collect(events)) for events in waiting] == alone
 
 
