@@ -76,8 +76,14 @@ class BuildKernels(build_ext):
 
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
-        for old in (library, FOLDER / LIBRARY):  # what cannot be built again must not serve on
-            old.unlink(missing_ok=True)
+        try:
+            self._build(library)
+        except CompileError:
+            for old in (library, FOLDER / LIBRARY):  # what cannot be built again must not serve on
+                old.unlink(missing_ok=True)
+            raise
+
+    def _build(self, library: Path) -> None:
         cxx, objects = compiler(), Path(self.build_temp)
         objects.mkdir(parents=True, exist_ok=True)
 
@@ -103,7 +109,7 @@ class BuildKernels(build_ext):
         defines = [f"-DFOVEATE_BUILT_{name.upper()}" for name in parts]
         shared = [compile_one(name, defines) for name in SHARED]
         library.parent.mkdir(parents=True, exist_ok=True)
-        # Renamed into place: a process that runs on the old library must not see it change.
+        # Renamed into place: until then the old one serves, and a process that runs on it must not see it change.
         fresh = library.with_suffix(".new")
         run([cxx, "-shared", *parts.values(), *shared, "-o", str(fresh)])
         fresh.replace(library)

@@ -96,4 +96,4 @@ void write_head(const foveate_write& call, int head, bool values) {
 
 }  // namespace
 
-extern const WriteRows kWriteRowsAvx2 = write_head;
+constexpr WriteRows kWriteRowsAvx2 = write_head;

@@ -1,4 +1,5 @@
-// Work items, and the functions that each instruction set offers for them.
+// Work items, and the functions that each instruction set offers for them. Its tables are constexpr: one that had to be
+// filled as the library is opened would be filled by that set's own instructions, on CPUs without them too.
 #pragma once
 
 #include "kernels.h"
