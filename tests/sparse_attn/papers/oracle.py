@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -147,10 +148,12 @@ class _Seen:
         self.masks.append(mask)
 
 
-def whole(scheme: Scheme | None, text: Text, page: int = 16, cuts: Sequence[int] = ()) -> Reading:
-    """A prompt, in one piece or cut."""
+def whole(
+    scheme: Scheme | None, text: Text, page: int = 16, cuts: Sequence[int] = (), ids: Sequence[int] = ()
+) -> Reading:
+    """A prompt, in one piece or cut; ``ids`` are its tokens, for schemes that look at them."""
     pages, edges = Pages(scheme, [text], page), [0, *cuts, text.tokens]
-    parts = [pages.read([span], prompts=[text.tokens])[0] for span in zip(edges, edges[1:], strict=False)]
+    parts = [pages.read([span], prompts=[text.tokens], ids=[ids])[0] for span in itertools.pairwise(edges)]
     masks = [torch.nn.functional.pad(part.mask, (0, text.tokens - part.mask.shape[-1])) for part in parts]
     return Reading(torch.cat([part.out for part in parts], 1), torch.cat(masks, 2), 0)
 

@@ -1,4 +1,4 @@
-"""Kascade by the definition of arXiv:2512.16391, section 3: probabilities of all queries and keys, pooled and sorted."""
+"""Kascade by the definition of arXiv:2512.16391, section 3: probabilities of all keys, pooled and sorted."""
 
 from __future__ import annotations
 

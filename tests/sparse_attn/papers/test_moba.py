@@ -14,7 +14,7 @@ SHAPES = [(1, 1, 1), (15, 2, 1), (16, 1, 7), (17, 2, 3), (53, 2, 3), (63, 1, 7),
 
 
 def moba_mask(q, k, block, top_k, first=False, shared=False, every_row=True):
-    """``[H, N, N]``: ``top_k`` counts a query's own block, not a ``first`` kept beside it; of equal blocks the later."""
+    """``[H, N, N]``: ``top_k`` counts a query's own block, not a ``first`` kept beside it; the later of equal ones."""
     tokens, heads = q.shape[:2]
     blocks = torch.arange(tokens) // block
     means = torch.stack([k[blocks == j].double().mean(0) for j in range(int(blocks[-1]) + 1)])
