@@ -36,7 +36,7 @@ class DhsaBlockOptions(SchemeOptions):
         sink_tokens: See ``SchemeOptions``, in whole key blocks; 0 in the released code.
         window_tokens: See ``SchemeOptions``, in whole key blocks; 0 in the released code.
         dense_tail_tokens: See ``SchemeOptions``; 0 in the released code.
-        density: Share of the prompt's key blocks that a tile chooses, rounded down, one at least.
+        density: Share of the prompt's key blocks that a tile chooses, rounded down, one at least; 1 is dense.
         budget_tokens: If above 0: tokens that a tile chooses, in whole blocks, instead of ``density``.
         min_budget_tokens: Least number of tokens that ``density`` chooses; not in the released code.
         budget_includes_kept: What is read anyway, the tile's own blocks and a forced first block among
@@ -197,7 +197,9 @@ class DhsaBlock(Scheme):
         length = rows.host_context_lens[sequence]
         if phase is Phase.PREFILL and rows.host_prompt_lens is not None:
             length = rows.host_prompt_lens[sequence]
-        return max(1, int(options.density * length / size), options.min_budget_tokens // size)
+        # Rounded down, as in the released code; but the whole is the whole, a last block cut short included.
+        share = -(-length // size) if options.density == 1 else int(options.density * length / size)
+        return max(1, share, options.min_budget_tokens // size)
 
     def _last_queries(self, query: torch.Tensor, rows: Rows, sequence: int) -> torch.Tensor:
         stop = sum(rows.host_query_lens[: sequence + 1])

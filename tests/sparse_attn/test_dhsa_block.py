@@ -64,7 +64,7 @@ def test_blocks_by_means(variant, length, density, size, page):
     view, (keys,) = make_view([length], [length], page, stats=[KEY_SUM])
     query = make_query(view)
     got = blocks_read(scheme, query, view)
-    blocks = max(1, int(density * length / size))
+    blocks = max(1, -(-length // size) if density == 1 else int(density * length / size))
     for row, (_, start, count, position) in enumerate(Tiles.of(view.rows, 32).host):
         own, seen = row_of(position, count, 32, size)
         scores = torch.einsum("hud,hd->hu", means(keys, size), query[start : start + count].double().mean(0))
