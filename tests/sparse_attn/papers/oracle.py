@@ -13,7 +13,7 @@ from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import ops
 from foveate.sparse_attn.attend import attend
-from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, Scheme, StepGroup, StepState
+from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Observer, Phase, Scheme, StepGroup, StepState
 from foveate.sparse_attn.selection import Segment, Selection
 
 CPU = torch.device("cpu")
@@ -65,6 +65,7 @@ class Pages:
 
     def __init__(self, scheme: Scheme | None, texts: Sequence[Text], page: int = 16) -> None:
         self.scheme, self.texts, self.page = scheme, texts, page
+        self.observer: Observer | None = None  # instead of the one that makes the masks
         one = texts[0]
         needed = [-(-text.tokens // page) for text in texts]
         geometry = CacheGeometry(one.layers, one.k.shape[2], one.k.shape[3], page, sum(needed) + 2)
@@ -98,7 +99,7 @@ class Pages:
             [StepGroup(scheme, phase, 0, rows, tuple(range(len(spans))))],
             None,
             torch.zeros(len(spans), 2, dtype=torch.float64),
-            observer=seen,
+            observer=self.observer or seen,
         )
         outs = []
         for layer in range(self.pool.num_layers):
@@ -109,6 +110,8 @@ class Pages:
             ops.write_kv(k, v, self.pool.layer(layer), step.slots)
             outs.append(attend(q, LayerCall(layer, AttentionSpec(self.texts[0].scale)), step))
         parts = torch.stack(outs).split(counts, dim=1)
+        if self.observer:
+            return []
         masks = torch.stack(seen.masks).split(counts, dim=2)
         return [
             Reading(out, mask[..., :stop], start) for out, mask, (start, stop) in zip(parts, masks, spans, strict=True)
