@@ -65,6 +65,7 @@ class FakeEngine:
     Attributes:
         script: Text of every answer; it ends with "stop" unless ``max_tokens`` comes first.
         gate: While it is cleared, no event is made.
+        hold_after: So many events from now on ``gate`` is cleared.
         step_seconds: Pause before every event.
         refuse: Raised by ``submit``.
         fail: Told instead of the third token.
@@ -86,6 +87,7 @@ class FakeEngine:
         self.script = ANSWER
         self.gate = threading.Event()
         self.gate.set()
+        self.hold_after: int | None = None
         self.step_seconds = 0.0
         self.refuse: Exception | None = None
         self.fail: Exception | None = None
@@ -184,6 +186,10 @@ class FakeEngine:
                     if plan is None:
                         continue
                     event = next(plan)
+                    if self.hold_after is not None:
+                        self.hold_after -= 1
+                        if self.hold_after == 0:
+                            self.gate.clear()
                     if isinstance(event, (Finished, Failed)):
                         self._end(request_id, event)
                     else:
@@ -295,7 +301,7 @@ def parse_events(response: httpx.Response) -> list[Any]:
     return [json.loads(event) for event in events]
 
 
-async def until(condition: Callable[[], bool], seconds: float = 5.0) -> None:
+async def until(condition: Callable[[], bool], seconds: float = 60.0) -> None:
     """Waits until ``condition`` holds."""
     async with asyncio.timeout(seconds):
         while not condition():

@@ -224,7 +224,7 @@ def test_a_process_reads_its_keys_again_and_writes_json_alone(tmp_path):
             assert (ask("old"), ask("new")) == (200, 401)
             key_file.write_text("new\n")
             os.kill(process.pid, signal.SIGHUP)
-            end = time.monotonic() + 10
+            end = time.monotonic() + 60
             while ask("new") != 200:
                 assert time.monotonic() < end, "the keys were not read again"
                 time.sleep(0.02)

@@ -26,7 +26,7 @@ def server(model_dir):
             yield next(line.split("ready on ")[1].strip() for line in process.stdout if "ready on " in line)
         finally:
             process.terminate()
-            status = process.wait(30)
+            status = process.wait(60)
     assert status == 0
 
 
@@ -60,7 +60,7 @@ async def crowd(url):
     limits = httpx.Limits(max_connections=CLIENTS, max_keepalive_connections=CLIENTS)
     async with httpx.AsyncClient(base_url=url, timeout=120, limits=limits) as client:
         ends = await asyncio.gather(*(one(client, number) for number in range(CLIENTS)))
-        for _ in range(100):
+        for _ in range(600):
             metrics = (await client.get("/metrics")).text
             if gauge(metrics, "pages_used") == 0 and gauge(metrics, "requests_running") == 0:
                 break

@@ -85,7 +85,7 @@ def ask(engine, prompt, attention=None, salt=""):
 
 def settle(engine):
     """Waits until what is to be kept is kept."""
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while engine.documents._saves.is_busy:
         assert time.monotonic() < deadline
         engine._ring()
@@ -203,22 +203,25 @@ def test_a_directory_that_cannot_be_used_fails_no_request(start, tmp_path, caplo
 
 
 def test_a_disk_that_hangs_is_waited_for_only_so_long(start, monkeypatch, caplog):
-    prompt = prompt_of(300)
-    cold = ask(start(), prompt)
+    prompts = [prompt_of(300), prompt_of(300, 1)]
+    first = start()
+    cold = [ask(first, prompt) for prompt in prompts]
     engine = start()
-    gate = threading.Event()
+    gate, reads = threading.Event(), []
     monkeypatch.setattr(document_loads, "STALL_SECONDS", 0.1)
 
     def hang(*arguments):
-        gate.wait(30)
+        reads.append(arguments)
+        gate.wait(60)
         return []
 
     monkeypatch.setattr(PageStore, "read", hang)
-    assert ask(engine, prompt) == (cold[0], 0)
+    assert ask(engine, prompts[0]) == (cold[0][0], 0)
     assert "the disk gave nothing" in caplog.text
-    begin = time.monotonic()
-    assert ask(engine, prompt_of(300, 1))[1] == 0
-    assert time.monotonic() - begin < 5, "and it is not asked again at once"
+    asked = len(reads)
+    assert asked > 0
+    assert ask(engine, prompts[1]) == (cold[1][0], 0)
+    assert len(reads) == asked, "it is not asked again at once"
     gate.set()
 
 
@@ -231,12 +234,12 @@ def test_a_request_that_goes_while_its_pages_come_leaves_nothing(start, monkeypa
 
     def slow(*arguments):
         reading.set()
-        assert gate.wait(30)
+        assert gate.wait(60)
         return real(*arguments)
 
     monkeypatch.setattr(PageStore, "read", slow)
     request_id, events = submit(engine, prompt)
-    assert reading.wait(10)
+    assert reading.wait(60)
     assert engine.snapshot().waiting == 1
     others = ask(engine, prompt_of(100, 5))
     assert len(others[0]) == 8, "requests that need nothing from disk go on meanwhile"
@@ -357,7 +360,7 @@ def test_pages_with_bad_logits_are_not_kept(start, tmp_path, monkeypatch):
         real = engine._stepper.runner.run
         patch.setattr(engine._stepper.runner, "run", spoilt)
         assert isinstance(ask(engine, prompt_of(200))[0], Exception)
-    engine.documents._saves.run_exclusively(lambda: None).result(10)
+    engine.documents._saves.run_exclusively(lambda: None).result(60)
     assert files(tmp_path) == [], "pages that led to bad logits go from disk"
     assert ask(engine, prompt_of(200)) == (cold[0], 0)
 

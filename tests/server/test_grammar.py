@@ -220,7 +220,7 @@ def test_requests_wait_for_their_grammar_without_blocking_the_loop(grammars):
             await task
         return ticks
 
-    assert asyncio.run(main()) > 20
+    assert asyncio.run(main()) > 4
 
 
 def test_other_kinds_of_tokenizers_are_told_apart():

@@ -24,7 +24,7 @@ JSON = b"content-type: application/json\r\n"
 GOOD = {"prompt": "Hi", "max_tokens": 1}
 LEAKS = re.compile(r"0x[0-9a-f]{6}|File \"|Traceback|\.py\b|/root/|/usr/")
 MAX_BODY = 4 << 20
-READ_SECONDS = 0.3  # of the server; what comes slower is cut off
+READ_SECONDS = 1.0  # of the server; what comes slower is cut off
 
 
 @pytest.fixture(scope="module")
@@ -422,7 +422,7 @@ def test_what_follows_a_request_does_not_disturb_its_answer(server, engine, behi
     check_alive(server, engine)
 
 
-def until(condition, seconds=5.0):
+def until(condition, seconds=60.0):
     end = time.monotonic() + seconds
     while not condition():
         assert time.monotonic() < end
@@ -433,7 +433,7 @@ def until(condition, seconds=5.0):
 @pytest.mark.parametrize("way", ["half-closed", "closed", "reset"])
 def test_a_client_that_goes_away_holds_nothing(server, engine, way, stream):
     """A client that says it will send no more counts as gone: that is all that is seen of most that leave."""
-    engine.step_seconds = 0.01
+    engine.hold_after = 4
     aborts = len(engine.aborts)
     try:
         connection = server.connect()
@@ -448,7 +448,7 @@ def test_a_client_that_goes_away_holds_nothing(server, engine, way, stream):
         until(lambda: engine.pages_used == 0)
         connection.close()
     finally:
-        engine.step_seconds = 0.0
+        engine.gate.set()
     assert len(engine.aborts) == aborts + 1
     check_alive(server, engine)
 
@@ -471,6 +471,6 @@ def test_many_connections_that_say_nothing(server, engine):
     silent = [server.connect() for _ in range(100)]
     check_alive(server, engine)
     for connection in silent:
-        connection.settimeout(10)
+        connection.settimeout(60)
         assert connection.recv(1) == b"", "closed by the server"
         connection.close()

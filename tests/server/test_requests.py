@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import threading
 import time
 from types import SimpleNamespace
 
@@ -24,18 +25,30 @@ CHUNK = 16
 
 
 class Slowed:
-    """Makes every step of an engine take so long, and notes the chunks of each."""
+    """Makes every step of an engine take so long, and notes the chunks of each.
+
+    Attributes:
+        gate: While it is cleared, the step that has begun does not end.
+        aborted_at: Steps that had begun when the engine heard of an abort, for each.
+    """
 
     def __init__(self, engine, seconds):
-        self.steps = []
-        real = engine._stepper.runner.run
+        self.steps, self.aborted_at = [], []
+        self.gate = threading.Event()
+        self.gate.set()
+        real, abort = engine._stepper.runner.run, engine.abort
 
         def run(chunks):
             self.steps.append([(chunk.sequence.group.request, chunk.start, chunk.count) for chunk in chunks])
             time.sleep(seconds)
+            self.gate.wait()
             return real(chunks)
 
-        engine._stepper.runner.run = run
+        def noted(request_id):
+            abort(request_id)
+            self.aborted_at.append(len(self.steps))
+
+        engine._stepper.runner.run, engine.abort = run, noted
 
 
 @pytest.fixture
@@ -86,13 +99,13 @@ def test_a_client_that_leaves_costs_at_most_one_more_step(make, exchange, eventu
             await eventually(lambda: len(slowed.steps) >= 3)
         else:
             await eventually(lambda: engine.snapshot().generated_tokens > 0)
-        seen = len(slowed.steps)
         caller.leave()
         await caller.task
         mine = [request for request in engine._stepper.groups.values() if len(request.request.prompt_token_ids) > 1]
         await eventually(lambda: not any(item.sequences for item in mine) and not engine.snapshot().waiting)
-        # One step ran when the client left, and the next may have begun before the engine heard of it.
-        late = [step for step in slowed.steps[seen + 2 :] if any(len(part[0].prompt_token_ids) > 1 for part in step)]
+        # The engine may just have chosen what it computes next.
+        heard = slowed.aborted_at[prompts - 1]
+        late = [step for step in slowed.steps[heard + 1 :] if any(len(part[0].prompt_token_ids) > 1 for part in step)]
         assert not late
         if first is not None:
             first.leave()
@@ -107,7 +120,8 @@ def test_a_client_that_leaves_costs_at_most_one_more_step(make, exchange, eventu
 
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_priority_decides_who_is_next(make, exchange, eventually, stream):
-    engine, _, app = make(max_running=1)
+    engine, slowed, app = make(max_running=1)
+    slowed.gate.clear()
 
     async def scenario():
         ended = []
@@ -126,6 +140,7 @@ def test_priority_decides_who_is_next(make, exchange, eventually, stream):
         for name, priority in [("later", 5), ("usual", 0), ("first", -5), ("usual too", 0)]:
             asked.append(asyncio.create_task(ask(name, priority)))
             await eventually(lambda: engine.snapshot().waiting == len(asked))
+        slowed.gate.set()
         await asyncio.gather(running.task, *asked)
         return ended
 
@@ -163,13 +178,15 @@ class TestFullQueue:
     """One request runs, others wait: how many, of how many tokens, and when to come again."""
 
     def fill(self, make, exchange, eventually, ask, **options):
-        engine, _, app = make(max_running=1, **options)
+        engine, slowed, app = make(max_running=1, **options)
 
         async def scenario():
             first = exchange(app, COMPLETIONS, {"prompt": [1], "max_tokens": 400, "ignore_eos": True})
             await eventually(lambda: engine.snapshot().generated_tokens > 2)
+            slowed.gate.clear()
             callers = []
             answers = [await ask(app, callers, engine)]
+            slowed.gate.set()
             for caller in [first, *callers]:
                 caller.leave()
                 await caller.task
@@ -263,7 +280,7 @@ def test_pings_while_a_prompt_is_computed(make, exchange, monkeypatch, progress)
     if progress:
         assert body.count(PING) <= 1, "progress events are signs of life, no ping is needed beside them"
     else:
-        assert body.count(PING) >= 10
+        assert body.count(PING) >= 4
 
 
 def test_progress_in_the_shape_that_clients_know(make, events_of):

@@ -140,7 +140,7 @@ def test_a_silent_collector_holds_nothing_up(engine, monkeypatch):
         with TestClient(create_app(engine, settings)) as client:
             began = time.monotonic()
             assert client.get("/v1/models").status_code == 200
-        assert time.monotonic() - began < 3
+        assert time.monotonic() - began < 9  # the library alone would wait for 10
 
 
 @pytest.mark.parametrize("endpoint", ["127.0.0.1:4318", "ftp://x", "http://", "x"])

@@ -59,8 +59,8 @@ def serving(engine, monkeypatch, tmp_path):
             yield url
         finally:
             server.should_exit = True
-            thread.join(10)
-            server.load_in.join(10)
+            thread.join(60)
+            server.load_in.join(60)
             assert not thread.is_alive()
 
     return start
@@ -70,7 +70,7 @@ def client_at(url, key="none"):
     return openai.OpenAI(base_url=f"{url}/v1", api_key=key, max_retries=0)
 
 
-def finished(client, batch, seconds=10.0):
+def finished(client, batch, seconds=60.0):
     end = time.monotonic() + seconds
     while batch.status not in ENDED:
         assert time.monotonic() < end, f"the batch is still {batch.status}"
@@ -138,7 +138,7 @@ def test_a_cancelled_batch_keeps_what_is_done(serving, engine):
     engine.script = "xy"
     with serving(batch_in_flight=1) as url, client_at(url) as client:
         file = upload(client, [chat_line(str(number)) for number in range(50)])
-        engine.step_seconds = 0.02
+        engine.hold_after = 10  # each line has four events
         batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
         while client.batches.retrieve(batch.id).request_counts.completed < 2:
             time.sleep(0.01)
@@ -146,6 +146,7 @@ def test_a_cancelled_batch_keeps_what_is_done(serving, engine):
             client.files.delete(file.id)
         assert client.batches.cancel(batch.id).status in ("cancelling", "cancelled")
         batch = finished(client, batch)
+        engine.gate.set()
         assert batch.status == "cancelled"
         done = records(client.files.content(batch.output_file_id).content)
         assert 2 <= len(done) == batch.request_counts.completed < 50
@@ -174,12 +175,13 @@ def test_a_restarted_server_goes_on(serving, engine):
 
 def test_another_model_after_a_restart_is_told(serving, engine):
     engine.script = "xy"
-    engine.step_seconds = 0.01
+    engine.hold_after = 6  # each line has four events
     with serving(batch_in_flight=1) as url, client_at(url) as client:
         file = upload(client, [chat_line(str(number)) for number in range(20)])
         batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
         while client.batches.retrieve(batch.id).request_counts.completed < 1:
             time.sleep(0.01)
+    engine.gate.set()
     engine.identity = {**engine.identity, "weights": "4567"}
     with serving() as url, client_at(url) as client:
         batch = finished(client, client.batches.retrieve(batch.id))
