@@ -123,6 +123,9 @@ class ResponseStream:
         while self._events or self._open or self._error:
             if self._error:
                 raise self._error
+            if self._open and time.monotonic() >= self._deadline:
+                self.fail(RequestTimeout(self._seconds, self._asked))
+                continue
             if self._spoke_at + pause <= time.monotonic():
                 self.spoke()
                 yield None
@@ -132,8 +135,6 @@ class ResponseStream:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(min(self._spoke_at + pause, self._deadline) - time.monotonic()):
                         await self._wake.wait()
-                if time.monotonic() >= self._deadline:
-                    self.fail(RequestTimeout(self._seconds, self._asked))
                 continue
             index, event = self._events.popleft()
             if isinstance(event, Failed):

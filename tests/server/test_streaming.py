@@ -16,6 +16,8 @@ from foveate.server.settings import Settings
 from foveate.server.sse import DONE, PING, frame
 from foveate.server.streaming import QUEUED_EVENTS
 
+from .conftest import CHUNK
+
 CHAT = {"messages": [{"role": "user", "content": "Hi"}]}
 TEXT = {"prompt": "Hi", "max_tokens": 1000}
 ENDPOINTS = [
@@ -113,7 +115,7 @@ def test_one_refused_prompt_takes_back_the_others(client, engine):
 
 def test_shutdown_ends_a_stream_with_an_error(engine, settings, exchange, eventually):
     async def scenario():
-        engine.step_seconds = 0.01
+        engine.hold_after = 4
         caller = exchange(create_app(engine, settings), "/v1/completions", {**TEXT, "stream": True})
         await eventually(lambda: len(caller.sent) > 3)
         await asyncio.to_thread(engine.shutdown, 0)
@@ -135,11 +137,11 @@ def test_a_client_that_leaves_frees_its_requests(engine, settings, exchange, eve
         prompts = 1 if isinstance(shape["prompt"], str) else 2
         await eventually(lambda: len(engine.requests) == prompts)
         if moment != "before-prefill":
-            engine.step_seconds = 0.002
+            chunks = 640 // CHUNK
+            engine.hold_after = prompts * (chunks // 2 if moment == "between-chunks" else chunks + 3)
             engine.gate.set()
-            await asyncio.sleep(0.004)
-        if moment == "while-writing":
-            await eventually(lambda: engine.generated > 0)
+            await eventually(lambda: not engine.gate.is_set())
+        assert (engine.generated > 0) == (moment == "while-writing")
         caller.leave()
         await eventually(lambda: engine.pages_used == 0)
         await caller.task
@@ -180,10 +182,13 @@ def test_a_client_that_stops_reading_is_cut_off(engine, exchange, eventually):
 def test_a_client_that_reads_too_slowly_is_told(engine, exchange, eventually):
     async def scenario():
         engine.script = "x" * 8 * QUEUED_EVENTS
-        engine.step_seconds = 0.0002
+        engine.hold_after = 2 * QUEUED_EVENTS
         app = create_app(engine, Settings(model="fake-model", write_seconds=0.1))
         caller = exchange(app, "/v1/completions", LONG_ANSWER)
         caller.seconds_per_read = 0.02
+        await eventually(lambda: not engine.gate.is_set())
+        await asyncio.sleep(0.2)  # more than the queue holds waits for longer than it may
+        engine.gate.set()
         await caller.task
         return caller
 
@@ -223,15 +228,36 @@ def test_total_time_is_limited(client_of, engine, events_of):
     assert engine.pages_used == 0
 
 
+def test_time_is_up_while_events_wait_to_be_read(engine, exchange):
+    """A client that always has something left to read would have no limit otherwise."""
+
+    async def scenario():
+        engine.script = "x" * 1000
+        engine.hold_after = 200
+        app = create_app(engine, Settings(model="fake-model", request_timeout=0.3))
+        caller = exchange(app, "/v1/completions", {**TEXT, "stream": True})
+        caller.seconds_per_read = 0.02
+        await caller.task
+        return caller.body
+
+    events = asyncio.run(scenario()).split(b"\n\n")
+    assert json.loads(events[-3].removeprefix(b"data: "))["error"]["code"] == "request_timeout"
+    assert len(events) < 100
+    assert len(engine.aborts) == 1
+
+
 def test_many_streams_a_third_cut_off(engine, settings, exchange, eventually):
     """What remains is complete, and nothing is left in use."""
 
     async def scenario():
-        engine.step_seconds = 0.0002
+        engine.gate.clear()
         app = create_app(engine, settings)
         callers = [exchange(app, "/v1/chat/completions", {**CHAT, "stream": True}) for _ in range(60)]
-        await eventually(lambda: engine.generated > 100)
-        engine.gate.clear()
+        await eventually(lambda: len(engine.requests) == 60)
+        engine.hold_after = 300
+        engine.gate.set()
+        await eventually(lambda: not engine.gate.is_set())
+        assert engine.generated > 0
         for caller in callers[::3]:
             caller.leave()
         await eventually(lambda: len(engine.aborts) == 20)
