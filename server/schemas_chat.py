@@ -132,6 +132,9 @@ class ChatPromptBody(Body):
         tools = info.data.get("tools")
         if isinstance(value, dict):
             value = NamedChoice.model_validate(value)
+        elif value not in ("none", "auto", "required"):
+            named = '{"type": "function", "function": {"name": ...}}'
+            raise ValueError(f'tool_choice is "none", "auto", "required", or {named}')
         if tools is None or value in ("none", "auto"):
             return value
         if not tools:

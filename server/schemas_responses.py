@@ -211,6 +211,8 @@ def renamed(error: ApiError) -> ApiError:
             break
     if name not in _NAMES:
         return error
-    here = _NAMES[name]
-    message = error.message.replace(name, here, 1)
-    return ApiError(error.status, message, type=error.type, param=here + rest, code=error.code)
+    here = _NAMES[name] + rest.removeprefix(".json_schema")  # a format is flat here
+    message = error.message
+    if message.startswith(name + rest):
+        message = here + message.removeprefix(name + rest)
+    return ApiError(error.status, message, type=error.type, param=here, code=error.code)

@@ -181,6 +181,11 @@ REFUSED = {
     "messages-of-chat": ({"messages": [USER]}, "messages"),
     "n-of-chat": ({"n": 2}, "n"),
     "text-format": ({"text": {"format": {"type": "grammar"}}}, "text.format"),
+    "text-schema": (
+        {"text": {"format": {"type": "json_schema", "name": "a", "schema": {"not": {}}}}},
+        "text.format.schema",
+    ),
+    "text-schema-missing": ({"text": {"format": {"type": "json_schema", "name": "a"}}}, "text.format.schema"),
     "text-number": ({"text": 5}, "text"),
     "verbosity": ({"text": {"verbosity": "low"}}, "text.verbosity"),
     "summary": ({"reasoning": {"summary": "auto"}}, "reasoning"),

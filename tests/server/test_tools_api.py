@@ -165,6 +165,12 @@ def test_control_tokens_in_keys_are_refused(hermes):
     assert response.json()["error"]["param"] == "messages"
 
 
+@pytest.mark.parametrize("choice", ["any", 5, ["auto"], {"type": "function", "function": {"name": "rm"}}], ids=repr)
+def test_a_choice_that_is_none_is_named(hermes, choice):
+    error = post(hermes, tool_choice=choice).json()["error"]
+    assert (error["param"], error["code"]) == ("tool_choice", "invalid_value")
+
+
 def test_tools_count_as_prompt(hermes):
     function = {**WEATHER, "description": "x" * 40_000}
     response = post(hermes, tools=[{"type": "function", "function": function}])
