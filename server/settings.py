@@ -137,7 +137,7 @@ class Settings(OperationSettings):
         30, gt=0, allow_inf_nan=False, description="time that a client may stop reading, or read too slowly"
     )
     stall_seconds: float = Field(
-        120, gt=0, allow_inf_nan=False, description="time without a step of the engine before /health says so"
+        120, ge=2, allow_inf_nan=False, description="time without a step of the engine before /health says so"
     )
     drain_seconds: float = Field(30, ge=0, allow_inf_nan=False, description="time for running answers after SIGTERM")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="what is logged")

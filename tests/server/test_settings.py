@@ -99,6 +99,7 @@ def test_keys(monkeypatch):
         (["m", "--attention", '{"scheme": [1]}'], "--attention: unknown attention scheme [1]"),
         (["m", "--api-key", ""], "--api-key: an API key must not be empty"),
         (["m", "--max-batch-tokens", "0"], "--max-batch-tokens: "),
+        (["m", "--stall-seconds", "1"], "--stall-seconds: "),  # an idle engine gives a sign of life once a second
         (["m", "--dtype", "int8"], "invalid choice"),
         ([], "name a MODEL"),
         (["m", "--nosuch"], "unrecognized arguments"),
