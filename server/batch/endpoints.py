@@ -6,7 +6,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from math import inf
 from typing import Any
 
-from .. import routes_chat, routes_completions
+from .. import routes_chat, routes_completions, routes_responses
 from ..errors import ApiError
 from ..generation import Generation, collect, submit
 from ..metrics import ServerMetrics
@@ -22,6 +22,7 @@ Prepare = Callable[[ServerState, dict[str, Any]], Awaitable[Generation]]
 ENDPOINTS: Mapping[str, Prepare] = {
     "/v1/completions": routes_completions.prepare,
     "/v1/chat/completions": routes_chat.prepare,
+    "/v1/responses": routes_responses.prepare,
 }
 
 

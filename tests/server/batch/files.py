@@ -17,6 +17,10 @@ def completion_line(custom_id: Any, **body: Any) -> dict[str, Any]:
     return {"custom_id": custom_id, "method": "POST", "url": "/v1/completions", "body": body}
 
 
+def response_line(custom_id: Any, **body: Any) -> dict[str, Any]:
+    return {"custom_id": custom_id, "method": "POST", "url": "/v1/responses", "body": {"input": "Hi", **body}}
+
+
 def write_lines(path: Path, lines: list[Any]) -> Path:
     """A batch file of JSON values, and of lines as they are where they are bytes."""
     path.write_bytes(

@@ -15,7 +15,7 @@ from foveate.server.exceptions import BadLogits, EngineDead, QueueFull, StepFail
 from foveate.server.settings import Settings
 from foveate.server.state import ServerState
 
-from .files import chat_line, completion_line, read_records, write_lines
+from .files import chat_line, completion_line, read_records, response_line, write_lines
 
 
 @pytest.fixture
@@ -59,6 +59,24 @@ def test_every_line_has_a_record(batch, engine):
     assert [choice["index"] for choice in completion["body"]["choices"]] == [0, 1]
     assert {record["error"] for record in records.values()} == {None}
     assert len({record["id"] for record in records.values()}) == 31
+    assert engine.pages_used == 0
+
+
+def test_responses(batch, engine):
+    lines = [
+        response_line("whole", instructions="Be brief."),
+        response_line("cut", max_output_tokens=3),
+        response_line("refused", previous_response_id="resp_1"),
+        response_line("streamed", stream=True),
+    ]
+    told = {name: record["response"] for name, record in batch(lines).items()}
+    assert [told[line["custom_id"]]["status_code"] for line in lines] == [200, 200, 400, 400]
+    whole, cut = told["whole"]["body"], told["cut"]["body"]
+    assert (whole["object"], whole["status"], cut["status"]) == ("response", "completed", "incomplete")
+    assert whole["output"][0]["content"][0]["text"] == engine.script
+    assert cut["usage"]["output_tokens"] == 3
+    refused = [told[name]["body"]["error"]["param"] for name in ("refused", "streamed")]
+    assert refused == ["previous_response_id", "stream"]
     assert engine.pages_used == 0
 
 
@@ -151,9 +169,16 @@ def test_long_lines_are_fewer_at_once(batch, engine, monkeypatch):
     monkeypatch.setattr("foveate.server.batch.runner.MAX_BYTES_AT_ONCE", 1500)
     seen = []
     submit = engine.submit
-    engine.submit = lambda request: (submit(request), seen.append(engine.pages_used))
+    engine.gate.clear()
+
+    def submitting(request):
+        submit(request)
+        seen.append(engine.pages_used)
+        if len(seen) == 2:
+            engine.gate.set()
+
+    engine.submit = submitting
     engine.script = "xy"
-    engine.step_seconds = 0.002
     batch([completion_line(str(number), prompt="x" * 900) for number in range(8)], at_once=8)
     assert max(seen) == 2
 
