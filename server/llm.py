@@ -84,7 +84,7 @@ class LLM:
         try:
             while waiting or running:
                 # Only as many as run at once: a long list of prompts must not fill the queue.
-                requests = {}
+                requests: dict[int, GenerationRequest] = {}
                 while waiting and len(running) + len(requests) < self.engine.max_running:
                     number, prompt = waiting.pop()
                     ids = self.engine.tokenize(prompt, True) if isinstance(prompt, str) else prompt
