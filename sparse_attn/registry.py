@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 _SCHEMES = {
     "dense": "foveate.sparse_attn.schemes.dense:Dense",
     "streaming": "foveate.sparse_attn.schemes.streaming:Streaming",
+    "exact_topk": "foveate.sparse_attn.schemes.exact_topk:ExactTopk",
     "kascade": "foveate.sparse_attn.schemes.kascade:Kascade",
     "moba": "foveate.sparse_attn.schemes.moba:Moba",
     "dhsa": "foveate.sparse_attn.schemes.dhsa:Dhsa",

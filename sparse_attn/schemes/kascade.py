@@ -4,76 +4,48 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from foveate.kv_cache.view import PagedView
-
-from .. import budget, ops
 from ..errors import CalibrationMissing, ProfileError, SchemeConfigError
+from ..ops.anchor import Pool
 from ..profile import Profile
-from ..protocol import LayerCall, LayerRole, Phase, Role, Scheme, SchemeOptions
-from ..selection import CAUSAL, Plan, Selection, Tiles
+from ..protocol import LayerCall, LayerRole, Role, SchemeOptions
+from ..selection import Plan, Selection
+from .exact_topk import ExactTopk, ExactTopkOptions
 
 if TYPE_CHECKING:
     from ..calibration.base import Calibrator, ModelShape
 
 
 @dataclass(frozen=True, slots=True)
-class KascadeOptions(SchemeOptions):
+class KascadeOptions(ExactTopkOptions):
     """
-    The paper's pure form has ``sink_tokens``, ``window_tokens`` and ``dense_tail_tokens`` 0; what
-    these keep comes on top of the budget, and keeps a small budget from losing the answer.
+    Beside those of ``exact_topk``; the paper has ``scored_queries`` 0 and ``dense_first_layers`` 1.
 
     Args:
-        sink_tokens: First tokens of the context, always read (ours).
-        window_tokens: Last tokens before a query's tile, always read (ours).
-        dense_tail_tokens: Last tokens of the prompt, whose queries read every key (ours).
-        budget_tokens: Keys to choose per query tile and KV head; 0 takes ``budget_fraction``.
-        budget_fraction: The same as a share of the keys: before the tile in prefill (the paper's
-            rolling budget), of the context in decode.
-        min_budget_tokens: Least that the share comes to.
-        tile_tokens: Queries that share a choice in prefill, a power of two. Larger is cheaper.
-        scored_queries: Queries of a tile, its last, that an anchor scores and pools (ours: scoring is
-            what an anchor costs, and it costs by the query); 0 takes all, as the paper does.
         pool: ``group`` chooses per KV head, pooled over its query heads; ``all`` pools over all
             heads, so every head reads the same keys (the paper's variant without a head map).
         anchors: Number of anchor layers; 0 takes the profile's own.
-        dense_first_layers: First layers, read whole (the paper: 1, since their attention is flat).
         uncalibrated: Without a profile, so many evenly spaced layers are anchors, with
             ``pool="all"``: a stopgap of ours. 0 refuses instead.
     """
 
-    sink_tokens: int = 64
-    window_tokens: int = 256
-    dense_tail_tokens: int = 128
-    budget_tokens: int = 0
-    budget_fraction: float = 0.1
-    min_budget_tokens: int = 128
     tile_tokens: int = 32
     scored_queries: int = 0
-    pool: Literal["group", "all"] = "group"
+    pool: Pool = "group"
     anchors: int = 0
-    dense_first_layers: int = 1
     uncalibrated: int = 0
 
     def __post_init__(self) -> None:
-        SchemeOptions.__post_init__(self)
-        fraction = self.budget_fraction
-        if isinstance(fraction, bool) or not isinstance(fraction, int | float) or not 0 <= fraction <= 1:
-            raise SchemeConfigError(f"budget_fraction must lie between 0 and 1, got {fraction!r}")
-        if self.tile_tokens < 1 or self.tile_tokens & (self.tile_tokens - 1):
-            raise SchemeConfigError(f"tile_tokens must be a power of two, got {self.tile_tokens}")
+        ExactTopkOptions.__post_init__(self)
         if self.pool not in ("group", "all"):
             raise SchemeConfigError(f"pool must be 'group' or 'all', got {self.pool!r}")
-        for name in ("scored_queries", "anchors", "dense_first_layers", "uncalibrated"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise SchemeConfigError(f"{name} must be a whole number >= 0, got {value!r}")
+        self._check_counts("anchors", "uncalibrated")
 
 
-class Kascade(Scheme):
+class Kascade(ExactTopk):
     """Exact post-softmax top-k at anchor layers, reused in between (arXiv:2512.16391, section 3).
 
     An anchor scores every earlier key of a tile of queries exactly, pools the probabilities over
@@ -90,23 +62,18 @@ class Kascade(Scheme):
     Options: ClassVar[type[SchemeOptions]] = KascadeOptions
     options: KascadeOptions
     calibrated: ClassVar[bool] = True
-    pools_queries: ClassVar[bool] = True
-    same_in_decode: ClassVar[bool] = False
 
     def __init__(self, options: KascadeOptions, profiles: Mapping[str, Profile] | None = None) -> None:
         super().__init__(options, profiles)
         if self.profile is None and not options.uncalibrated:
             raise CalibrationMissing(self.name)
-        self.tile = options.tile_tokens
-        # Beside a window the newest token would be neither kept nor a candidate.
-        self.keeps_own_token = options.window_tokens > 0
-        self._pool = options.pool if self.profile is not None else "all"
+        self.pool = options.pool if self.profile is not None else "all"
         self._anchors: tuple[int, ...] = ()
         # One row per layer; ``None`` where every KV head reads its own row.
         self._head_maps: tuple[torch.Tensor | None, ...] = ()
         if self.profile is not None:
             self._anchors, head_map = _learnt(self.profile, options.anchors)
-            if self._pool == "group":
+            if self.pool == "group":
                 identity = torch.arange(head_map.shape[1])
                 self._head_maps = tuple(None if torch.equal(row, identity) else row for row in head_map.long())
 
@@ -134,12 +101,6 @@ class Kascade(Scheme):
                 roles.append(LayerRole(Role.REUSE, earlier[-1]))
         return tuple(roles)
 
-    def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
-        return self._select(query, view, tiles, layer, Phase.PREFILL)
-
-    def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
-        return self._select(query, view, tiles, layer, Phase.DECODE)
-
     def remap(self, plan: Plan, layer: LayerCall) -> Plan:
         """Gives each KV head of ``layer`` the row of the anchor's head that its map names."""
         heads = self._head_maps[layer.index] if layer.index < len(self._head_maps) else None
@@ -147,23 +108,6 @@ class Kascade(Scheme):
             return plan
         heads = heads.to(plan.indices.device, non_blocking=True)
         return replace(plan, indices=plan.indices.index_select(1, heads), counts=plan.counts.index_select(1, heads))
-
-    def _select(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall, phase: Phase) -> Selection:
-        # A profile names no anchor with a window of its own; without one the scores may come from such a layer.
-        spec = replace(layer.spec, band=CAUSAL)
-        candidates = budget.free_units(tiles, self, 1, phase)
-        budgets = [self._budget(position, phase) for *_, position in tiles.host]
-        wanted = self.options.scored_queries if phase is Phase.PREFILL else 0
-        scored = tiles.last(wanted) if wanted else tiles
-        chosen = ops.pooled_topk(query, view, scored, spec, candidates, budgets, pool=self._pool)
-        return replace(chosen, tiles=tiles)
-
-    def _budget(self, position: int, phase: Phase) -> int:
-        options = self.options
-        if options.budget_tokens:
-            return options.budget_tokens
-        keys = position + 1 if phase is Phase.DECODE else position // self.tile * self.tile
-        return max(options.min_budget_tokens, int(options.budget_fraction * keys))
 
 
 def _learnt(profile: Profile, wanted: int) -> tuple[tuple[int, ...], torch.Tensor]:

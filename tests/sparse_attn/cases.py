@@ -40,6 +40,13 @@ _TIGHT: dict[str, dict[str, object]] = {
     },
     "quest": _QUEST | {"budget_tokens": 32, "min_pages": 1, "sink_tokens": 3, "window_tokens": 10},
     "xattention": _XATTENTION | {"tau": 0.5},
+    "exact_topk": {
+        "budget_tokens": 12,
+        "tile_tokens": 16,
+        "sink_tokens": 2,
+        "window_tokens": 5,
+        "dense_first_layers": 0,
+    },
     "kascade": {"budget_tokens": 12, "tile_tokens": 16, "sink_tokens": 2, "window_tokens": 5, "dense_first_layers": 0},
     "top_theta": {
         "budget_tokens": 12,
@@ -54,7 +61,7 @@ _TIGHT: dict[str, dict[str, object]] = {
     },
 }
 # Learned sinks weigh the heads that choose together, so with them other keys are chosen.
-SINKS_CHANGE_THE_CHOICE = {"kascade"}
+SINKS_CHANGE_THE_CHOICE = {"exact_topk", "kascade"}
 # Budgets beyond every length. A scheme not named here is given ``budget_tokens``, if it has that.
 _ROOMY: dict[str, dict[str, object]] = {
     "quest": _QUEST | {"budget_tokens": 1000},
