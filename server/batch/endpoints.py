@@ -44,8 +44,8 @@ async def answer(state: ServerState, generation: Generation, owner: str, metrics
         EngineError: the engine refused or failed.
         SchemeError: it asks for no scheme, or for a wrong option.
     """
-    seconds = generation.body.timeout or inf
-    stream = ResponseStream(generation.engine, metrics, seconds, full_seconds=inf)
+    asked = generation.body.timeout
+    stream = ResponseStream(generation.engine, metrics, asked or inf, full_seconds=inf, asked=asked is not None)
     try:
         await submit(stream, generation, state, owner, _priority(generation.body.priority))
         return await collect(stream, generation)

@@ -198,6 +198,13 @@ def test_it_stops_and_goes_on(batch, engine):
     assert len(engine.requests) - asked == 20 - len(first)
 
 
+def test_a_line_has_the_time_that_it_asks_for(batch, engine):
+    engine.gate.clear()
+    told = batch([completion_line("a", timeout=0.05)])["a"]["response"]
+    error = told["body"]["error"]
+    assert (told["status_code"], error["code"], error["param"]) == (408, "request_timeout", "timeout")
+
+
 def test_lines_wait_behind_requests(batch, engine):
     batch([chat_line("a"), chat_line("b", priority=-5), chat_line("c", priority=-(2**31))])
     first, second, third = sorted((request.priority for request in engine.requests), reverse=True)
