@@ -4,31 +4,37 @@ from __future__ import annotations
 
 import itertools
 import time
-import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any
 
 from .answers import Choice, answer_id, chat_logprobs, usage_body
 from .errors import error_body
 from .request import Delta, Finished, FinishReason, TokenLogprob, Usage
+from .responses_output import Event, OutputItems
 from .schemas_responses import ResponsesBody
 from .sse import PING_SECONDS, EventStream, frame
 from .state import Served
 from .streaming import ResponseStream
-
-Event = dict[str, Any]
+from .tools.answer import ToolTalk
 
 
 class ResponsesAnswer:
-    """Writes one response with one message of one text."""
+    """Writes one response.
 
-    def __init__(self, served: Served, body: ResponsesBody) -> None:
+    Args:
+        served: The model.
+        body: What was asked.
+        tools: Reads calls of functions in the text; ``None`` where none may be called.
+    """
+
+    def __init__(self, served: Served, body: ResponsesBody, tools: ToolTalk | None = None) -> None:
         self._tokens = served.tokens
+        self._tools = tools
         self._with_logprobs = body.with_logprobs
         self._ping_seconds = body.sse_ping_interval or PING_SECONDS
-        self._message_id = f"msg-{uuid.uuid4().hex}"
         self._numbers = itertools.count()
-        self._usage: dict[str, Any] | None = None
+        self._output = OutputItems(self._event, self._logprobs)
+        self._held: list[TokenLogprob] = []  # of text that may be a call
         self._head = {
             "id": answer_id("resp", body.request_id),
             "object": "response",
@@ -48,8 +54,8 @@ class ResponsesAnswer:
             "store": False,
             "temperature": body.temperature,
             "text": {"format": body.text.format, "verbosity": body.text.verbosity or "medium"},
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.tool_choice,
+            "tools": [tool.model_dump() for tool in body.tools],
             "top_logprobs": body.top_logprobs,
             "top_p": body.top_p,
             "truncation": "disabled",
@@ -67,34 +73,35 @@ class ResponsesAnswer:
 
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer in one piece, without usage."""
-        return self._ended(choices[0])
+        (choice,) = choices
+        for _ in self._told(Delta(0, choice.text, (), tuple(choice.logprobs), choice.finish_reason)):
+            pass
+        for _ in self._end(choice.finish_reason):
+            pass
+        return self._ended(choice.finish_reason)
 
     async def events(self, stream: ResponseStream) -> AsyncIterator[Event | None]:
         """The events of a stream in OpenAI's order; ``None`` is a keep-alive."""
         for kind in ("created", "in_progress"):
             yield self._event(f"response.{kind}", response=self._response("in_progress", []))
-        yield self._event("response.output_item.added", output_index=0, item=self._message("in_progress", None))
-        yield self._event("response.content_part.added", **self._place, part=self._part("", ()))
-        choice = Choice(0)
+        if self._tools is None:
+            for event in self._output.begin_message():
+                yield event
+        reason: FinishReason | None = None
         usages: list[Usage] = []
         async for item in stream.events(self._ping_seconds):
             match item:
                 case None:
                     yield None
                 case (_, Delta() as delta):
-                    choice.add(delta)
-                    if delta.text or delta.logprobs:
-                        logprobs = self._logprobs(delta.logprobs or ())
-                        yield self._event(
-                            "response.output_text.delta", **self._place, delta=delta.text, logprobs=logprobs
-                        )
+                    for event in self._told(delta):
+                        yield event
+                    reason = delta.finish_reason or reason
                 case (_, Finished(usage)):
                     usages.append(usage)
-        logprobs = self._logprobs(choice.logprobs)
-        yield self._event("response.output_text.done", **self._place, text=choice.text, logprobs=logprobs)
-        yield self._event("response.content_part.done", **self._place, part=self._part(choice.text, choice.logprobs))
-        response = {**self._ended(choice), "usage": responses_usage(usages)}
-        yield self._event("response.output_item.done", output_index=0, item=response["output"][0])
+        for event in self._end(reason):
+            yield event
+        response = {**self._ended(reason), "usage": responses_usage(usages)}
         yield self._event(f"response.{response['status']}", response=response)
 
     def failure(self, error: Exception) -> Event:
@@ -103,28 +110,38 @@ class ResponsesAnswer:
         failed = {"code": "server_error", "message": told["message"]}  # OpenAI's list of codes is closed
         return self._event("response.failed", response=self._response("failed", [], error=failed))
 
-    @property
-    def _place(self) -> dict[str, Any]:
-        return {"item_id": self._message_id, "output_index": 0, "content_index": 0}
+    def _told(self, delta: Delta) -> Iterator[Event]:
+        """The events of what the model wrote."""
+        if self._tools is None:
+            if delta.text or delta.logprobs:
+                yield from self._output.text(delta.text, delta.logprobs or ())
+            return
+        self._held += delta.logprobs or ()
+        for part in self._tools.deltas(0, delta):
+            if "content" in part:
+                yield from self._output.text(part["content"], self._held)
+            for call in part.get("tool_calls", ()):
+                if "id" in call:
+                    yield from self._output.begin_call(call["id"], call["function"]["name"])
+                else:
+                    yield from self._output.arguments(call["function"]["arguments"])
+            self._held = []
+
+    def _end(self, reason: FinishReason | None) -> Iterator[Event]:
+        if self._output.is_empty:
+            yield from self._output.begin_message()
+        yield from self._output.end(_status(reason)[0])
 
     def _event(self, kind: str, **fields: Any) -> Event:
         return {"type": kind, "sequence_number": next(self._numbers), **fields}
 
-    def _ended(self, choice: Choice) -> dict[str, Any]:
-        status, details = _status(choice.finish_reason)
-        message = self._message(status, self._part(choice.text, choice.logprobs))
-        return self._response(status, [message], incomplete_details=details)
+    def _ended(self, reason: FinishReason | None) -> dict[str, Any]:
+        status, details = _status(reason)
+        return self._response(status, self._output.items, incomplete_details=details)
 
     def _response(self, status: str, output: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
         nothing = {"error": None, "incomplete_details": None, "usage": None}
         return {**self._head, **nothing, "status": status, "output": output, **fields}
-
-    def _message(self, status: str, part: dict[str, Any] | None) -> dict[str, Any]:
-        content = [] if part is None else [part]
-        return {"type": "message", "id": self._message_id, "status": status, "role": "assistant", "content": content}
-
-    def _part(self, text: str, entries: Sequence[TokenLogprob]) -> dict[str, Any]:
-        return {"type": "output_text", "text": text, "annotations": [], "logprobs": self._logprobs(entries)}
 
     def _logprobs(self, entries: Sequence[TokenLogprob]) -> list[dict[str, Any]]:
         content: list[dict[str, Any]] = chat_logprobs(entries, self._tokens)["content"] if self._with_logprobs else []

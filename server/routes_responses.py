@@ -15,6 +15,7 @@ from .prompts import chat_prompt, check_messages
 from .responses_answer import ResponsesAnswer, TypedEventStream, responses_usage
 from .schemas_responses import ResponsesBody, as_chat, renamed
 from .state import ServerState, state_of
+from .tools.use import tool_use
 from .validation import parse_request, validate
 
 router = APIRouter()
@@ -44,7 +45,10 @@ async def prepare(state: ServerState, data: dict[str, Any]) -> Generation:
     served = state.served_as(body.model)
     try:
         prompt = await chat_prompt(chat, served, state.text)
-        grammar = await constraint(served, chat.grammar)
+        use = tool_use(chat, served.chat.family, served.chat.special)
+        grammar = await constraint(served, lambda: chat.grammar() if use is None else use.grammar(chat.grammar()))
     except ApiError as error:
         raise renamed(error) from None
-    return Generation(served.engine, chat, [prompt], ResponsesAnswer(served, body), responses_usage, grammar)
+    answer = ResponsesAnswer(served, body, None if use is None else use.talk())
+    visible = () if use is None else use.visible_ids
+    return Generation(served.engine, chat, [prompt], answer, responses_usage, grammar, visible)

@@ -14,13 +14,14 @@ from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, fie
 from .errors import ApiError
 from .sampling_limits import MAX_LOGPROBS
 from .schemas import INT32_MAX, MAX_NAME_CHARS
-from .schemas_chat import MAX_PARTS, ChatBody
+from .schemas_chat import ChatBody
 from .schemas_labels import LabelledBody
+from .schemas_responses_items import InputItem, Item, OfferedTool, messages_of
+from .tools.schemas import MAX_TOOLS
 from .validation import Body, validate
 
 LOGPROBS = "message.output_text.logprobs"
 _STATELESS = "responses are not stored; send the whole conversation as input"
-_NO_TOOLS = "tools are not supported by this endpoint; see /v1/chat/completions"
 _TEXT_ONLY = "this server reads and writes text only"
 
 # Chat's names for fields that have others here.
@@ -71,43 +72,21 @@ class ReasoningOptions(Body):
     effort: str | None = Field(None, max_length=32)
 
 
-_PART = {
-    "type": "object",
-    "required": ["type", "text"],
-    "properties": {"type": {"enum": ["input_text", "output_text", "text"]}, "text": {"type": "string"}},
+_TOOL_CHOICE = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "required": ["type", "name"],
+            "properties": {"type": {"const": "function"}, "name": {"type": "string"}},
+        },
+    ]
 }
-_CONTENT = {"anyOf": [{"type": "string"}, {"type": "array", "maxItems": MAX_PARTS, "items": _PART}]}
 
 
-class InputMessage(Body):
-    """One message of the input; what an earlier answer held is taken as it was."""
-
-    type: Literal["message"] = "message"
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[str | list[dict[str, Any]], WithJsonSchema(_CONTENT)]
-
-    @field_validator("content", mode="before")
-    @classmethod
-    def _text_or_parts(cls, value: Any) -> Any:
-        if not isinstance(value, (str, list)):
-            raise ValueError("content is a string or a list of parts")
-        if isinstance(value, list) and len(value) > MAX_PARTS:
-            raise ValueError(f"content has at most {MAX_PARTS} parts")
-        for part in value if isinstance(value, list) else ():
-            kind = part.get("type") if isinstance(part, dict) else None
-            if kind not in ("input_text", "output_text", "text") or not isinstance(part.get("text"), str):
-                raise ValueError(f'a part is {{"type": "input_text", "text": "..."}}; {_TEXT_ONLY}')
-        return value
-
-    def as_message(self) -> dict[str, Any]:
-        if isinstance(self.content, str):
-            return {"role": self.role, "content": self.content}
-        return {"role": self.role, "content": [{"type": "text", "text": part["text"]} for part in self.content]}
-
-
-def _messages_of(value: Any) -> Any:
+def _items_of(value: Any) -> Any:
     if not isinstance(value, (str, list)) or not value:
-        raise ValueError("input is a string or a list of messages, and not empty")
+        raise ValueError("input is a string or a list of items, and not empty")
     return [{"role": "user", "content": value}] if isinstance(value, str) else value
 
 
@@ -123,16 +102,14 @@ class ResponsesBody(LabelledBody):
         "prompt": ((), "prompts are not stored here"),
         "context_management": (([],), "the context is never changed"),
         "truncation": (("disabled",), "prompts are never cut; shorten the input"),
-        "tools": (([],), _NO_TOOLS),
-        "tool_choice": (("none", "auto"), _NO_TOOLS),
-        "max_tool_calls": ((), _NO_TOOLS),
+        "max_tool_calls": ((), "this server runs no tools of its own"),
         "image": ((), _TEXT_ONLY),
         "access_programs": ((), "there are none"),
         **{name: ((), "is not a field of this endpoint") for name in _CHAT_ONLY},
     }
 
     model: str | None = Field(None, max_length=MAX_NAME_CHARS)
-    input: Annotated[list[InputMessage], BeforeValidator(_messages_of, json_schema_input_type=str | list[InputMessage])]
+    input: Annotated[list[Item], BeforeValidator(_items_of, json_schema_input_type=str | list[InputItem])]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
     temperature: float = Field(1.0, ge=0, le=2)
@@ -141,7 +118,18 @@ class ResponsesBody(LabelledBody):
     include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] = Field([], max_length=16)
     text: TextOptions = Field(default_factory=lambda: TextOptions.model_validate({}))
     reasoning: ReasoningOptions = Field(default_factory=lambda: ReasoningOptions.model_validate({}))
+    tools: list[OfferedTool] = Field([], max_length=MAX_TOOLS)
+    tool_choice: Annotated[Any, WithJsonSchema(_TOOL_CHOICE)] = "auto"
     parallel_tool_calls: bool = True
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _names_a_function(cls, value: Any) -> Any:
+        if value in ("none", "auto", "required"):
+            return value
+        if not isinstance(value, dict) or value.get("type") != "function" or not isinstance(value.get("name"), str):
+            raise ValueError('tool_choice is "none", "auto", "required", or {"type": "function", "name": ...}')
+        return {"type": "function", "name": value["name"]}
 
     @field_validator("reasoning", mode="before")
     @classmethod
@@ -176,7 +164,7 @@ def as_chat(body: ResponsesBody, data: dict[str, Any]) -> ChatBody:
     """
     if body.top_logprobs and not body.with_logprobs:
         raise ApiError(400, f'top_logprobs: needs include=["{LOGPROBS}"]', param="top_logprobs", code="invalid_value")
-    messages = [message.as_message() for message in body.input]
+    messages = messages_of(body.input)
     if body.instructions is not None:
         messages.insert(0, {"role": "system", "content": body.instructions})
     own = set(ResponsesBody.model_fields) | set(ResponsesBody.refused)
@@ -193,6 +181,9 @@ def as_chat(body: ResponsesBody, data: dict[str, Any]) -> ChatBody:
         "response_format": body.text.response_format(),
         "verbosity": body.text.verbosity,
         "reasoning_effort": body.reasoning.effort,
+        "tools": [tool.as_in_chat() for tool in body.tools],
+        "tool_choice": _choice_in_chat(body.tool_choice),
+        "parallel_tool_calls": body.parallel_tool_calls,
         "stream": body.stream,
         "sse_ping_interval": body.sse_ping_interval,
     }
@@ -200,6 +191,10 @@ def as_chat(body: ResponsesBody, data: dict[str, Any]) -> ChatBody:
         return validate(ChatBody, chat)
     except ApiError as error:
         raise renamed(error) from None
+
+
+def _choice_in_chat(choice: Any) -> Any:
+    return {"type": "function", "function": {"name": choice["name"]}} if isinstance(choice, dict) else choice
 
 
 def renamed(error: ApiError) -> ApiError:
