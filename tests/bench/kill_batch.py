@@ -1,7 +1,6 @@
 """Kills `foveate batch` again and again, and counts: every custom_id once, none lost, no half line.
 
-    .venv/bin/python tests/bench/kill_batch.py                  # 20 kills in 500 lines, a tiny random model
-    .venv/bin/python tests/bench/kill_batch.py --model smollm2-135m --lines 500 --kills 20
+    .venv/bin/python tests/bench/kill_batch.py --model smollm2-135m        # 20 kills in 500 lines
 
 Each run is killed (SIGKILL) at a random moment after its first new record, or sooner; the last one ends by itself. One
 line in a hundred is bad, to be found among the error records. Exits with 1 if anything is lost, doubled or torn.
