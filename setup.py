@@ -41,13 +41,15 @@ INSTRUCTION_SETS = {
     "gate_avx512": AVX512,
     "norm_avx2": AVX2,
     "norm_avx512": AVX512,
+    "glu_avx2": AVX2,
+    "glu_avx512": AVX512,
     "write_avx2": AVX2,
     "linear_avx2": AVX2,
     "linear_avxvnni": [*AVX2, "-mavxvnni"],
     "linear_avx512vnni": [*AVX512, "-mavx512vnni"],
     "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-SHARED = ("dispatch", "anchor", "gate", "norm", "write", "linear")  # sources that choose among them
+SHARED = ("dispatch", "anchor", "gate", "norm", "glu", "write", "whole", "linear")  # sources that choose among them
 
 
 def compiler() -> str:

@@ -33,6 +33,7 @@ class NativeNorm(nn.Module):
             raise RuntimeError("the native CPU kernels were not built")
         self._kernels = kernels
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
+        self._width, self._dtype = len(weight), weight.dtype  # asking the parameter costs more than the norm of a token
         self._call = NormCall(
             weight=self.weight.data_ptr(),
             width=len(weight),
@@ -44,15 +45,18 @@ class NativeNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` of the weight's type to the same."""
-        rows = x.reshape(-1, x.shape[-1])
-        if rows.stride(1) != 1:
-            rows = rows.contiguous()
-        if x.dtype is not self.weight.dtype or rows.shape[1] != self._call.width:
-            raise TypeError(f"a norm of {self._call.width} {self.weight.dtype} got {tuple(x.shape)} of {x.dtype}")
-        out = torch.empty(x.shape, dtype=x.dtype)
+        shape, width = x.shape, x.shape[-1]
+        if x.dtype is not self._dtype or width != self._width:
+            raise TypeError(f"a norm of {self._width} {self._dtype} got {tuple(x.shape)} of {x.dtype}")
+        stride = width
+        if not x.is_contiguous():
+            rows = x.reshape(-1, width)
+            x = rows if rows.stride(1) == 1 else rows.contiguous()
+            stride = x.stride(0)
+        out = torch.empty(shape, dtype=self._dtype)
         call = NormCall.from_buffer_copy(self._call)  # its own: other threads may run the layer too
-        call.input, call.out = rows.data_ptr(), out.data_ptr()
-        call.input_stride, call.rows = rows.stride(0), len(rows)
+        call.input, call.out = x.data_ptr(), out.data_ptr()
+        call.input_stride, call.rows = stride, out.numel() // width
         call.num_threads = torch.get_num_threads()
         self._kernels.norm(call)
         return out

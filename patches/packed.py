@@ -56,6 +56,11 @@ class PackedLinear(nn.Module):
         out: torch.Tensor = _linear.binary(x, other, self.packed, self.bias, "mul")
         return out
 
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """``x [..., K]`` to ``[..., N]``, added to ``other [..., N]``."""
+        out: torch.Tensor = _linear.binary(x, other, self.packed, self.bias, "add")
+        return out
+
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
@@ -79,6 +84,11 @@ class GatedMLP(nn.Module):
         """``x [..., K]`` to ``[..., K]``."""
         gate = self.gate_proj(x, *self._activation)
         return self.down_proj(self.up_proj.times(x, gate))  # type: ignore[no-any-return]
+
+    def plus(self, x: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+        """``x [..., K]`` to ``[..., K]``, added to ``other [..., K]``."""
+        gate = self.gate_proj(x, *self._activation)
+        return self.down_proj.plus(self.up_proj.times(x, gate), other)
 
 
 def supports(model: PreTrainedModel) -> bool:

@@ -17,10 +17,13 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from foveate.sparse_attn import attend
 
+from .decoder_layer import fused_layers
 from .interface import NAME, paged_attention, register
 
 # Writing K and V, reading the selected keys, and booking the reads; choosing the keys; products with weights.
 PARTS = ("attention", "selection", "linear")
+# The same of what a fused decoder layer is made of: rotation counts to attention, the MLP's activation to its products.
+FUSED_PARTS = {"project": "linear", "read": "attention", "output": "linear", "feed": "linear"}
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -78,14 +81,20 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
     """Times the parts of every forward pass of an attached model in the ``with`` block.
 
     A linear layer is a module that says its ``in_features`` and ``out_features``, quantised ones and the output layer
-    included, or one made of such alone (a fused MLP). Not for two models at once: there is one attention function.
+    included, or one made of such alone (a fused MLP). A fused decoder layer is timed by its own pieces. Not for two
+    models at once: there is one attention function.
     """
     clock = PartClock(model.device)
     choose = attend._segments
     handles: list[Any] = []
+    fused = list(fused_layers(model))
+    inner = {id(module) for layer in fused for module in layer.modules()}
     try:
+        for layer in fused:
+            for piece, part in FUSED_PARTS.items():
+                setattr(layer, piece, clock.timed(part, getattr(layer, piece)))
         for module in model.modules():
-            if _is_linear(module) or _is_made_of_linears(module):
+            if id(module) not in inner and (_is_linear(module) or _is_made_of_linears(module)):
                 handles.append(module.register_forward_pre_hook(lambda *_: clock.enter("linear")))
                 handles.append(module.register_forward_hook(lambda *_: clock.leave(), always_call=True))
         attend._segments = clock.timed("selection", choose)
@@ -94,6 +103,9 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
     finally:
         attend._segments = choose
         register()
+        for layer in fused:
+            for piece in FUSED_PARTS:
+                setattr(layer, piece, getattr(layer, piece).__wrapped__)
         for handle in handles:
             handle.remove()
 

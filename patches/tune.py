@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from transformers import PreTrainedModel
 
-from . import norm_native, packed
+from foveate.sparse_attn.ops.native import library
+
+from . import decoder_layer, norm_native, packed
 from .fingerprint import fingerprint, keep_fingerprint
 
 
 def tune(model: PreTrainedModel) -> None:
-    """Packs linear layers (bfloat16), fuses gated MLPs, and compiles the norms, in place.
+    """Packs linear layers (bfloat16), fuses gated MLPs and decoder layers, and compiles the norms, in place.
 
     Not for a model that is trained or saved afterwards. It keeps the fingerprint that it had. On another device
     nothing is done.
@@ -20,3 +22,5 @@ def tune(model: PreTrainedModel) -> None:
     if packed.supports(model):
         packed.pack(model)
     norm_native.replace_norms(model)
+    if library() is not None:
+        decoder_layer.fuse(model)

@@ -77,13 +77,10 @@ def _segments(
 ) -> tuple[Segment, ...]:
     everything = (Segment(None, layer.spec.band),)
     scheme = group.scheme
-    if scheme is None:
+    if scheme is None or reads_everything(layer, step, group):
         return everything
     role = _role(scheme, layer, step)
-    # A layer with the model's own sliding window reads little already: it is read whole.
-    whole = role.role in (Role.DENSE, Role.DENSE_ANCHOR) or layer.spec.band.farthest is not None
-    if role.role is Role.DENSE or (whole and not _is_anchor(scheme, layer, step)):
-        return everything
+    whole = _is_whole(role, layer)
     if role.anchor is not None:
         plan = scheme.remap(group.carried[role.anchor], layer)
     else:
@@ -91,6 +88,19 @@ def _segments(
         if _is_anchor(scheme, layer, step):  # other plans are let go with their layer
             group.carried[layer.index] = plan
     return everything if whole else scheme.segments(plan, layer.spec.band)
+
+
+def reads_everything(layer: LayerCall, step: StepState, group: StepGroup) -> bool:
+    """Whether a layer reads every key of its band and chooses none for others."""
+    if group.scheme is None:
+        return True
+    role = _role(group.scheme, layer, step)
+    return role.role is Role.DENSE or (_is_whole(role, layer) and not _is_anchor(group.scheme, layer, step))
+
+
+def _is_whole(role: LayerRole, layer: LayerCall) -> bool:
+    """Whether a layer reads all itself; one with the model's own sliding window does, since it reads little already."""
+    return role.role in (Role.DENSE, Role.DENSE_ANCHOR) or layer.spec.band.farthest is not None
 
 
 def _role(scheme: Scheme, layer: LayerCall, step: StepState) -> LayerRole:

@@ -10,7 +10,7 @@ from .attention import decode, merge, prefill
 from .block_gate import gate_blocks
 from .page_bounds import page_bounds
 from .threshold import thresholded
-from .write import page_stats, write_kv
+from .write import page_stats, rotate_write_kv, write_kv
 
 __all__ = [
     "anchor_scores",
@@ -22,6 +22,7 @@ __all__ = [
     "page_stats",
     "pooled_topk",
     "prefill",
+    "rotate_write_kv",
     "thresholded",
     "write_kv",
 ]

@@ -1,4 +1,5 @@
-"""``write_kv`` puts new keys and values into pages; ``page_stats`` recomputes what it keeps beside them."""
+"""``write_kv`` puts new keys and values into pages, ``rotate_write_kv`` rotates them first; ``page_stats`` recomputes
+what is kept beside them."""
 
 from __future__ import annotations
 
@@ -39,11 +40,7 @@ def write_kv(
         ValueError: shapes do not fit.
         IndexError: a slot lies behind the last page; on a CPU, where it can be seen.
     """
-    if key.shape != value.shape or key.shape[0] != slots.shape[0] or key.shape[1:] != pages.keys.shape[1::2]:
-        raise ValueError(
-            f"key {tuple(key.shape)}, value {tuple(value.shape)} and slots {tuple(slots.shape)} "
-            f"do not fit pages {tuple(pages.keys.shape)}"
-        )
+    _check(key, value, pages, slots)
     chosen = backend or _default_backend(key, value, pages)
     if chosen == "triton":
         from . import write_triton
@@ -53,6 +50,66 @@ def write_kv(
         write_native.write_kv(key, value, pages, slots)
     else:
         _write_kv_torch(key, value, pages, slots)
+
+
+def rotate_write_kv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    pages: LayerPages,
+    slots: torch.Tensor,
+    *,
+    backend: Backend | None = None,
+) -> torch.Tensor:
+    """Rotates T queries and keys to their positions (RoPE, arXiv:2104.09864), and writes keys and values.
+
+    Args:
+        query: ``[T, H, D]``; given up: the native kernel rotates it where it lies.
+        key: ``[T, G, D]``.
+        value: ``[T, G, D]``.
+        cos: ``[T, R]``, R <= D even: channel ``i`` of the first R/2 and channel ``i + R/2`` turn together, the
+            channels from R on stay.
+        sin: ``[T, R]``.
+        pages, slots, backend: As in ``write_kv``.
+
+    Returns:
+        ``[T, H, D]`` rotated queries.
+
+    Raises:
+        ValueError: shapes do not fit.
+        IndexError: as in ``write_kv``.
+    """
+    _check(key, value, pages, slots)
+    if query.shape[::2] != key.shape[::2] or cos.shape != sin.shape or cos.shape[0] != key.shape[0]:
+        raise ValueError(
+            f"query {tuple(query.shape)}, cos {tuple(cos.shape)} and sin {tuple(sin.shape)} "
+            f"do not fit key {tuple(key.shape)}"
+        )
+    if (backend or _default_backend(key, value, pages)) == "native" and write_native.rotates(query, key, cos, sin):
+        write_native.write_kv(key, value, pages, slots, (query, cos, sin))
+        return query
+    write_kv(rotate_halves(key, cos, sin), value, pages, slots, backend=backend)
+    return rotate_halves(query, cos, sin)
+
+
+def rotate_halves(rows: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotated ``rows`` ``[T, heads, D]``, computed in float32; see ``rotate_write_kv``."""
+    turned = cos.shape[1]
+    exact, rest = rows[..., :turned].float(), rows[..., turned:]
+    first, second = exact.chunk(2, dim=-1)
+    swapped = torch.cat([-second, first], dim=-1)
+    rotated = exact * cos.float()[:, None] + swapped * sin.float()[:, None]
+    return torch.cat([rotated.to(rows.dtype), rest], dim=-1)
+
+
+def _check(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch.Tensor) -> None:
+    if key.shape != value.shape or key.shape[0] != slots.shape[0] or key.shape[1:] != pages.keys.shape[1::2]:
+        raise ValueError(
+            f"key {tuple(key.shape)}, value {tuple(value.shape)} and slots {tuple(slots.shape)} "
+            f"do not fit pages {tuple(pages.keys.shape)}"
+        )
 
 
 def _default_backend(key: torch.Tensor, value: torch.Tensor, pages: LayerPages) -> Backend:

@@ -28,8 +28,26 @@ def supports(key: torch.Tensor, value: torch.Tensor, pages: LayerPages) -> bool:
     )
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch.Tensor) -> None:
-    """See ``ops.write_kv``."""
+def rotates(query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> bool:
+    """Can the kernels also rotate? They take dense cos and sin of one type with the rest, a multiple of 16 wide."""
+    return (
+        query.dtype == cos.dtype == sin.dtype == key.dtype
+        and query.stride(2) == 1
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and cos.shape[1] % 16 == 0
+        and cos.shape[1] <= key.shape[2]
+    )
+
+
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    pages: LayerPages,
+    slots: torch.Tensor,
+    rotation: tuple[torch.Tensor, torch.Tensor, torch.Tensor] | None = None,
+) -> None:
+    """See ``ops.write_kv``; with ``rotation``, query, cos and sin, ``ops.rotate_write_kv``."""
     kernels = library()
     if kernels is None:
         raise RuntimeError("the native CPU kernels were not built")
@@ -56,6 +74,11 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: t
         dtype=DTYPES[key.dtype],
         num_threads=torch.get_num_threads(),
     )
+    if rotation is not None:
+        query, cos, sin = rotation
+        call.query, call.cos, call.sin = query.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        call.query_token_stride, call.query_head_stride = query.stride(0), query.stride(1)
+        call.num_heads, call.rotary_dim = query.shape[1], cos.shape[1]
     for stat, kept in pages.stats.items():
         setattr(call, stat.name, kept.data_ptr())
     if kernels.write(call):

@@ -10,11 +10,13 @@ from transformers import AttentionInterface
 
 import foveate
 from foveate.patches import interface, packed, parts
+from foveate.patches.decoder_layer import fused_layers
 from foveate.patches.parts import PARTS, PartClock, watch_parts
 from foveate.patches.quantize import quantize
 from foveate.patches.synthetic import synthetic_model
 from foveate.patches.tune import tune
 from foveate.sparse_attn import attend
+from foveate.sparse_attn.ops.native import library
 
 SIZES = {
     "vocab_size": 50, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -152,3 +154,19 @@ def test_a_tuned_mlp_is_linear(now):
     with foveate.attach(model), torch.inference_mode(), watch_parts(model) as clock:
         model(torch.arange(20)[None])
     assert clock.seconds == {"attention": 0, "selection": 0, "linear": 3.0}
+
+
+@pytest.mark.skipif(library() is None, reason="the native CPU kernels were not built")
+@pytest.mark.parametrize("policy", ["dense", {"scheme": "quest", "budget_tokens": 16}])
+def test_fused_layers_are_timed_by_their_pieces(model, now, policy):
+    tune(model)
+    layers = list(fused_layers(model))
+    assert len(layers) == model.config.num_hidden_layers
+    kept = [layer.feed for layer in layers]
+    for layer in layers:
+        layer.project, layer.read = slow(layer.project, now, 3.0), slow(layer.read, now, 50.0)
+    with foveate.attach(model, policy), torch.inference_mode(), watch_parts(model) as clock:
+        model(torch.arange(20)[None])
+    seconds = {"attention": 50.0 * len(layers), "selection": 0, "linear": 3.0 * len(layers)}
+    assert clock.seconds == seconds
+    assert [layer.feed for layer in layers] == kept

@@ -25,6 +25,7 @@ LINEAR_ISAS = ("avx2", "avxvnni", "avx512vnni", "amx")
 # The fastest of them beside an instruction set for attention, so that one variable holds both back.
 LINEAR_WITH = {"avx2": "avxvnni", "avx512": "avx512vnni", "avx512bf16": "avx512vnni", "amx": "amx"}
 DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+ACTIVATIONS = {"silu": 0, "gelu_tanh": 1}  # ``foveate_activation`` of glu.h
 DROPPED_SUMS = {"none": 0, "exact": 1, "bound": 2, "given": 3}  # ``foveate_dropped_sum``
 NO_END = 2**31 - 1  # ``farthest`` of a band without end
 
@@ -95,17 +96,54 @@ class NormCall(ctypes.Structure):
     )
 
 
+class GluCall(ctypes.Structure):
+    """``foveate_glu`` of glu.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("gate", "up", "out")),
+        *((name, ctypes.c_int64) for name in ("input_stride", "rows", "width")),
+        *((name, ctypes.c_int32) for name in ("activation", "dtype", "isa", "num_threads")),
+    )
+
+
 class WriteCall(ctypes.Structure):
     """``foveate_write`` of write.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("key", "value", "slots")),
+        *((name, ctypes.c_void_p) for name in ("key", "value", "slots", "query", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         *((f"{source}_{fold}", ctypes.c_void_p) for source in ("key", "value") for fold in ("sum", "min", "max")),
-        *((f"key_{name}_stride", ctypes.c_int64) for name in ("token", "head")),
-        *((f"value_{name}_stride", ctypes.c_int64) for name in ("token", "head")),
+        *(
+            (f"{rows}_{name}_stride", ctypes.c_int64)
+            for rows in ("query", "key", "value")
+            for name in ("token", "head")
+        ),
         *((name, ctypes.c_int64) for name in ("num_tokens", "num_pages")),
-        *((name, ctypes.c_int32) for name in ("num_kv_heads", "head_dim", "page_size", "dtype", "num_threads")),
+        *((name, ctypes.c_int32) for name in ("num_heads", "num_kv_heads", "head_dim", "rotary_dim")),
+        *((name, ctypes.c_int32) for name in ("page_size", "dtype", "num_threads")),
+    )
+
+
+class WholeStep(ctypes.Structure):
+    """``foveate_whole_step`` of whole.h, field by field."""
+
+    _fields_ = (
+        ("write", WriteCall),
+        ("attention", Call),
+        *((name, ctypes.c_void_p) for name in ("owners", "keys_read")),
+    )
+
+
+class WholeLayer(ctypes.Structure):
+    """``foveate_whole_layer`` of whole.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
+        *((f"{source}_{fold}", ctypes.c_void_p) for source in ("key", "value") for fold in ("sum", "min", "max")),
+        ("sinks", ctypes.c_void_p),
+        *((f"{rows}_token_stride", ctypes.c_int64) for rows in ("query", "key", "value")),
+        *((name, ctypes.c_int32) for name in ("rotates", "farthest")),
+        *((name, ctypes.c_float) for name in ("scale", "softcap")),
     )
 
 
@@ -130,7 +168,9 @@ class Library:
         anchor: ``foveate_anchor_run``.
         gate: ``foveate_gate_run``.
         norm: ``foveate_norm_run``.
+        glu: ``foveate_glu_run``.
         write: ``foveate_write_run``.
+        whole: ``foveate_whole_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
         linear_isa: The one of them in use, no faster a kind than ``isa``.
         linear: ``foveate_linear_run``.
@@ -149,7 +189,10 @@ class Library:
             and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
             and self._size("foveate_gate_size") == ctypes.sizeof(GateCall)
             and self._size("foveate_norm_size") == ctypes.sizeof(NormCall)
+            and self._size("foveate_glu_size") == ctypes.sizeof(GluCall)
             and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
+            and self._size("foveate_whole_step_size") == ctypes.sizeof(WholeStep)
+            and self._size("foveate_whole_layer_size") == ctypes.sizeof(WholeLayer)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
             raise OSError(f"{path} was built from other sources; install again")
@@ -164,7 +207,10 @@ class Library:
         self.anchor = self._function("foveate_anchor_run", AnchorCall)
         self.gate = self._function("foveate_gate_run", GateCall)
         self.norm = self._function("foveate_norm_run", NormCall)
+        self.glu = self._function("foveate_glu_run", GluCall)
         self.write = self._function("foveate_write_run", WriteCall)
+        self.whole = self._function("foveate_whole_run", WholeStep, WholeLayer)
+        self.whole.argtypes = (*(self.whole.argtypes or ()), *[ctypes.c_void_p] * 4)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
         )
@@ -179,9 +225,9 @@ class Library:
         function = getattr(self._handle, name, None)  # a library of an older version lacks the newer functions
         return -1 if function is None else int(function())
 
-    def _function(self, name: str, call: type[ctypes.Structure]) -> ctypes._NamedFuncPointer:
+    def _function(self, name: str, *calls: type[ctypes.Structure]) -> ctypes._NamedFuncPointer:
         function: ctypes._NamedFuncPointer = getattr(self._handle, name)
-        function.argtypes = (ctypes.POINTER(call),)
+        function.argtypes = tuple(ctypes.POINTER(call) for call in calls)
         function.restype = ctypes.c_int32
         return function
 

@@ -54,6 +54,26 @@ FOVEATE_INLINE void fold(float* kept, const float* row, int dim, bool first, flo
         V::store(kept + d, function(first ? V::set(empty) : V::load(kept + d), V::load(row + d)));
 }
 
+// ``row`` to ``out``, which may be the same: halves are rotated in float32 and rounded once, the rest is kept.
+template <class T>
+void rotate_row(const foveate_write& call, int64_t token, const T* row, T* out) {
+    const int half = call.rotary_dim / 2;
+    const T* cos = static_cast<const T*>(call.cos) + token * call.rotary_dim;
+    const T* sin = static_cast<const T*>(call.sin) + token * call.rotary_dim;
+    for (int d = 0; d < half; d += V::W) {
+        const F first = V::load(row + d), second = V::load(row + half + d);
+        V::store(out + d, V::fmsub(first, V::load(cos + d), V::mul(second, V::load(sin + d))));
+        V::store(out + half + d, V::fma(second, V::load(cos + half + d), V::mul(first, V::load(sin + half + d))));
+    }
+    if (out != row) __builtin_memcpy(out + 2 * half, row + 2 * half, size_t(call.head_dim - 2 * half) * sizeof(T));
+}
+
+template <class T>
+void rotate_rows(const foveate_write& call, int head) {
+    T* row = static_cast<T*>(call.query) + head * call.query_head_stride;
+    for (int64_t t = 0; t < call.num_tokens; ++t, row += call.query_token_stride) rotate_row(call, t, row, row);
+}
+
 template <class T>
 void write_rows(const foveate_write& call, int head, bool values) {
     const int dim = call.head_dim, size = call.page_size;
@@ -67,6 +87,7 @@ void write_rows(const foveate_write& call, int head, bool values) {
     float* high = values ? call.value_max : call.key_max;
     const bool keeps = sum || low || high;
     alignas(32) float read[kMaxHeadDim];
+    alignas(32) T rotated[kMaxHeadDim];
     for (int64_t t = 0; t < call.num_tokens; ++t) {
         const int64_t slot = call.slots[t];
         if (slot < 0) continue;
@@ -74,6 +95,10 @@ void write_rows(const foveate_write& call, int head, bool values) {
         const int offset = int(slot % size);
         const int64_t place = at * size + offset;
         const T* row = source + t * stride;
+        if (call.cos && !values) {
+            rotate_row(call, t, row, rotated);
+            row = rotated;
+        }
         if (scales) {
             const float scale = scale_of(row, dim);
             scales[place] = scale;
@@ -94,6 +119,11 @@ void write_head(const foveate_write& call, int head, bool values) {
     else write_rows<bfloat16>(call, head, values);
 }
 
+void rotate_head(const foveate_write& call, int head) {
+    if (call.dtype == FOVEATE_FLOAT32) rotate_rows<float>(call, head);
+    else rotate_rows<bfloat16>(call, head);
+}
+
 }  // namespace
 
-constexpr WriteRows kWriteRowsAvx2 = write_head;
+constexpr WriteKernels kWriteAvx2 = {write_head, rotate_head};

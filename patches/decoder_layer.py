@@ -1,0 +1,262 @@
+"""Decoder layers in a dozen calls, for inference on a CPU, where ``transformers`` makes a hundred of small operations.
+
+A layer keeps its modules and its weights, and goes their way wherever a forward pass brings no packed step, so that
+what looks into its modules sees what it did before. Which layers can be computed so is found by trying.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from foveate.sparse_attn import ops
+from foveate.sparse_attn.attend import attend, reads_everything
+from foveate.sparse_attn.ops.whole_native import PreparedLayer, PreparedStep
+from foveate.sparse_attn.ops.write import rotate_halves
+from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
+from foveate.sparse_attn.selection import Band
+
+from .interface import PackedStep
+from .products import Heads, Sum, heads_of, mlp_plus, plus
+
+# Norms by name: before attention, after it, before the MLP, after it.
+ORDERS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
+    ("input_layernorm", None, "post_attention_layernorm", None),
+    ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
+    (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
+)
+# Name under which the trial's attention function is registered; see NAME in interface.py.
+_TRIAL = "foveate_trial"
+# Random rows on which a layer is compared with the original, and how far it may be off.
+_ROWS_COMPARED = 4
+_RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+
+Norm = Callable[[torch.Tensor], torch.Tensor]
+# query [T, H, D], key and value [T, G, D], cos and sin [B, L, R], step -> [T, H * D]
+Read = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, StepState], torch.Tensor]
+
+
+class FusedLayer:
+    """Stands in for the ``forward`` of a decoder layer.
+
+    Attributes:
+        project: ``[T, E]`` to queries, keys and values.
+        read: Rotates, writes and attends.
+        output: The attention's output layer, added to the residual stream.
+        feed: The MLP, added likewise.
+        rotates: Whether queries and keys are rotated (not in NoPE layers).
+    """
+
+    def __init__(self, layer: nn.Module, order: tuple[str | None, ...]) -> None:
+        attention: Any = layer.self_attn
+        self._layer = layer
+        norms: list[Norm | None] = [None if name is None else getattr(layer, name).forward for name in order]
+        self._stock = type(layer).forward.__get__(layer)
+        self._before, after, self._between, last = norms
+        self.project: Heads = heads_of(attention)
+        self.read: Read = self._read
+        self.output: Sum = _normed(attention.o_proj, after)
+        mlp: Any = layer.mlp
+        self.feed: Sum = mlp_plus(mlp) if last is None else _normed(mlp, last)
+        self.rotates = True
+        self._prepared: PreparedLayer | None = None
+        self._call = LayerCall(attention.layer_idx, AttentionSpec(1.0))
+        self._hooks = [
+            hooks for module in self.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)
+        ]
+
+    def modules(self) -> Iterator[nn.Module]:
+        """Those inside of the layer."""
+        yield from list(self._layer.modules())[1:]
+
+    def __call__(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        """``[B, L, E]`` to the same, as the layer's own ``forward``."""
+        packed, rotation = kwargs.get("foveate_step"), kwargs.get("position_embeddings")
+        tokens = hidden_states.shape[0] * hidden_states.shape[1]
+        if (
+            args
+            or rotation is None
+            or not isinstance(packed, PackedStep)
+            or packed.token_index is not None
+            or packed.step.slots.shape[0] != tokens
+            or kwargs.get("attention_mask") is not None
+            or self._layer.training
+            or any(self._hooks)
+        ):
+            out: torch.Tensor = self._stock(hidden_states, *args, **kwargs)
+            return out
+        rows = self.compute(hidden_states.flatten(0, 1), rotation[0], rotation[1], packed.step, self.read)
+        return rows.view(hidden_states.shape)
+
+    def compute(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, read: Read
+    ) -> torch.Tensor:
+        """``x [T, E]`` to the same; ``cos`` and ``sin`` are ``[B, L, R]``, and ``read`` is what attends."""
+        query, key, value = self.project(x if self._before is None else self._before(x))
+        x = self.output(read(query, key, value, cos, sin, step), x)
+        return self.feed(x if self._between is None else self._between(x), x)
+
+    def attends(self, facts: Mapping[str, Any], head_dim: int) -> None:
+        """Takes over what the layer says to its attention function.
+
+        Raises:
+            ValueError: there is something that pages cannot do.
+        """
+        known = {"scaling", "sliding_window", "softcap", "s_aux", "dropout", "use_cache"}
+        others = {name for name, value in facts.items() if name not in known and value is not None}
+        if others or facts.get("dropout"):
+            raise ValueError(f"the attention function is told {', '.join(sorted(others)) or 'a dropout'}")
+        scaling = facts.get("scaling")
+        spec = AttentionSpec(
+            head_dim**-0.5 if scaling is None else scaling,
+            facts.get("softcap") or 0.0,
+            Band(0, facts.get("sliding_window")),
+            facts.get("s_aux"),
+        )
+        self._call = LayerCall(self._call.index, spec)
+
+    def rotated(
+        self, query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Queries and keys as the layer rotates them, if it does."""
+        if not self.rotates:
+            return query, key
+        cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+        return rotate_halves(query, cos, sin), rotate_halves(key, cos, sin)
+
+    def _read(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        step: StepState,
+    ) -> torch.Tensor:
+        pages = step.pool.layer(self._call.index)
+        prepared = PreparedStep.of(step, query.shape[1], query.dtype, cos, sin)
+        if prepared is not None and reads_everything(self._call, step, step.groups[0]):
+            if self._prepared is None or not self._prepared.is_for(pages):
+                strides = query.stride(0), key.stride(0), value.stride(0)
+                self._prepared = PreparedLayer(pages, self._call.spec, self.rotates, strides)
+            return self._prepared.run(prepared, query, key, value)
+        if self.rotates:
+            cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
+            query = ops.rotate_write_kv(query, key, value, cos, sin, pages, step.slots)
+        else:
+            ops.write_kv(key, value, pages, step.slots)
+        return attend(query, self._call, step).flatten(1)
+
+
+def _normed(module: Any, norm: Norm | None) -> Sum:
+    if norm is None:
+        return plus(module)
+    return lambda x, residual: norm(module(x)) + residual
+
+
+def fused_layers(model: nn.Module) -> Iterator[FusedLayer]:
+    """Those that ``fuse`` made."""
+    for module in model.modules():
+        if isinstance(module.__dict__.get("forward"), FusedLayer):
+            yield module.__dict__["forward"]
+
+
+@torch.inference_mode()
+def fuse(model: PreTrainedModel) -> None:
+    """Replaces, in place, the ``forward`` of every decoder layer that is known by its parts and by what it computes."""
+    widths = {2 * len(buffer) for name, buffer in model.named_buffers() if name.endswith("inv_freq")}
+    if model.dtype not in _RELATIVE_ERROR or len(widths) != 1:
+        return
+    (width,) = widths
+    for layer in list(model.modules()):
+        order = _order_of(layer)
+        if order is not None:
+            fused = _tried(layer, order, width)
+            if fused is not None:
+                layer.forward = fused
+
+
+def _order_of(layer: nn.Module) -> tuple[str | None, ...] | None:
+    children = {name for name, _ in layer.named_children()}
+    found = [order for order in ORDERS if children == {"self_attn", "mlp", *filter(None, order)}]
+    if not found or not isinstance(getattr(layer.self_attn, "layer_idx", None), int):
+        return None
+    return found[0] if getattr(layer.self_attn, "is_causal", True) else None
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What a layer gives its attention function: ``[1, heads, L, D]`` each, and all else that it says."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    facts: dict[str, Any]
+
+
+def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> FusedLayer | None:
+    """The layer made faster, if it computes the same on random rows; ``None`` if it does not."""
+    weight = next(layer.parameters(), None)
+    config: Any = getattr(layer.self_attn, "config", None)
+    if weight is None or config is None:
+        return None
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(1, _ROWS_COMPARED, config.hidden_size, generator=generator).to(weight.dtype)
+    half = torch.randn(2, 1, _ROWS_COMPARED, width // 2, generator=generator).to(weight.dtype)
+    cos, sin = half.repeat(1, 1, 1, 2)
+    seen, expected = _stock_pass(layer, config, x, cos, sin)
+    if seen is None:
+        return None
+    wanted = [part[0].transpose(0, 1) for part in (seen.query, seen.key, seen.value)]
+    got: list[torch.Tensor] = []
+    try:
+        fused = FusedLayer(layer, order)
+        fused.attends(seen.facts, seen.query.shape[-1])
+
+        def see(query: Any, key: Any, value: Any, cos: Any, sin: Any, _: Any) -> Any:
+            got[:] = (*fused.rotated(query, key, cos, sin), value)
+            return got[0].flatten(1)
+
+        for fused.rotates in (True, False):
+            out = fused.compute(x[0], cos, sin, None, see)  # type: ignore[arg-type]
+            if all(_close(*pair) for pair in zip((*got, out), (*wanted, expected[0]), strict=True)):
+                return fused
+    except (ValueError, TypeError, RuntimeError, AttributeError):  # its modules are of another kind
+        pass
+    return None
+
+
+def _stock_pass(
+    layer: nn.Module, config: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+) -> tuple[_Seen | None, torch.Tensor]:
+    """What the layer gives an attention function, and what it makes of that function's answer, the queries."""
+    seen: list[_Seen] = []
+
+    def look(
+        _: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: Any, **facts: Any
+    ) -> tuple[torch.Tensor, None]:
+        seen.append(_Seen(query, key, value, facts))
+        return query.transpose(1, 2).contiguous(), None
+
+    before = config._attn_implementation_internal
+    AttentionInterface.register(_TRIAL, look)
+    config._attn_implementation_internal = _TRIAL
+    try:
+        out = layer(x, position_embeddings=(cos, sin), attention_mask=None)
+    except (ValueError, TypeError, RuntimeError, AttributeError):
+        return None, x
+    finally:
+        config._attn_implementation_internal = before
+    return (seen[0], out) if len(seen) == 1 and isinstance(out, torch.Tensor) else (None, x)
+
+
+def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+    if got.shape != expected.shape:
+        return False
+    error = (got.float() - expected.float()).norm()
+    return bool(error <= _RELATIVE_ERROR[expected.dtype] * expected.float().norm())

@@ -1,0 +1,122 @@
+"""Products with the weights of a decoder layer, joined where several have one input and where a sum follows one.
+
+Where linear layers are plain their weights become views of one joint weight, so nothing is held twice and each layer
+may still be called by itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from .glu import NativeGlu, name_of, supports
+from .packed import GatedMLP, PackedLinear
+
+# x [T, E] -> query [T, H, D], key [T, G, D], value [T, G, D]
+Heads = Callable[[torch.Tensor], Sequence[torch.Tensor]]
+# x [T, K], residual [T, N] -> [T, N]; the residual is left as it is
+Sum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+_QKV = ("q_proj", "k_proj", "v_proj")
+_MLP = ("gate_proj", "up_proj", "down_proj")
+
+
+def heads_of(attention: nn.Module) -> Heads:
+    """The projections of an attention module with the norms it has for queries and keys.
+
+    Raises:
+        AttributeError: it has other parts.
+    """
+    given: Any = attention
+    dim: int = given.head_dim
+    norms = [_by_head(getattr(given, name, None), dim) for name in ("q_norm", "k_norm")]
+
+    def normed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sequence[torch.Tensor]:
+        query_norm, key_norm = norms
+        return query if query_norm is None else query_norm(query), key if key_norm is None else key_norm(key), value
+
+    if hasattr(given, "qkv_proj"):
+        kv_heads = given.config.num_key_value_heads
+        joint: Callable[[torch.Tensor], torch.Tensor] = given.qkv_proj
+        counts = [given.config.num_attention_heads, kv_heads, kv_heads]
+    else:
+        parts = [getattr(given, name) for name in _QKV]
+        counts = [part.out_features // dim for part in parts]
+        if not _joinable(parts):
+
+            def apart(x: torch.Tensor) -> Sequence[torch.Tensor]:
+                query, key, value = (part(x).view(x.shape[0], -1, dim) for part in parts)
+                return normed(query, key, value)
+
+            return apart
+        joint = Joined(parts)
+
+    def together(x: torch.Tensor) -> Sequence[torch.Tensor]:
+        query, key, value = joint(x).view(x.shape[0], -1, dim).split_with_sizes(counts, 1)
+        return normed(query, key, value)
+
+    return together
+
+
+def _by_head(norm: Any, dim: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
+    """A norm of ``[T, heads, D]``: over each head, or over all of a token's."""
+    if norm is None:
+        return None
+    if len(norm.weight) == dim:
+        return lambda rows: norm(rows)
+    return lambda rows: norm(rows.flatten(1)).view(rows.shape)
+
+
+class Joined:
+    """Plain linear layers of one input as one product ``[T, K]`` to ``[T, N1 + N2 + ...]``.
+
+    Args:
+        parts: See ``_joinable``; their weights become views.
+    """
+
+    def __init__(self, parts: Sequence[nn.Linear]) -> None:
+        self._weight = _joint(parts, "weight")
+        self._bias = None if parts[0].bias is None else _joint(parts, "bias")
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.linear(x, self._weight, self._bias)
+
+
+def _joinable(parts: Sequence[nn.Module]) -> bool:
+    return all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in parts}) == 1
+
+
+def _joint(parts: Sequence[nn.Linear], name: str) -> torch.Tensor:
+    """The parameters of that name one below the other."""
+    held: list[torch.Tensor] = [getattr(part, name).detach() for part in parts]
+    whole = torch.cat(held)
+    for part, rows in zip(parts, whole.split_with_sizes([len(one) for one in held]), strict=True):
+        setattr(part, name, nn.Parameter(rows, requires_grad=False))
+    return whole
+
+
+def plus(linear: Any) -> Sum:
+    """A layer's product and the residual stream, summed."""
+    if type(linear) is nn.Linear and linear.bias is None:
+        weight = linear.weight.detach().t()
+        return lambda x, residual: torch.addmm(residual, x, weight)
+    if isinstance(linear, PackedLinear):
+        return linear.plus
+    return lambda x, residual: linear(x).add_(residual)
+
+
+def mlp_plus(mlp: Any) -> Sum:
+    """An MLP and the residual stream, summed."""
+    if isinstance(mlp, GatedMLP):
+        return mlp.plus
+    parts: list[Any] = [getattr(mlp, name, None) for name in _MLP]
+    activation = getattr(mlp, "act_fn", None)
+    name = None if activation is None else name_of(activation)
+    if name is None or not _joinable(parts[:2]) or not supports(parts[0].weight):
+        return lambda x, residual: mlp(x).add_(residual)
+    joint, gated, down = Joined(parts[:2]), NativeGlu(name), plus(parts[2])
+    return lambda x, residual: down(gated(joint(x)), residual)

@@ -1,0 +1,41 @@
+// The C interface of a decode step whose queries read every key: rotates, writes and attends in one call per layer.
+// ``native/__init__.py`` mirrors both structures field by field.
+#pragma once
+
+#include "kernels.h"
+#include "write.h"
+
+extern "C" {
+
+// What all layers of a step share. Fields that belong to a layer are left out of ``write`` and ``attention``.
+struct foveate_whole_step {
+    foveate_write write;
+    foveate_attention attention;
+    const int64_t* owners;  // [S] rows of ``keys_read``
+    double* keys_read;      // [owners, 2]: key reads done, and those of dense attention; added to
+};
+
+struct foveate_whole_layer {
+    void* keys;             // the pages of the layer, as in ``foveate_write``
+    void* values;
+    float* key_scales;
+    float* value_scales;
+    float* stats[6];        // key sum, min, max, value sum, min, max
+    const float* sinks;
+    int64_t query_token_stride;
+    int64_t key_token_stride;
+    int64_t value_token_stride;
+    int32_t rotates;
+    int32_t farthest;
+    float scale;
+    float softcap;
+};
+
+// ``query [T, H, D]``, ``key`` and ``value [T, G, D]``, the heads of a token dense; ``out [T, H, D]`` dense. Queries are
+// rotated where they lie. 0, 1 when no memory was left, or 2 when a slot lies behind the last page.
+FOVEATE_API int32_t foveate_whole_run(const foveate_whole_step* step, const foveate_whole_layer* layer, void* query,
+                                      const void* key, const void* value, void* out);
+
+FOVEATE_API int32_t foveate_whole_step_size(void);
+FOVEATE_API int32_t foveate_whole_layer_size(void);
+}

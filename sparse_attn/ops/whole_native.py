@@ -1,0 +1,152 @@
+"""Decode of queries that read every key: rotation, writing and attention of a layer in one call of the kernels.
+
+What is the same in all layers of a step, and what is the same in all steps of a layer, is prepared; a call hands over
+four addresses. Checking shapes, and asking who reads what, cost more than attention itself on short contexts.
+"""
+
+from __future__ import annotations
+
+import weakref
+
+import torch
+
+from foveate.kv_cache.view import LayerPages, PagedView
+
+from ..protocol import AttentionSpec, Phase, StepGroup, StepState
+from . import attention_native, write_native
+from .native import DTYPES, ISAS, NO_END, WholeLayer, WholeStep, library
+
+# What is kept of a step in ``Rows.plans``.
+_PLAN = "whole_native"
+
+
+class PreparedStep:
+    """What all layers of a decode step share.
+
+    Args:
+        step: Of one decode group.
+        heads: H.
+        cos: ``[..., R]``, T rows, dense, of the queries' type.
+        sin: Likewise.
+    """
+
+    def __init__(self, step: StepState, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        kernels = attention_native.opened()
+        (group,) = step.groups
+        rows, pages = group.rows, step.pool.layer(0)
+        owners = group.owner_index(step.keys_read.device)
+        lse = torch.empty((rows.num_queries, heads), dtype=torch.float32)
+        self._alive = (rows, cos, sin, owners, lse, step.slots)
+        dim, threads, dtype = pages.keys.shape[3], torch.get_num_threads(), DTYPES[cos.dtype]
+        self.call = WholeStep(owners=owners.data_ptr(), keys_read=step.keys_read.data_ptr())
+        write, attention = self.call.write, self.call.attention
+        write.slots, write.cos, write.sin = step.slots.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        write.query_head_stride = write.key_head_stride = write.value_head_stride = dim
+        write.num_tokens, write.num_pages = rows.num_queries, pages.keys.shape[0]
+        write.num_heads, write.num_kv_heads = heads, pages.keys.shape[1]
+        write.head_dim, write.rotary_dim, write.page_size = dim, cos.shape[-1], pages.page_size
+        write.dtype, write.num_threads = dtype, threads
+        attention.lse, attention.block_tables = lse.data_ptr(), rows.block_tables.data_ptr()
+        attention.context_lens, attention.query_offsets = rows.context_lens.data_ptr(), rows.query_offsets.data_ptr()
+        attention.query_head_stride, attention.table_stride = dim, rows.block_tables.stride(0)
+        attention.num_sequences, attention.num_heads = rows.num_sequences, heads
+        attention.num_kv_heads, attention.head_dim, attention.page_size = pages.keys.shape[1], dim, pages.page_size
+        attention.dtype, attention.isa, attention.num_threads = dtype, ISAS.index(kernels.isa), threads
+
+    @classmethod
+    def of(
+        cls, step: StepState, heads: int, dtype: torch.dtype, cos: torch.Tensor, sin: torch.Tensor
+    ) -> PreparedStep | None:
+        """Made once per step and rotation; ``None`` if the kernels cannot compute it.
+
+        They take decode steps of one group with nobody looking on, and what ``ops.rotate_write_kv`` and ``ops.decode``
+        leave to compiled kernels.
+        """
+        if len(step.groups) != 1:
+            return None
+        plans = step.groups[0].rows.plans
+        name = _PLAN, cos.data_ptr()  # layers may rotate by different frequencies
+        if name not in plans:
+            fits = _fits(step, step.groups[0], heads, dtype, cos, sin)
+            plans[name] = cls(step, heads, cos, sin) if fits else None
+        prepared: PreparedStep | None = plans[name]
+        return prepared
+
+
+def _fits(
+    step: StepState, group: StepGroup, heads: int, dtype: torch.dtype, cos: torch.Tensor, sin: torch.Tensor
+) -> bool:
+    if group.phase is not Phase.DECODE or step.observer is not None or cos.device.type != "cpu" or library() is None:
+        return False
+    pages = step.pool.layer(0)
+    tokens, dim = group.rows.num_queries, pages.keys.shape[3]
+    query = torch.empty((tokens, heads, dim), dtype=dtype)
+    key = torch.empty((tokens, pages.keys.shape[1], dim), dtype=dtype)
+    return (
+        group.start == 0
+        and tokens == group.rows.num_sequences
+        and step.slots.dtype == torch.int64
+        and step.slots.is_contiguous()
+        and step.keys_read.device.type == "cpu"
+        and write_native.supports(key, key, pages)
+        and cos.numel() == tokens * cos.shape[-1]
+        and write_native.rotates(query, key, cos.flatten(0, -2), sin.flatten(0, -2))
+        and attention_native.supports(query, PagedView(pages, group.rows), AttentionSpec(1.0))
+    )
+
+
+class PreparedLayer:
+    """What all steps of a layer share.
+
+    Args:
+        pages: Of the layer.
+        spec: Its facts; causal, its scale above 0.
+        rotates: Whether queries and keys are rotated.
+        strides: Elements from one token's queries to the next one's, and of keys and values.
+    """
+
+    def __init__(self, pages: LayerPages, spec: AttentionSpec, rotates: bool, strides: tuple[int, int, int]) -> None:
+        self._kernels = attention_native.opened()
+        # No strong reference: the layer outlives the pool. Declaring a statistic leaves the keys where they are.
+        self._keys, self._num_stats = weakref.ref(pages.keys), len(pages.stats)
+        self._sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
+        self._call = WholeLayer(
+            keys=pages.keys.data_ptr(),
+            values=pages.values.data_ptr(),
+            key_scales=None if pages.key_scales is None else pages.key_scales.data_ptr(),
+            value_scales=None if pages.value_scales is None else pages.value_scales.data_ptr(),
+            sinks=None if self._sinks is None else self._sinks.data_ptr(),
+            query_token_stride=strides[0],
+            key_token_stride=strides[1],
+            value_token_stride=strides[2],
+            rotates=rotates,
+            farthest=NO_END if spec.band.farthest is None else spec.band.farthest,
+            scale=spec.scale,
+            softcap=spec.softcap,
+        )
+        for stat, kept in pages.stats.items():
+            setattr(self._call, stat.name, kept.data_ptr())
+
+    def is_for(self, pages: LayerPages) -> bool:
+        """Was it made for these pages, with the statistics that they have now?"""
+        return self._keys() is pages.keys and self._num_stats == len(pages.stats)
+
+    def run(self, step: PreparedStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """``query [T, H, D]``, ``key`` and ``value [T, G, D]`` as they left their projections, to ``[T, H * D]``.
+
+        The queries are given up. Books the reads.
+
+        Raises:
+            MemoryError: no memory was left.
+            IndexError: a slot lies behind the last page.
+        """
+        tokens, heads, dim = query.shape
+        out = torch.empty((tokens, heads * dim), dtype=query.dtype)
+        code = self._kernels.whole(
+            step.call, self._call, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
+        )
+        if code == 1:
+            raise MemoryError("no memory for the scratch space of the attention kernels")
+        if code:
+            raise IndexError(f"a slot lies behind the {step.call.write.num_pages} pages")
+        return out

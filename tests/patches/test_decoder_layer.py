@@ -1,0 +1,172 @@
+"""Fused decoder layers compute what the stock ones do, and make way wherever somebody looks into a layer's parts."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+import foveate
+from foveate.patches.decoder_layer import FusedLayer, fused_layers
+from foveate.patches.glu import NativeGlu, glu, name_of
+from foveate.patches.residual import watch_residual
+from foveate.patches.tune import tune
+from foveate.sparse_attn.ops.native import library
+
+if library() is None:
+    pytest.skip("the native CPU kernels were not built", allow_module_level=True)
+
+# Families whose layers have the parts that are known; the others are served as they are.
+FUSED = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "olmo2", "smollm3")
+OTHERS = ("phi3", "gpt_oss", "cohere")
+ISAS = tuple(isa for isa in library().isas if isa in ("avx2", "avx512"))
+
+
+def tuned(model: torch.nn.Module) -> torch.nn.Module:
+    copied = copy.deepcopy(model).requires_grad_(False)
+    tune(copied)
+    return copied
+
+
+def logits_of(model: torch.nn.Module, ids: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Of a prompt, and of the tokens behind it one by one."""
+    with torch.inference_mode():
+        out = model(ids[:, :prompt], use_cache=True)
+        parts = [out.logits]
+        for place in range(prompt, ids.shape[1]):
+            out = model(ids[:, place : place + 1], past_key_values=out.past_key_values, use_cache=True)
+            parts.append(out.logits)
+    return torch.cat(parts, dim=1)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """How often each of the two ways was gone."""
+    made = {"fused": 0, "prepared": 0}
+    compute, run = FusedLayer.compute, foveate.sparse_attn.ops.whole_native.PreparedLayer.run
+
+    def counted(name, function):
+        def count(*args):
+            made[name] += 1
+            return function(*args)
+
+        return count
+
+    monkeypatch.setattr(FusedLayer, "compute", counted("fused", compute))
+    monkeypatch.setattr(foveate.sparse_attn.ops.whole_native.PreparedLayer, "run", counted("prepared", run))
+    return made
+
+
+@pytest.mark.parametrize("family", FUSED)
+def test_logits_are_those_of_stock_attention(family, tiny, tokens, calls):
+    model, ids = tiny(family), tokens(1, 60)
+    faster = tuned(model)
+    layers = len(list(fused_layers(faster)))
+    assert layers == model.config.num_hidden_layers
+    expected = logits_of(model, ids, 50)
+    before = calls["fused"]
+    with foveate.attach(faster):
+        got = logits_of(faster, ids, 50)
+    assert calls["fused"] - before == 11 * layers
+    assert calls["prepared"] == 10 * layers
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_layers_of_other_parts_are_left_alone(family, tiny):
+    assert not list(fused_layers(tuned(tiny(family))))
+
+
+def test_a_layer_that_computes_something_else_is_left_alone(tiny):
+    model = copy.deepcopy(tiny("granite")).requires_grad_(False)
+    model.model.layers[1].residual_multiplier = 0.5
+    tune(model)
+    assert [layer._layer for layer in fused_layers(model)] == [model.model.layers[0], model.model.layers[2]]
+
+
+@pytest.mark.parametrize("policy", [{"scheme": "streaming", "budget_tokens": 16}, {"scheme": "quest"}, "dense"])
+def test_schemes_read_the_same_keys(policy, tiny, tokens):
+    model, ids = tiny("qwen2"), tokens(1, 90)
+    results = []
+    for one in (copy.deepcopy(model).requires_grad_(False), tuned(model)):
+        with foveate.attach(one, policy) as attached:
+            results.append((logits_of(one, ids, 80), attached.keys_read_fraction))
+    torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
+    assert results[1][1] == results[0][1]
+
+
+def test_weights_are_held_once_and_modules_still_work(tiny, tokens):
+    model, ids = tiny("llama"), tokens(1, 20)
+    faster = tuned(model)
+    attention = faster.model.layers[0].self_attn
+    shared = {getattr(attention, name).weight.untyped_storage().data_ptr() for name in ("q_proj", "k_proj", "v_proj")}
+    assert len(shared) == 1
+    with torch.inference_mode():
+        torch.testing.assert_close(faster(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+    with foveate.attach(faster), torch.inference_mode():
+        faster(ids)
+    with torch.inference_mode():  # detached: attention is the model's own again
+        torch.testing.assert_close(faster(ids).logits, model(ids).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_hooks_on_the_parts_of_a_layer_see_what_they_saw(tiny, tokens):
+    model, ids = tiny("llama"), tokens(1, 20)
+    seen = []
+    for one in (copy.deepcopy(model).requires_grad_(False), tuned(model)):
+        updates = []
+        with (
+            foveate.attach(one),
+            torch.inference_mode(),
+            watch_residual(one, lambda layer, residual, update, into=updates: into.append(update.clone())),
+        ):
+            one(ids)
+        seen.append(torch.stack(updates))
+    torch.testing.assert_close(seen[1], seen[0], rtol=1e-4, atol=1e-5)
+
+
+def test_padded_batches_go_the_stock_way(tiny, tokens, calls):
+    model, ids = tiny("llama"), tokens(2, 20)
+    mask = torch.ones_like(ids)
+    mask[0, :7] = 0
+    faster = tuned(model)
+    before = calls["fused"]
+    with torch.inference_mode():
+        expected = model(ids, attention_mask=mask).logits
+        with foveate.attach(faster):
+            got = faster(ids, attention_mask=mask).logits
+    assert calls["fused"] == before
+    torch.testing.assert_close(got[mask.bool()], expected[mask.bool()], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("activation", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 1), (3, 37), (40, 1536)], ids=str)
+def test_glu_equals_its_reference(isa, activation, dtype, shape):
+    rows, width = shape
+    joint = (torch.randn(rows, 2 * width, generator=torch.Generator().manual_seed(0)) * 8).to(dtype)
+    expected = glu(joint[:, :width], joint[:, width:], activation)
+    got = NativeGlu(activation, isa=isa)(joint)
+    # The reference takes 1 + tanh, which is off by 2^-24 of the product; measured: 2e-7. In bfloat16 a result
+    # between two steps may be rounded to either.
+    product = (joint[:, :width].float() * joint[:, width:].float()).abs()
+    allowed = 5e-7 * product + (2**-7 * expected.float().abs() if dtype is torch.bfloat16 else 0)
+    assert bool(((got.float() - expected.float()).abs() <= allowed).all())
+
+
+def test_glu_of_extremes():
+    joint = torch.tensor([[-1e30, -200.0, 200.0, float("nan"), 1.0, 1.0, 1.0, 1.0]])
+    for activation in ("silu", "gelu_tanh"):
+        small, least, large, odd = NativeGlu(activation)(joint)[0].tolist()
+        assert abs(least) < 1e-30
+        assert large == 200.0
+        assert odd != odd
+        assert abs(small) < 1e-6
+
+
+def test_activations_are_known_by_what_they_compute():
+    assert name_of(torch.nn.SiLU()) == "silu"
+    assert name_of(torch.nn.GELU(approximate="tanh")) == "gelu_tanh"
+    assert name_of(torch.nn.GELU()) is None
+    assert name_of(torch.nn.ReLU()) is None
