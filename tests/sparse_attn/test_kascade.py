@@ -188,6 +188,17 @@ def test_every_layer_an_anchor_is_oracle_top_k():
     close(model.run(0, 150), oracle_prefill(model, lambda start: 17, every, identity))
 
 
+@pytest.mark.parametrize("scored", [0, 8])
+def test_exact_topk_is_kascade_with_every_layer_an_anchor(scored):
+    everywhere, identity = list(range(LAYERS)), [[0, 1]] * LAYERS
+    same = PURE | {"budget_tokens": 20, "scored_queries": scored}
+    outs = [
+        Model(150, scheme).run(0, 150)
+        for scheme in (build(everywhere, identity, **same), registry.build("exact_topk", **same))
+    ]
+    assert torch.equal(*outs)
+
+
 @pytest.mark.parametrize("options", [{"budget_fraction": 1.0, "min_budget_tokens": 0}, {}], ids=["whole", "floor-128"])
 def test_a_budget_of_everything_is_dense(options):
     length = 160 if options else 128
