@@ -20,11 +20,11 @@ from tqdm import tqdm
 MODEL = "smollm2-135m"
 DOCUMENT = Path(__file__).parent / "data" / "gpl-3.0.txt"
 # A model of 135M parameters finds a fact when the prompt ends where the fact would go on; asked as a question in a
-# chat, it often does not. The sentence stands near the end of the document, within reach of sinks and window.
-QUESTION = "\n\nReminder. The GNU General Public License does not permit incorporating your program into"
-ANSWER = "proprietary programs"
+# chat, it often does not. The sentence stands in the middle of the document: sinks and a window alone do not find it.
+QUESTION = '\n\nReminder. An "entity transaction" is a transaction transferring'
+ANSWER = "control of an organization"
 NEW_TOKENS = 24
-SPARSE = {"scheme": "streaming", "budget_tokens": 1024, "dense_tail_tokens": 128}
+SPARSE = {"scheme": "kascade", "tile_tokens": 64, "scored_queries": 8}
 
 
 @dataclass(frozen=True, slots=True)
