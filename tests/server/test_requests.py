@@ -59,11 +59,12 @@ def make(model_dir):
     def make(seconds=0.01, settings=None, **options):
         options = {"max_batch_tokens": CHUNK, "page_size": 16, "kv_cache_gib": 0.02, "prefix_reuse": False, **options}
         engine = Engine.load(EngineOptions(model_dir, dtype="float32", **options))
-        engines.append(engine)
-        return engine, Slowed(engine, seconds), create_app(engine, Settings(model="m", **(settings or {})))
+        engines.append((engine, slowed := Slowed(engine, seconds)))
+        return engine, slowed, create_app(engine, Settings(model="m", **(settings or {})))
 
     yield make
-    for engine in engines:
+    for engine, slowed in engines:
+        slowed.gate.set()
         engine.shutdown(0)
 
 
