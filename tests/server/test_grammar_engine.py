@@ -238,7 +238,7 @@ def test_preempted_answers_keep_their_place(llm, model_dir, compiled):
         for number, grammar in enumerate(grammars * 3)
     ]
     roomy = at_once(llm.engine, requests)
-    with make(model_dir, prefix_reuse=False, kv_cache_gib=SMALL_GIB) as tight:
+    with make(model_dir, prefix_reuse=False, kv_cache_gib=SMALL_GIB, step_seconds=1e3) as tight:
         cramped = at_once(tight.engine, requests)
         preempted = tight.engine.snapshot().preemptions
     assert cramped == roomy
