@@ -94,9 +94,9 @@ def serving(options: list[str], threads: int) -> Iterator[tuple[str, subprocess.
                 )
             finally:
                 process.kill()
-        tail = log.read_text(encoding="utf-8")[-3000:]
-        if "Traceback" in tail:
-            print(tail, file=sys.stderr)
+        said = log.read_text(encoding="utf-8")
+        first = min((at for at in (said.find("ERROR"), said.find("Traceback")) if at >= 0), default=len(said))
+        print(said[first:][:6000], end="", file=sys.stderr)  # what went wrong first says the most
 
 
 class Caller:
