@@ -26,11 +26,14 @@ class Launch:
     @property
     def options(self) -> dict[str, Any]:
         """Compile options; fused multiply-add is asked for by name, as Triton's default is to change."""
-        return {
+        options = {
             "num_warps": self.tiling.num_warps,
             "num_stages": self.tiling.num_stages,
             "enable_fp_fusion": True,
         }
+        if self.tiling.most_registers and not torch.version.hip:
+            options["maxnreg"] = self.tiling.most_registers
+        return options
 
     def run(self) -> None:
         self.kernel[self.grid](**self.arguments, **self.options)

@@ -32,12 +32,14 @@ class Tiling:
         keys: Keys per step of its loop.
         num_warps: Warps (wavefronts on AMD).
         num_stages: Depth of the load pipeline.
+        most_registers: Per thread on NVIDIA; 0 leaves it to the compiler, which may stop early and spill.
     """
 
     rows: int
     keys: int
     num_warps: int
     num_stages: int
+    most_registers: int = 0
 
 
 # By unit and head dim. Three stages: one for the load from the block table, one for K and V, one for the products.

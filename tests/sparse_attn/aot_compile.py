@@ -26,8 +26,10 @@ from foveate.kv_cache.view import LayerPages, PagedView, Rows
 from foveate.sparse_attn.ops import (
     anchor_triton,
     antidiagonal_triton,
+    block_gate_triton,
     boundaries_triton,
     decode_triton,
+    gathered_triton,
     key_change_triton,
     page_bounds_triton,
     prefill_triton,
@@ -150,6 +152,23 @@ def chunking(dim: int, page_size: int) -> list[Launch]:
     ]
 
 
+def gating(group: int, dim: int, block: int, top_k: int, pooled: bool = False) -> list[Launch]:
+    """MoBA's choice of blocks, and the reading of it with queries gathered per block."""
+    view = PagedView(pages(8, dim, 32), rows_of((32768,), (512,), 32))
+    query = torch.empty(512, 8 * group, dim, dtype=torch.bfloat16, device="meta")
+    tiles = Tiles.of(view.rows, 1)
+    indices = torch.empty(512, 8 if pooled else 8 * group, top_k, dtype=torch.int32, device="meta")
+    selection = Selection(indices, indices[..., 0], block, tiles)
+    means = torch.empty(1, 8, 32768 // block, dim, device="meta")
+    candidates = torch.empty_like(tiles.position), torch.empty_like(tiles.position)
+    spec, lse = AttentionSpec(dim**-0.5), torch.empty(query.shape[:2], device="meta")
+    return [
+        block_gate_triton.mean_plan(view, block, means),
+        block_gate_triton.gate_plan(query, view, block, candidates, means, indices, indices[..., 0]),
+        *gathered_triton.launches(query, view, selection, spec, torch.empty_like(query), lse),
+    ]
+
+
 def cases() -> Iterator[tuple[str, list[Launch]]]:
     """SmolLM2 (D 64, group 3), phi-2 (80, 1), Llama 3 70B and 8B (128, 8 and 4), Gemma (256, 4), gpt-oss (64, 8)."""
     sinks = torch.empty(64, dtype=torch.bfloat16, device="meta")
@@ -182,6 +201,9 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
     yield "chunks-d64", chunking(64, 32)
     yield "chunks-d80", chunking(80, 64)
     yield "chunks-d256", chunking(256, 64)
+    yield "gated-d64-g3", gating(3, 64, 64, 16)
+    yield "gated-d128-g8-pooled-block128", gating(8, 128, 128, 8, True)
+    yield "gated-d256-g4", gating(4, 256, 64, 16)
 
 
 def compile_launch(launch: Launch, target: GPUTarget) -> triton.compiler.CompiledKernel:
@@ -239,7 +261,7 @@ def main() -> None:
     target, unit = TARGETS[sys.argv[1]]
     for module in (
         prefill_triton, decode_triton, anchor_triton, antidiagonal_triton, threshold_prefill_triton,
-        threshold_decode_triton,
+        threshold_decode_triton, gathered_triton,
     ):  # fmt: skip
         module.unit_of = lambda device: unit
     results = []

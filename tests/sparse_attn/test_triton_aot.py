@@ -80,6 +80,9 @@ def test_products_run_on_the_tensor_core(target, compiled):
     assert [len(names) for names in anchored.values()] == [4, 2]
     for phase, product in PRODUCT.items():
         assert all(product[target] in names for names in anchored[phase]), anchored
+    gated = [held[case] for case in held if case.endswith(("/block_gate_kernel", "/gathered_kernel"))]
+    assert len(gated) == 6
+    assert all({PREFILL_PRODUCT[target], DECODE_PRODUCT[target]} & {*names} for names in gated), held
     # The widest tile is a tile of prefill; the others are too few rows for wgmma and tcgen05.
     assert all(PREFILL_PRODUCT[target] in names or DECODE_PRODUCT[target] in names for names in antidiagonal.values())
     assert PREFILL_PRODUCT[target] in antidiagonal["antidiagonal-d128-g8-s4/antidiagonal_kernel"]
