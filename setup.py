@@ -41,6 +41,8 @@ INSTRUCTION_SETS = {
     "gate_avx512": AVX512,
     "norm_avx2": AVX2,
     "norm_avx512": AVX512,
+    "scan_avx2": AVX2,
+    "scan_avx512": AVX512,
     "glu_avx2": AVX2,
     "glu_avx512": AVX512,
     "write_avx2": AVX2,
@@ -49,7 +51,8 @@ INSTRUCTION_SETS = {
     "linear_avx512vnni": [*AVX512, "-mavx512vnni"],
     "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
-SHARED = ("dispatch", "anchor", "gate", "norm", "glu", "write", "whole", "linear")  # sources that choose among them
+# Sources that choose among them, or are the same for all.
+SHARED = ("dispatch", "anchor", "gate", "scan", "pick", "keep", "norm", "glu", "write", "whole", "linear")
 
 
 def compiler() -> str:

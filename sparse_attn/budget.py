@@ -10,6 +10,7 @@ from dataclasses import replace
 
 import torch
 
+from .ops import keep_native
 from .protocol import Phase, Scheme, SchemeOptions
 from .selection import Plan, Selection, Tiles
 
@@ -29,6 +30,10 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
     size = selection.granularity
     tiles = selection.tiles
     own = _keeps_own(scheme, phase)
+    if not (own or options.window_tokens or options.sink_tokens):
+        return selection
+    if keep_native.supports(selection.indices):
+        return keep_native.keep(selection, *_runs(tiles, size, options, own))
     heads = selection.indices.shape[1]
     parts = [selection.indices]
     # No wider than the longest context, or a large number would cost its width on short prompts.
@@ -43,7 +48,26 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
         if not own:  # then a decode query's window still begins right before it
             kept = torch.where(kept * size < _tile_start(tiles)[:, None], kept, -1)
         parts.append(kept[:, None, :].expand(-1, heads, -1))
-    return _distinct(torch.cat(parts, dim=2), selection) if len(parts) > 1 else selection
+    return _distinct(torch.cat(parts, dim=2), selection)
+
+
+def _runs(
+    tiles: Tiles, size: int, options: SchemeOptions, own: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
+    """What ``keep`` adds to each row, as ``keep_native.keep`` takes it; worked out once per step."""
+    key = ("kept", size, options.sink_tokens, options.window_tokens, own)
+    if key not in tiles.plans:
+        runs = []
+        for *_, count, position in tiles.host:
+            start, last = position // tiles.size * tiles.size, (position + count - 1) // size
+            sinks = min(-(-options.sink_tokens // size), last + 1)
+            first = max(start - options.window_tokens, 0) // size if own or options.window_tokens else last + 1
+            runs.append((sinks, first, last if own else min(last, (start - 1) // size)))
+        most = max((sinks + max(last - first + 1, 0) for sinks, first, last in runs), default=0)
+        columns = torch.tensor(runs, dtype=torch.int32).reshape(-1, 3).unbind(1)
+        tiles.plans[key] = *(column.contiguous() for column in columns), most
+    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] = tiles.plans[key]
+    return found
 
 
 def free_units(tiles: Tiles, scheme: Scheme, size: int, phase: Phase) -> tuple[torch.Tensor, torch.Tensor]:
@@ -60,12 +84,17 @@ def free_units(tiles: Tiles, scheme: Scheme, size: int, phase: Phase) -> tuple[t
         ``end <= first``. No candidate lies behind the tile's first query.
     """
     options = scheme.options
+    key = ("free", size, phase, options.sink_tokens, options.window_tokens, _keeps_own(scheme, phase))
+    if key in tiles.plans:
+        found: tuple[torch.Tensor, torch.Tensor] = tiles.plans[key]
+        return found
     start = _tile_start(tiles)
     if options.window_tokens or _keeps_own(scheme, phase):
         end = (start - options.window_tokens).clamp(min=0) // size
     else:
         end = (start + size) // size if phase is Phase.DECODE else start // size
     first = torch.full_like(end, -(-options.sink_tokens // size))
+    tiles.plans[key] = first, end
     return first, end
 
 
@@ -94,14 +123,7 @@ def _own_units(tiles: Tiles, size: int, window_tokens: int) -> torch.Tensor:
 
 
 def _distinct(indices: torch.Tensor, selection: Selection) -> Selection:
-    """Sorts each row, drops repeats, pads by -1 at the end.
-
-    A scheme that chooses among ``free_units`` alone comes in order already, in decode without a gap: sorting took
-    0.5 ms per layer for 3,600 keys, looking takes a tenth of that. A GPU would have to be waited for.
-    """
-    if indices.device.type == "cpu" and _ascending(indices):
-        counts = torch.full(indices.shape[:2], indices.shape[2], dtype=torch.int32)
-        return Selection(indices, counts, selection.granularity, selection.tiles)
+    """Sorts each row, drops repeats, pads by -1 at the end."""
     big = torch.iinfo(torch.int32).max
     ordered = torch.where(indices < 0, big, indices).sort(dim=2).values
     repeated = torch.zeros_like(ordered, dtype=torch.bool)
@@ -109,11 +131,6 @@ def _distinct(indices: torch.Tensor, selection: Selection) -> Selection:
     ordered = ordered.masked_fill(repeated, big).sort(dim=2).values
     counts = (ordered < big).sum(dim=2, dtype=torch.int32)
     return Selection(torch.where(ordered == big, -1, ordered), counts, selection.granularity, selection.tiles)
-
-
-def _ascending(indices: torch.Tensor) -> bool:
-    """Is every row without repeats and padding, and in order?"""
-    return bool((indices[..., 0] >= 0).all()) and bool((indices[..., 1:] > indices[..., :-1]).all())
 
 
 def spans(start: int, stop: int, prompt_tokens: int, options: SchemeOptions) -> list[tuple[int, int, bool]]:

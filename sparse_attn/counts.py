@@ -8,6 +8,7 @@ import torch
 
 from foveate.kv_cache.view import Rows
 
+from .ops import keep_native
 from .protocol import LayerCall, StepGroup, StepState
 from .selection import Band, Plan, Segment, Selection
 
@@ -58,6 +59,8 @@ def _is_carried(plan: Plan, group: StepGroup) -> bool:
 
 def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
     """``[S]`` float64: (query, key) pairs that a selection reads within a band, over ``heads`` query heads."""
+    if keep_native.supports(selection.indices):
+        return keep_native.pairs(selection, rows.num_sequences, band) * (heads / selection.indices.shape[1])
     seen = _pairs_behind(selection, band.nearest)
     if band.farthest is not None:
         seen -= _pairs_behind(selection, max(band.farthest, band.nearest))

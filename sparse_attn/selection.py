@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
 import torch
 
@@ -49,6 +49,7 @@ class Tiles:
         query_count: ``[R]`` int32.
         position: ``[R]`` int32, the position of its first query.
         host: The same four numbers per tile on the host.
+        plans: What was worked out from these tiles for one layer, kept for the other layers of the step.
     """
 
     size: int
@@ -57,6 +58,7 @@ class Tiles:
     query_count: torch.Tensor
     position: torch.Tensor
     host: tuple[tuple[int, int, int, int], ...]
+    plans: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, rows: Rows, size: int) -> Tiles:

@@ -10,9 +10,9 @@ from foveate.kv_cache.stats import KEY_MAX, KEY_MIN
 from foveate.kv_cache.view import PagedView
 
 from ..selection import Tiles
-from . import page_bounds_torch, reference_page_bounds
+from . import page_bounds_torch, reference_page_bounds, scan_native
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "native", "triton"]
 
 
 def page_bounds(query: torch.Tensor, view: PagedView, tiles: Tiles, *, backend: Backend | None = None) -> torch.Tensor:
@@ -43,11 +43,20 @@ def page_bounds(query: torch.Tensor, view: PagedView, tiles: Tiles, *, backend: 
     missing = [stat.name for stat in (KEY_MIN, KEY_MAX) if stat not in view.pages.stats]
     if missing:
         raise ValueError(f"the pages do not keep {', '.join(missing)}")
-    chosen = backend or ("triton" if query.is_cuda else "torch")
+    chosen = backend or _default_backend(query, view, tiles)
     if chosen == "triton":
         from . import page_bounds_triton
 
         return page_bounds_triton.page_bounds(query, view, tiles)
+    if chosen == "native":
+        return scan_native.page_bounds(query, view)
     if chosen == "torch":
         return page_bounds_torch.page_bounds(query, view, tiles)
     return reference_page_bounds.page_bounds(query, view, tiles)
+
+
+def _default_backend(query: torch.Tensor, view: PagedView, tiles: Tiles) -> Backend:
+    if query.is_cuda:
+        return "triton"
+    # Tiles of many queries are products of matrices, which torch does better.
+    return "native" if tiles.size == 1 and scan_native.bounds_pages(query, view) else "torch"

@@ -10,9 +10,9 @@ from foveate.kv_cache.stats import KEY_SUM
 from foveate.kv_cache.view import PagedView
 
 from ..selection import Tiles
-from . import reference_sums, sums_torch
+from . import reference_sums, scan_native, sums_torch
 
-Backend = Literal["reference", "torch", "triton"]
+Backend = Literal["reference", "torch", "native", "triton"]
 
 
 def tile_sums(query: torch.Tensor, tiles: Tiles) -> torch.Tensor:
@@ -50,9 +50,10 @@ def unit_sums(view: PagedView, size: int, *, backend: Backend | None = None) -> 
         return reference_sums.unit_sums(view, size)
     if size % view.page_size == 0:
         return sums_torch.whole_page_sums(view, size)
-    if (backend or _default_backend(view)) == "triton":
+    chosen = backend or _default_backend(view)
+    if chosen in ("triton", "native"):
         start, length = sums_torch.regular_ranges(view, size)
-        return chunk_sums(view, start, length, backend="triton")
+        return chunk_sums(view, start, length, backend=chosen)
     return sums_torch.part_page_sums(view, size)
 
 
@@ -82,6 +83,8 @@ def chunk_sums(
         from . import sums_triton
 
         return sums_triton.chunk_sums(view, start, length)
+    if chosen == "native":
+        return scan_native.chunk_sums(view, start, length)
     if chosen == "torch":
         return sums_torch.chunk_sums(view, start, length)
     return reference_sums.chunk_sums(view, start, length)
@@ -113,14 +116,17 @@ def cut_sums(
         return reference_sums.cut_sums(view, size, cuts, ends)
     if size % view.page_size == 0:
         return sums_torch.cut_page_sums(view, size, cuts, ends)
-    if (backend or _default_backend(view)) == "torch":
+    chosen = backend or _default_backend(view)
+    if chosen == "torch":
         return sums_torch.cut_part_sums(view, size, cuts, ends)
     start, length = sums_torch.cut_ranges(view, size, cuts, ends)
-    return chunk_sums(view, start, length, backend="triton")
+    return chunk_sums(view, start, length, backend=chosen)
 
 
 def _default_backend(view: PagedView) -> Backend:
-    return "triton" if view.pages.keys.is_cuda else "torch"
+    if view.pages.keys.is_cuda:
+        return "triton"
+    return "native" if scan_native.sums_keys(view) else "torch"
 
 
 def _check_units(view: PagedView, size: int) -> None:

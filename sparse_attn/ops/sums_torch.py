@@ -119,11 +119,18 @@ def cut_ranges(
     view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple[int, ...]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``(start, length)`` ``[S, U + 1]`` int32 of the units before each cut, and of what lies behind it."""
-    device = view.rows.block_tables.device
-    cut, end = torch.tensor([cuts, ends], dtype=torch.int32).to(device, non_blocking=True)[..., None]
-    start = torch.arange(_units(cuts, size), device=device, dtype=torch.int32) * size
-    length = (cut - start).clamp(0, size)
-    return torch.cat([start.expand(len(cuts), -1), cut], 1), torch.cat([length, end - cut], 1)
+    key = ("cut_ranges", size, cuts, ends)
+    if key not in view.rows.plans:
+        device = view.rows.block_tables.device
+        cut, end = torch.tensor([cuts, ends], dtype=torch.int32).to(device, non_blocking=True)[..., None]
+        start = torch.arange(_units(cuts, size), device=device, dtype=torch.int32) * size
+        length = (cut - start).clamp(0, size)
+        view.rows.plans[key] = (
+            torch.cat([start.expand(len(cuts), -1), cut], 1),
+            torch.cat([length, end - cut], 1),
+        )
+    found: tuple[torch.Tensor, torch.Tensor] = view.rows.plans[key]
+    return found
 
 
 def cut_page_sums(view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple[int, ...]) -> torch.Tensor:

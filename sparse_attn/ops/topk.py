@@ -6,6 +6,8 @@ from typing import Literal
 
 import torch
 
+from . import pick_native
+
 _INDEX_BITS = 32
 _INDEX_MASK = (1 << _INDEX_BITS) - 1
 
@@ -17,6 +19,7 @@ def top_units(
     *,
     most: int | None = None,
     ties: Literal["lower", "higher"] = "lower",
+    backend: Literal["torch", "native"] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` candidates with the highest scores of each row, as a ``Selection`` wants them.
 
@@ -31,6 +34,7 @@ def top_units(
         most: No row chooses more; bounds the width of the result where ``k`` is a tensor.
         ties: Which of two units with equal scores is chosen first: the one with the lower index,
             or with the higher.
+        backend: For tests.
 
     Returns:
         ``(indices [R, K, M] int32, ascending and padded by -1, counts [R, K] int32)`` with
@@ -38,6 +42,10 @@ def top_units(
     """
     rows, kinds, units = scores.shape
     device = scores.device
+    if isinstance(candidates, tuple) and backend != "torch" and pick_native.supports(scores):
+        limits = torch.full((rows,), k) if isinstance(k, int) else k
+        width = max(min(k if isinstance(k, int) else units if most is None else most, units), 1)
+        return pick_native.top_units(scores, candidates, limits, width, ties == "higher")
     index = torch.arange(units, device=device)
     if isinstance(candidates, tuple):
         first, end = (part[:, None] for part in candidates)

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
+
+from . import pick_native
 
 
 def walk_chunks(
-    scores: torch.Tensor, start: torch.Tensor, length: torch.Tensor, room: torch.Tensor, width: int
+    scores: torch.Tensor,
+    start: torch.Tensor,
+    length: torch.Tensor,
+    room: torch.Tensor,
+    width: int,
+    *,
+    backend: Literal["torch", "native"] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Takes the chunks in order of score, and of each the first tokens, until the room is used.
 
@@ -22,6 +32,7 @@ def walk_chunks(
             What is read anyway (sinks, window, own tile) is left out by ``start`` and ``length``.
         room: ``[R]`` integer, tokens to take, at most ``width``.
         width: Bound of ``room`` on the host.
+        backend: For tests.
 
     Returns:
         ``(indices [R, K, width] int32, ascending and padded by -1, counts [R, K] int32)``.
@@ -33,6 +44,8 @@ def walk_chunks(
             torch.full((*shape, 1), -1, dtype=torch.int32, device=scores.device),
             torch.zeros(shape, dtype=torch.int32, device=scores.device),
         )
+    if backend != "torch" and pick_native.supports(scores):
+        return pick_native.walk_chunks(scores, start, length, room, width)
     spread = length.long()[:, None].expand(-1, kinds, -1)
     scores = scores.masked_fill(spread == 0, float("-inf"))
     order = torch.sort(scores, dim=-1, descending=True, stable=True).indices

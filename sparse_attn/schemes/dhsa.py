@@ -41,7 +41,7 @@ class _Offer:
     Attributes:
         table: The chunks of each sequence.
         unit: Tokens per selected index, and per number below.
-        norm: ``[S, C, 1, 1]`` float32, factor from the sum of a chunk's keys to what is scored.
+        norm: ``[S, C]`` float32, factor from the product with the sum of a chunk's keys to its score.
         start: ``[R, C]`` first unit that may be taken of each chunk.
         length: ``[R, C]`` units that may be taken.
         room: ``[R]`` units that a tile takes.
@@ -274,7 +274,7 @@ class Dhsa(Scheme):
         live = (table.live_from[owner] <= begun) & (begun < table.live_until[owner])
         stop = torch.minimum((start + length) // unit, end[:, None])
         start = torch.maximum(start // unit, first[:, None])
-        count = table.length.clamp(min=1).float()[..., None, None]
+        count = table.length.clamp(min=1).float()
         norm = count.rsqrt() if options.aggregate == "sqrt_length" else count.reciprocal()
         return _Offer(table, unit, norm, start, (stop - start).clamp(min=0) * live, room, width)
 
@@ -313,7 +313,7 @@ class Dhsa(Scheme):
     ) -> Selection:
         """Scores the chunks, whose key sums are ``sums`` ``[S, C, G, D]``, and walks them."""
         options = self.options
-        keys = sums * offer.norm
+        keys, norm = sums, offer.norm[:, None]
         asked = tile_sums(query, tiles)  # the norm of a tile's own length changes no order
         if options.share_heads == "all":
             keys, asked = keys.mean(2, keepdim=True), asked.mean(1, keepdim=True)
@@ -323,7 +323,7 @@ class Dhsa(Scheme):
         found = []
         step = max(1, SLAB_SCORES // max(asked[0, ..., 0].numel() * keys.shape[1], 1))
         for rows, owner, product in by_sequence(tiles, step, phase):
-            scores = torch.einsum(product, asked[rows], keys[owner]).flatten(1, 2)
+            scores = torch.einsum(product, asked[rows], keys[owner]).flatten(1, 2).mul_(norm[owner])
             found.append(walk_chunks(scores, offer.start[rows], offer.length[rows], offer.room[rows], offer.width))
         indices, counts = (torch.cat(parts) for parts in zip(*found, strict=True)) if len(found) > 1 else found[0]
         if options.share_heads == "all":

@@ -85,6 +85,42 @@ class GateCall(ctypes.Structure):
     )
 
 
+class ScanCall(ctypes.Structure):
+    """``foveate_scan`` of scan.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "key_scales", "low", "high")),
+        *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "start", "length", "out")),
+        *((name, ctypes.c_int64) for name in ("query_token_stride", "query_head_stride", "table_stride")),
+        *((name, ctypes.c_int64) for name in ("runs", "pages")),
+        *((name, ctypes.c_int32) for name in ("num_sequences", "num_heads", "num_kv_heads", "head_dim", "page_size")),
+        *((name, ctypes.c_int32) for name in ("dtype", "isa", "num_threads")),
+    )
+
+
+class PickCall(ctypes.Structure):
+    """``foveate_pick`` of pick.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("scores", "first", "end", "start", "length", "limit")),
+        *((name, ctypes.c_void_p) for name in ("indices", "counts")),
+        *((name, ctypes.c_int64) for name in ("rows", "kinds", "units", "width")),
+        *((name, ctypes.c_int32) for name in ("higher_ties", "num_threads")),
+    )
+
+
+class SelectionCall(ctypes.Structure):
+    """``foveate_selection`` of pick.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("indices", "sinks", "first", "last", "kept", "counts")),
+        *((f"tile_{name}", ctypes.c_void_p) for name in ("sequence", "count", "position")),
+        ("pairs", ctypes.c_void_p),
+        *((name, ctypes.c_int64) for name in ("rows", "kinds", "width", "kept_width", "granularity")),
+        *((name, ctypes.c_int64) for name in ("nearest", "farthest")),
+    )
+
+
 class NormCall(ctypes.Structure):
     """``foveate_norm`` of norm.h, field by field."""
 
@@ -167,6 +203,12 @@ class Library:
         decode: ``foveate_decode``.
         anchor: ``foveate_anchor_run``.
         gate: ``foveate_gate_run``.
+        scan_sums: ``foveate_scan_sums``.
+        scan_bounds: ``foveate_scan_bounds``.
+        pick_units: ``foveate_pick_units``.
+        pick_walk: ``foveate_pick_walk``.
+        keep: ``foveate_selection_keep``.
+        pairs: ``foveate_selection_pairs``.
         norm: ``foveate_norm_run``.
         glu: ``foveate_glu_run``.
         write: ``foveate_write_run``.
@@ -188,6 +230,9 @@ class Library:
             and self._size("foveate_threshold_size") == ctypes.sizeof(ThresholdCall)
             and self._size("foveate_anchor_size") == ctypes.sizeof(AnchorCall)
             and self._size("foveate_gate_size") == ctypes.sizeof(GateCall)
+            and self._size("foveate_scan_size") == ctypes.sizeof(ScanCall)
+            and self._size("foveate_pick_size") == ctypes.sizeof(PickCall)
+            and self._size("foveate_selection_size") == ctypes.sizeof(SelectionCall)
             and self._size("foveate_norm_size") == ctypes.sizeof(NormCall)
             and self._size("foveate_glu_size") == ctypes.sizeof(GluCall)
             and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
@@ -206,6 +251,12 @@ class Library:
         self.decode = self._function("foveate_decode", Call)
         self.anchor = self._function("foveate_anchor_run", AnchorCall)
         self.gate = self._function("foveate_gate_run", GateCall)
+        self.scan_sums = self._function("foveate_scan_sums", ScanCall)
+        self.scan_bounds = self._function("foveate_scan_bounds", ScanCall)
+        self.pick_units = self._function("foveate_pick_units", PickCall)
+        self.pick_walk = self._function("foveate_pick_walk", PickCall)
+        self.keep = self._function("foveate_selection_keep", SelectionCall)
+        self.pairs = self._function("foveate_selection_pairs", SelectionCall)
         self.norm = self._function("foveate_norm_run", NormCall)
         self.glu = self._function("foveate_glu_run", GluCall)
         self.write = self._function("foveate_write_run", WriteCall)
