@@ -57,6 +57,7 @@ class Attached:
         self._page_size = page_size
         self._num_pages = num_pages
         self._hook: StepHook | None = None
+        self._keys_read = [0.0, 0.0]  # by a hook that is gone
         rotary = ModelRotary(model) if scheme is not None and scheme.moves_positions else None
         self._implementations = [(config, config._attn_implementation_internal) for config in _configs(model)]
         try:
@@ -74,8 +75,8 @@ class Attached:
 
     @property
     def keys_read_fraction(self) -> float:
-        """Keys read so far over keys that dense attention would have read; 1 before the first pass."""
-        read, dense = (0.0, 0.0) if self._hook is None else self._hook.keys_read.tolist()
+        """Keys read so far over those of dense attention, also after ``detach``; 1 before the first pass."""
+        read, dense = self._keys_read if self._hook is None else self._hook.keys_read.tolist()
         return read / dense if dense else 1.0
 
     def detach(self) -> None:
@@ -83,6 +84,7 @@ class Attached:
         hook, self._hook = self._hook, None
         try:
             if hook is not None:
+                self._keys_read = hook.keys_read.tolist()
                 hook.remove()
         finally:
             before, self._implementations = self._implementations, []

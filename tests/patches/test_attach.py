@@ -116,6 +116,8 @@ def test_sparse_policy_reads_fewer_keys(llama, tokens):
         assert sparse.shape == (1, 154)
         assert attached.keys_read_fraction < 0.6
         got = llama(ids).logits
+        within = attached.keys_read_fraction
+    assert attached.keys_read_fraction == within
     # Queries that the budget covers read everything; later ones do not.
     assert torch.allclose(got[:, :36], want[:, :36], atol=1e-4)
     assert not torch.allclose(got[:, 100:], want[:, 100:], atol=1e-2)

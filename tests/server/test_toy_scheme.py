@@ -117,7 +117,7 @@ def test_http(client, engine):
         assert said in refused.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("command", ["serve", "generate"])
+@pytest.mark.parametrize("command", ["serve", "generate", "eval"])
 def test_command_line(command, capsys):
     with pytest.raises(SystemExit):
         cli.main([command, "--help"])
@@ -138,3 +138,11 @@ def test_engine(model_dir):
     assert answers[1].usage.keys_read_fraction == 1
     assert 0.5 < answers[2].usage.keys_read_fraction < 0.6
     assert answers[2].usage.scheme == "toy"
+
+
+def test_eval(model_dir, tmp_path, capsys):
+    command = ["eval", model_dir, "--dtype", "float32", "--tasks", "agreement", "--lengths", "256", "--samples", "1"]
+    text = tmp_path / "text"
+    text.write_text("A text of some length. " * 40)
+    assert cli.main([*command, "--text", str(text), "--scheme", "toy", "-o", str(tmp_path / "out")]) == 0
+    assert "toy" in capsys.readouterr().out
