@@ -67,7 +67,8 @@ def attention(
         logits = logits.masked_fill(~mask, float("-inf"))
         total = torch.logsumexp(logits, dim=-1)
         denominator = total if spec.sinks is None else torch.logaddexp(total, spec.sinks.float()[:, None])
-        weights = torch.exp(logits - denominator[..., None]).nan_to_num(0.0)
+        unseen = denominator.isneginf()[..., None]  # -inf less -inf would be NaN; NaN of a key stays
+        weights = torch.exp(logits - denominator[..., None]).masked_fill(unseen, 0.0)
         out[start:stop] = torch.einsum("hqk,hkd->qhd", weights, values)
         lse[start:stop] = total.T
         start = stop

@@ -254,6 +254,23 @@ def test_opening_the_library_runs_no_code_of_an_instruction_set():
     assert [line for line in symbols.splitlines() if "_GLOBAL__sub_I_isa" in line] == []
 
 
+@pytest.mark.parametrize("isa", native.library().isas)
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("bad", [3, 600, 699], ids="key{}".format)
+def test_a_key_that_is_not_a_number_is_told(isa, queries, bad):
+    """By every query that sees it and by no other, as the reference has it."""
+    view = make_view((700,), (queries,), 2, 64, torch.float32)
+    table = view.rows.host_block_tables[0]
+    view.pages.keys[table[bad // view.page_size], :, bad % view.page_size] = NAN
+    query = make_query(view, 4)
+    kernel = attention_native.decode if queries == 1 else attention_native.prefill
+    out, lse = kernel(query, view, None, AttentionSpec(0.2), isa=isa)
+    want, want_lse = reference.attention(query, view, None, AttentionSpec(0.2))
+    assert bool(want.isnan().any())
+    assert torch.equal(out.isnan(), want.isnan())
+    assert torch.equal(lse.isnan(), want_lse.isnan())
+
+
 def test_band_without_keys():
     view = make_view((20, 30), (20, 7), 2, 64, torch.float32)
     _, lse = attention_native.prefill(make_query(view, 4), view, None, AttentionSpec(0.2, band=Band(40, None)))

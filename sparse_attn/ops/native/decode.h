@@ -123,22 +123,23 @@ void decode_merge(const foveate_attention& call, int query, int kind, const floa
         const int head = kind * group + h;
         const int64_t place = int64_t(query) * call.num_heads + head;
         const float* own = partials + h * stride;
+        // A sum is 0 where no key was seen, and NaN where a logit was: NaN is passed on.
         float reference = -kInfinity, sum = 0.0f;
         for (int p = 0; p < parts; ++p) reference = larger(reference, own[p * group * stride]);
         for (int p = 0; p < parts; ++p) {
             const float* part = own + p * group * stride;
-            if (part[1] > 0.0f) sum += part[1] * std::exp2(part[0] - reference);
+            if (part[1] != 0.0f) sum += part[1] * std::exp2(part[0] - reference);
         }
-        const float lse = sum > 0.0f ? (reference + std::log2(sum)) / kLog2E : -kInfinity;
+        const float lse = sum != 0.0f ? (reference + std::log2(sum)) / kLog2E : -kInfinity;
         call.lse[place] = lse;
-        float share = sum > 0.0f ? 1.0f / sum : 0.0f;
-        if (call.sinks && sum > 0.0f) share /= 1.0f + std::exp(call.sinks[head] - lse);
+        float share = sum != 0.0f ? 1.0f / sum : 0.0f;
+        if (call.sinks && sum != 0.0f) share /= 1.0f + std::exp(call.sinks[head] - lse);
         T* out = static_cast<T*>(call.out) + place * dim;
         for (int d = 0; d < dim; d += W) {
             typename S::F total = S::zero();
             for (int p = 0; p < parts; ++p) {
                 const float* part = own + p * group * stride;
-                if (part[1] > 0.0f)
+                if (part[1] != 0.0f)
                     total = S::fma(S::load(part + 2 + d), S::set(std::exp2(part[0] - reference) * share), total);
             }
             S::store(out + d, total);

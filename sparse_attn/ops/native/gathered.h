@@ -156,10 +156,10 @@ void store_rows(const foveate_attention& call, const PrefillItem& item, const Ga
         const int head = item.kind * group + row % group;
         const int64_t place = int64_t(item.start + row / group) * call.num_heads + head;
         const float sum = state.sums[row];
-        const float lse = sum > 0.0f ? state.reference[row] * scale + std::log(sum) : -kInfinity;
+        const float lse = sum != 0.0f ? state.reference[row] * scale + std::log(sum) : -kInfinity;
         call.lse[place] = lse;
-        float share = sum > 0.0f ? 1.0f / sum : 0.0f;
-        if (call.sinks && sum > 0.0f) share /= 1.0f + std::exp(call.sinks[head] - lse);
+        float share = sum != 0.0f ? 1.0f / sum : 0.0f;
+        if (call.sinks && sum != 0.0f) share /= 1.0f + std::exp(call.sinks[head] - lse);
         const float* output = state.outputs + int64_t(row) * dim;
         T* target = static_cast<T*>(call.out) + place * dim;
         for (int d = 0; d < dim; d += Simd::W)

@@ -271,9 +271,9 @@ void store_outputs(const foveate_attention& call, const PrefillItem& item, Prefi
                 lost[lane] = result.lost;
                 continue;
             }
-            const float lse = sum > 0.0f ? state.reference[row] * scale + std::log(sum) : -kInfinity;
+            const float lse = sum != 0.0f ? state.reference[row] * scale + std::log(sum) : -kInfinity;
             call.lse[place[lane]] = lse;
-            if (sum > 0.0f)
+            if (sum != 0.0f)  // NaN is passed on
                 share[lane] = call.sinks ? 1.0f / (sum * (1.0f + std::exp(call.sinks[head] - lse))) : 1.0f / sum;
         }
         const F factor = Simd::load(share);
