@@ -34,7 +34,7 @@ class ExactTopkOptions(SchemeOptions):
         min_budget_tokens: Least that the share comes to.
         tile_tokens: Queries that share a choice in prefill, a power of two. Larger is cheaper.
         scored_queries: Queries of a tile, its last, that are scored and pooled (ours: scoring costs
-            by the query); 0 takes all.
+            by the query; 8 of 64 lost planted facts that all 64 found, SmolLM2-135M at 8,192 tokens); 0 takes all.
         dense_first_layers: First layers, read whole, since their attention is flat.
     """
 
@@ -45,7 +45,7 @@ class ExactTopkOptions(SchemeOptions):
     budget_fraction: float = 0.1
     min_budget_tokens: int = 128
     tile_tokens: int = 64
-    scored_queries: int = 8
+    scored_queries: int = 0
     dense_first_layers: int = 1
 
     def __post_init__(self) -> None:
@@ -68,8 +68,7 @@ class ExactTopk(Scheme):
     """The keys with the most exact attention, per tile of queries and KV head, in every layer.
 
     What Kascade's anchors do (arXiv:2512.16391, section 3), with every layer an anchor: the oracle
-    that other schemes are measured by, and a choice for models that have no profile. A few scored
-    queries per tile keep it cheap.
+    that other schemes are measured by, and a choice for models that have no profile.
 
     A tile of a prompt always reads its own tokens. In decode nothing is forced in, the newest token
     neither, unless ``window_tokens`` is set.

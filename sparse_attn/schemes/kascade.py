@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class KascadeOptions(ExactTopkOptions):
     """
-    Beside those of ``exact_topk``; the paper has ``scored_queries`` 0 and ``dense_first_layers`` 1.
+    Beside those of ``exact_topk``; ``scored_queries`` 0 and ``dense_first_layers`` 1 are the paper's.
 
     Args:
         pool: ``group`` chooses per KV head, pooled over its query heads; ``all`` pools over all
@@ -33,7 +33,6 @@ class KascadeOptions(ExactTopkOptions):
     """
 
     tile_tokens: int = 32
-    scored_queries: int = 0
     pool: Pool = "group"
     anchors: int = 0
     uncalibrated: int = 0
