@@ -20,8 +20,9 @@ demo: setup ## a real model answers a question about a long document, dense and 
 test: lint ## lint, then the whole test suite
 	@$(BIN)/foveate pull $(DEMO_MODEL) || printf '\n%s\n\n' \
 		'*** The demo model could not be fetched: every test that needs $(DEMO_MODEL) is SKIPPED. ***' >&2
-	@# one process per core, and in each one thread: torch's threads would wait for each other
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist worksteal --durations=15
+	@# one process per core, and in each one thread: torch's threads would wait for each other;
+	@# a file stays in one of them, since what it compiles, loads or builds it would do in each
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -141,7 +141,7 @@ def test_a_profile_of_another_model_is_refused(profile_file, model_dir, tmp_path
         (("--option", "top_tokens=0"), "top_tokens"),
         (("--option", "top_tokens"), "NAME=VALUE"),
         (("--tokens", "513"), "context, 512"),
-        (("--tokens", "16"), "more than 16 tokens"),
+        (("--tokens", "64"), "more than 64 tokens"),
         (("--samples", "0"), "at least 1 sample"),
         (("--text", "/nosuch/text"), "nosuch"),
         (("-o", "/nosuch/profile"), "no directory"),
