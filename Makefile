@@ -22,7 +22,7 @@ test: lint ## lint, then the whole test suite
 		'*** The demo model could not be fetched: every test that needs $(DEMO_MODEL) is SKIPPED. ***' >&2
 	@# one process per core, and in each one thread: torch's threads would wait for each other;
 	@# a file stays in one of them, since what it compiles, loads or builds it would do in each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --durations=15
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .

@@ -15,6 +15,8 @@ import torch
 from torch.utils._device import _device_constructors
 
 DEMO_MODEL = "smollm2-135m"
+# Files that take minutes begin first, so that no process is left with one when the others are done.
+LONG_FILES = ("test_triton_aot.py", "test_real_model.py", "test_packaging.py")
 POISONED_ELEMENTS = 5_000_000  # larger tensors are left alone: filling them would cost time
 
 
@@ -28,6 +30,10 @@ def _poisoned(make: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
         return tensor
 
     return wrapper
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
 @pytest.fixture(scope="session", autouse=True)
