@@ -6,6 +6,7 @@ import asyncio
 import codecs
 import itertools
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,6 +22,7 @@ from transformers import PreTrainedTokenizerFast
 from foveate.server.app import create_app
 from foveate.server.engine_protocol import EngineSnapshot, EngineState
 from foveate.server.exceptions import ContextOverflow, RequestAborted
+from foveate.server.logs import JsonFormatter, TextFormatter
 from foveate.server.request import (
     Delta,
     Event,
@@ -233,6 +235,17 @@ class FakeEngine:
             text = readers[choice].decode(raw[step])
             yield Delta(choice, text, (tokens[step],), logprobs, reason if last else None)
         yield Finished(Usage(total, limit * params.n, 0, request.scheme.name, 0.5, 1))
+
+
+@pytest.fixture(autouse=True)
+def log_put_back() -> Iterator[None]:
+    """The log that a test configured ends with it: the stream it writes to is closed then."""
+    root = logging.getLogger()
+    level = root.level
+    yield
+    root.setLevel(level)
+    for handler in [handler for handler in root.handlers if type(handler.formatter) in (JsonFormatter, TextFormatter)]:
+        root.removeHandler(handler)
 
 
 @pytest.fixture(scope="session")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 
 import openai
@@ -176,7 +177,10 @@ def litellm():
 
         patch.setattr(litellm, "telemetry", False)
         patch.setattr(litellm, "num_retries", 0)
-        yield litellm
+        # It takes the thread's event loop to call its hooks, and would make one that nobody closes.
+        with asyncio.Runner() as runner:
+            asyncio.set_event_loop(runner.get_loop())
+            yield litellm
 
 
 class TestLiteLLM:
