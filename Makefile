@@ -5,7 +5,7 @@ DEMO_MODEL := smollm2-135m
 FOLDERS := server patches sparse_attn kv_cache
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint check bench clean
+.PHONY: help setup demo test lint bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -17,12 +17,15 @@ demo: setup ## a real model answers a question about a long document, dense and 
 	@$(BIN)/foveate pull $(DEMO_MODEL)
 	@$(BIN)/python tests/bench/demo.py
 
-test: lint ## lint, then the whole test suite
+test: setup ## lint, and the whole test suite
 	@$(BIN)/foveate pull $(DEMO_MODEL) || printf '\n%s\n\n' \
 		'*** The demo model could not be fetched: every test that needs $(DEMO_MODEL) is SKIPPED. ***' >&2
 	@# one process per core, and in each one thread: torch's threads would wait for each other;
-	@# a file stays in one of them, since what it compiles, loads or builds it would do in each
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15
+	@# a file stays in one of them, since what it compiles, loads or builds it would do in each;
+	@# mypy takes a minute of one core, so lint runs beside the tests
+	@mkdir -p build; $(MAKE) --no-print-directory lint > build/lint.log 2>&1 & lint=$$!; status=0; \
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --dist loadfile --no-loadscope-reorder --durations=15 || status=$$?; \
+	wait $$lint || { status=1; cat build/lint.log; }; exit $$status
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
@@ -30,8 +33,6 @@ lint: setup ## ruff and mypy
 	@mkdir -p build/types/foveate
 	@ln -sfn $(addprefix ../../../src/foveate/,__init__.py py.typed) $(addprefix ../../../,$(FOLDERS)) build/types/foveate/
 	@$(BIN)/mypy
-
-check: lint test ## lint and test
 
 bench: setup ## measure speed on this machine
 	@$(BIN)/foveate pull $(DEMO_MODEL)

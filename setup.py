@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -90,12 +91,13 @@ class BuildKernels(build_ext):
 
     def _build(self, library: Path) -> None:
         cxx, objects = compiler(), Path(self.build_temp)
+        given = shlex.split(os.environ.get("CXXFLAGS", ""))
         objects.mkdir(parents=True, exist_ok=True)
 
         def compile_one(name: str, flags: list[str]) -> str:
             source = FOLDER / f"{name}.cpp"
             target = str(objects / f"{name}.o")
-            run([cxx, *COMMON, *flags, "-c", str(source), "-o", target])
+            run([cxx, *COMMON, *flags, *given, "-c", str(source), "-o", target])
             return target
 
         def compile_isa(name: str) -> str | None:

@@ -47,7 +47,7 @@ def test_alone_equals_transformers(smollm_dir, prompts, first_answers):
     ("options", "longest"),
     [
         ({"max_batch_tokens": 512}, 4000),
-        ({"max_batch_tokens": 100, "page_size": 16}, 777),
+        ({"max_batch_tokens": 100, "page_size": 16}, 512),
         (
             {
                 "max_batch_tokens": 256,

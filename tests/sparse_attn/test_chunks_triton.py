@@ -25,6 +25,13 @@ VIEWS: dict[str, tuple[int, int, int, str, tuple[int, ...]]] = {
 }
 # Window, segment and segments.
 CHANGES = {"w4-segments": (4, 32, 4), "w2-one-segment": (2, 1000, 1), "w1": (1, 16, 3)}
+# Every view under one change, and every change of one view.
+CHANGE_CASES = {
+    f"{change}-{view}": (change, view)
+    for change in CHANGES
+    for view in VIEWS
+    if change == "w4-segments" or view == "d64-g2-page16"
+}
 # Length of rows, distance, threshold.
 PICKS = {"short": (1, 0, 0.0), "segment": (63, 8, 0.3), "long": (512, 3, float("-inf")), "sparse": (111, 40, 1.5)}
 
@@ -98,10 +105,9 @@ def test_sums_of_chunks_equal_reference(view, measured):
     assert measured[f"sums-{view}"] < 2e-4
 
 
-@pytest.mark.parametrize("view", VIEWS)
-@pytest.mark.parametrize("change", CHANGES)
-def test_change_of_keys_equals_reference(view, change, measured):
-    got = measured[f"{change}-{view}"]
+@pytest.mark.parametrize("case", CHANGE_CASES)
+def test_change_of_keys_equals_reference(case, measured):
+    got = measured[case]
     assert got["same_gaps"]
     assert got["gaps"] > 0
     assert got["error"] < 1e-5
@@ -117,8 +123,9 @@ def main() -> None:
     for name, arguments in VIEWS.items():
         view = make_view(*arguments)
         print(json.dumps([f"sums-{name}", run_sums(view)]), flush=True)
-        for change, sizes in CHANGES.items():
-            print(json.dumps([f"{change}-{name}", run_change(view, *sizes)]), flush=True)
+        for case, (change, of) in CHANGE_CASES.items():
+            if of == name:
+                print(json.dumps([case, run_change(view, *CHANGES[change])]), flush=True)
     for name, sizes in PICKS.items():
         print(json.dumps([name, run_pick(*sizes)]), flush=True)
 

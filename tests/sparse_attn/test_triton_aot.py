@@ -1,7 +1,8 @@
 """The Triton kernels, compiled for five kinds of GPU on a machine without one: what the machine code holds.
 
 Each target compiles in a process of its own (``aot_compile.py``), because another test interprets the kernels and
-Triton decides between the two when it is imported.
+Triton decides between the two when it is imported. Every shape is compiled for one target of each kind of tensor core;
+the two whose assembler takes longest get the dearest shapes (``python aot_compile.py sm_100`` compiles them all).
 """
 
 from __future__ import annotations
@@ -23,10 +24,24 @@ KIB = 1024
 # Shared memory of one program (CUDA C++ Programming Guide, compute capabilities; CDNA 3 ISA, LDS). sm_80 itself has
 # 163 KiB; sm_86 and sm_89 run the same sizes and have 99.
 SHARED = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB}
-# Names in SASS: HMMA is mma.sync, HGMMA wgmma, UTC*MMA tcgen05. Sixteen rows of decode are too few for the latter two.
-PREFILL_PRODUCT = {"sm_80": "HMMA", "sm_90": "HGMMA", "sm_100": "UTCHMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
-DECODE_PRODUCT = {"sm_80": "HMMA", "sm_90": "HMMA", "sm_100": "HMMA", "sm_120": "HMMA", "gfx942": "v_mfma"}
-PRODUCT = {"prefill": PREFILL_PRODUCT, "decode": DECODE_PRODUCT}
+# Names in PTX: mma.sync is of sm_80 and later, wgmma of sm_90, tcgen05 of sm_100. Sixteen rows of decode are too few for
+# the latter two.
+MMA, WGMMA, TCGEN05, MFMA = "mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma"
+PREFILL_PRODUCT = {"sm_80": MMA, "sm_90": WGMMA, "sm_100": TCGEN05, "sm_120": MMA, "gfx942": MFMA}
+DECODE_PRODUCT = {"sm_80": MMA, "sm_90": MMA, "sm_100": MMA, "sm_120": MMA, "gfx942": MFMA}
+# By kernel: how many are compiled, of every shape and of the dearest.
+COUNTS = {
+    "prefill": (5, 2),
+    "decode": (4, 2),
+    "thresholded_prefill": (3, 1),
+    "thresholded_decode": (3, 1),
+    "antidiagonal": (3, 1),
+    "block_gate": (3, 1),
+    "gathered": (3, 1),
+    "anchor_lse": (3, 2),
+    "anchor_pool": (3, 2),
+}
+DEAREST = {"sm_100", "sm_120"}
 # Scalar registers that an AMD compiler parks in lanes of a vector register, outside the loop: no memory is touched.
 MOST_LANES = 16
 
@@ -42,6 +57,7 @@ def compiled(tmp_path_factory) -> Iterator[Callable[[str], Entries]]:
         environment = os.environ | {"TRITON_CACHE_DIR": str(cache / target), "OMP_NUM_THREADS": "1"}
         environment.pop("TRITON_INTERPRET", None)
         command = [sys.executable, str(Path(__file__).with_name("aot_compile.py")), target]
+        command += ["dearest"] if target in DEAREST else []
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False)
         assert done.returncode == 0, done.stderr[-4000:]
         return json.loads(done.stdout)
@@ -63,26 +79,21 @@ def test_shared_memory_fits(target, compiled):
 
 
 def test_products_run_on_the_tensor_core(target, compiled):
-    held = {entry["case"]: entry["tensor_core"] for entry in compiled(target)}
-    prefill = {case: names for case, names in held.items() if case.endswith("/prefill_kernel")}
-    decode = {case: names for case, names in held.items() if case.endswith("/decode_kernel")}
-    antidiagonal = {case: names for case, names in held.items() if case.endswith("/antidiagonal_kernel")}
-    assert len(prefill) == 5
-    assert len(decode) == 4
-    assert len(antidiagonal) == 3
-    thresholded = {phase: [held[c] for c in held if c.endswith(f"/thresholded_{phase}_kernel")] for phase in PRODUCT}
-    assert [len(names) for names in thresholded.values()] == [3, 3]
-    for phase, product in PRODUCT.items():
-        assert all(product[target] in names for names in thresholded[phase]), thresholded
-    assert all(PREFILL_PRODUCT[target] in names for names in prefill.values()), prefill
-    assert all(DECODE_PRODUCT[target] in names for names in decode.values()), decode
-    anchored = {phase: [held[case] for case in held if "anchor-" in case and phase in case] for phase in PRODUCT}
-    assert [len(names) for names in anchored.values()] == [4, 2]
-    for phase, product in PRODUCT.items():
-        assert all(product[target] in names for names in anchored[phase]), anchored
-    gated = [held[case] for case in held if case.endswith(("/block_gate_kernel", "/gathered_kernel"))]
-    assert len(gated) == 6
-    assert all({PREFILL_PRODUCT[target], DECODE_PRODUCT[target]} & {*names} for names in gated), held
-    # The widest tile is a tile of prefill; the others are too few rows for wgmma and tcgen05.
-    assert all(PREFILL_PRODUCT[target] in names or DECODE_PRODUCT[target] in names for names in antidiagonal.values())
-    assert PREFILL_PRODUCT[target] in antidiagonal["antidiagonal-d128-g8-s4/antidiagonal_kernel"]
+    held: dict[str, dict[str, list[str]]] = {name: {} for name in COUNTS}
+    for entry in compiled(target):
+        case, kernel = entry["case"].split("/")
+        held.get(kernel.removesuffix("_kernel"), {})[case] = entry["tensor_core"]
+    assert {name: len(cases) for name, cases in held.items()} == {
+        name: counts[target in DEAREST] for name, counts in COUNTS.items()
+    }
+    widest, narrow = PREFILL_PRODUCT[target], DECODE_PRODUCT[target]
+    for name in ("prefill", "thresholded_prefill"):
+        assert all(widest in names for names in held[name].values()), held[name]
+    for name in ("decode", "thresholded_decode"):
+        assert all(narrow in names for names in held[name].values()), held[name]
+    for name in ("anchor_lse", "anchor_pool"):
+        assert all((widest if "prefill" in case else narrow) in names for case, names in held[name].items()), held[name]
+    # Only the widest tile of antidiagonals is a tile of prefill.
+    for name in ("block_gate", "gathered", "antidiagonal"):
+        assert all({widest, narrow} & {*names} for names in held[name].values()), held[name]
+    assert widest in held["antidiagonal"]["antidiagonal-d128-g8-s4"]

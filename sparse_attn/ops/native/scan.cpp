@@ -1,9 +1,7 @@
 // Sums of runs and bounds of pages: cuts a call into items, and runs them on torch's threads.
 #include "scan.h"
 
-#include <atomic>
-
-#include "runtime.h"
+#include "items.h"
 
 namespace {
 
@@ -14,23 +12,6 @@ const ScanKernels& kernels_of(const foveate_scan& call) {
     if (call.isa >= FOVEATE_AVX512) return kScanAvx512[call.dtype];
 #endif
     return kScanAvx2[call.dtype];
-}
-
-// Runs ``work(item)`` for each item; ``bytes`` is what all of them read.
-template <class Work>
-void run_items(const foveate_scan& call, int64_t items, int64_t bytes, Work work) {
-    struct Shared {
-        Work& work;
-        int64_t items;
-        std::atomic<int64_t> next{0};
-    } shared{work, items};
-    auto body = [](void* data) {
-        Shared& shared = *static_cast<Shared*>(data);
-        for (int64_t i; (i = shared.next.fetch_add(1)) < shared.items;) shared.work(i);
-    };
-    // A thread that is woken for less than 64 KiB costs more than it saves.
-    const int64_t useful = bytes / (64 * 1024) + 1, most = useful < items ? useful : items;
-    foveate_on_threads(body, &shared, call.num_threads < most ? call.num_threads : most);
 }
 
 }  // namespace
@@ -45,7 +26,7 @@ int32_t foveate_scan_sums(const foveate_scan* call_pointer) {
     const int64_t items = call.num_sequences * call.runs;
     int64_t keys = 0;
     for (int64_t i = 0; i < items; ++i) keys += call.length[i];
-    run_items(call, items, keys * call.num_kv_heads * call.head_dim * 2, [&](int64_t i) {
+    run_items(items, threads_for(call.num_threads, keys * call.num_kv_heads * call.head_dim * 2), [&](int64_t i) {
         kernels.sums(call, int(i / call.runs), i % call.runs);
     });
     return 0;
@@ -56,7 +37,7 @@ int32_t foveate_scan_bounds(const foveate_scan* call_pointer) {
     const ScanKernels& kernels = kernels_of(call);
     const int64_t parts = (call.pages + kPages - 1) / kPages, each = parts * call.num_kv_heads;
     const int64_t rows = int64_t(call.num_sequences) * call.num_kv_heads * call.pages;
-    run_items(call, call.num_sequences * each, rows * call.head_dim * 8, [&](int64_t i) {
+    run_items(call.num_sequences * each, threads_for(call.num_threads, rows * call.head_dim * 8), [&](int64_t i) {
         const int64_t head = i % each / parts, first = i % parts * kPages, last = first + kPages;
         kernels.bounds(call, int(i / each), int(head), first, last < call.pages ? last : call.pages);
     });
