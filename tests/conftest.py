@@ -36,6 +36,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: item.path.name not in LONG_FILES)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Which of the compiled kernels nobody ran, since this CPU lacks what they are made of."""
+    from foveate.sparse_attn.ops import native
+
+    library = native.library()
+    held = {*library.isas, *library.linear_isas} if library else set()
+    if missing := [isa for isa in dict.fromkeys((*native.ISAS, *native.LINEAR_ISAS)) if isa not in held]:
+        terminalreporter.write_line(f"CPU kernels that cannot run on this machine: {', '.join(missing)}")
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Memory that nobody wrote is NaN, not whatever happened to lie there: reading it fails a test."""

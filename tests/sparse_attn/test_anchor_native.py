@@ -30,13 +30,6 @@ SHAPES = {
 }
 
 
-@pytest.fixture(params=native.ISAS)
-def isa(request):
-    if request.param not in native.library().isas:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
-
-
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
 def dtype(request):
     return request.param

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from foveate.sparse_attn import ops
-from foveate.sparse_attn.ops import attention_native, gathered_torch, native
+from foveate.sparse_attn.ops import attention_native, gathered_torch
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Selection
 
@@ -41,14 +41,10 @@ def test_units_pages_and_dtypes(page, heads, dtype):
     assert_same(got, want, 1e-5 if dtype == torch.float32 else 8e-3)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("per", ["kv-head", "query-head"])
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
 def test_native_equals_reference(isa, dtype, per, spec):
-    kernels = native.library()
-    if kernels is None or isa not in kernels.isas:
-        pytest.skip(f"no kernels for {isa}")
     for unit, page in ((16, 16), (32, 16), (16, 64), (512, 16)):
         view = make_view((130, 17, 700), (100, 16, 311), dtype=dtype, page_size=page)
         query = make_query(view, 6)
@@ -58,13 +54,9 @@ def test_native_equals_reference(isa, dtype, per, spec):
         assert_same(got, want, 3e-6 if dtype == torch.float32 else 4e-3)
 
 
-@pytest.mark.parametrize("isa", native.ISAS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("heads", [(2, 3, 64), (3, 1, 80), (1, 7, 96), (1, 8, 128), (2, 2, 256), (1, 5, 16)], ids=str)
 def test_native_head_shapes(isa, dtype, heads):
-    kernels = native.library()
-    if kernels is None or isa not in kernels.isas:
-        pytest.skip(f"no kernels for {isa}")
     kv_heads, group, dim = heads
     view = make_view((700,), (300,), kv_heads=kv_heads, dim=dim, dtype=dtype, page_size=32)
     query = make_query(view, kv_heads * group)

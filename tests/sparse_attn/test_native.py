@@ -48,13 +48,6 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 HEADS = [(2, 3, 64), (3, 1, 80), (1, 7, 96), (1, 8, 128), (2, 2, 256), (1, 5, 16), (1, 2, 48)]
 
 
-@pytest.fixture(params=native.ISAS)
-def isa(request):
-    if request.param not in native.library().isas:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
-
-
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
 def dtype(request):
     return request.param

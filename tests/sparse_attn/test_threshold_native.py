@@ -32,13 +32,6 @@ if native.library() is None:
 HEADS = [(2, 3, 64, 64), (1, 7, 80, 16), (1, 8, 128, 32), (3, 1, 96, 128), (2, 2, 256, 16), (1, 5, 16, 16)]
 
 
-@pytest.fixture(params=native.ISAS)
-def isa(request):
-    if request.param not in native.library().isas:
-        pytest.skip(f"this machine has no {request.param}")
-    return request.param
-
-
 def both(view, query, plan, spec, isa):
     got = threshold_native.thresholded(query, view, plan, spec, isa=isa)
     return got, ops.thresholded(query, view, plan, spec, backend="reference")

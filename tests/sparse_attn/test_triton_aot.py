@@ -24,8 +24,8 @@ KIB = 1024
 # Shared memory of one program (CUDA C++ Programming Guide, compute capabilities; CDNA 3 ISA, LDS). sm_80 itself has
 # 163 KiB; sm_86 and sm_89 run the same sizes and have 99.
 SHARED = {"sm_80": 99 * KIB, "sm_90": 227 * KIB, "sm_100": 227 * KIB, "sm_120": 99 * KIB, "gfx942": 64 * KIB}
-# Names in PTX: mma.sync is of sm_80 and later, wgmma of sm_90, tcgen05 of sm_100. Sixteen rows of decode are too few for
-# the latter two.
+# Names in PTX: mma.sync is of sm_80 and later, wgmma of sm_90, tcgen05 of sm_100. Sixteen rows of decode are too few
+# for the latter two.
 MMA, WGMMA, TCGEN05, MFMA = "mma.sync", "wgmma.mma_async", "tcgen05.mma", "v_mfma"
 PREFILL_PRODUCT = {"sm_80": MMA, "sm_90": WGMMA, "sm_100": TCGEN05, "sm_120": MMA, "gfx942": MFMA}
 DECODE_PRODUCT = {"sm_80": MMA, "sm_90": MMA, "sm_100": MMA, "sm_120": MMA, "gfx942": MFMA}
