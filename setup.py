@@ -46,6 +46,8 @@ INSTRUCTION_SETS = {
     "scan_avx512": AVX512,
     "glu_avx2": AVX2,
     "glu_avx512": AVX512,
+    "narrow_avx2": AVX2,
+    "narrow_avx512": AVX512,
     "write_avx2": AVX2,
     "linear_avx2": AVX2,
     "linear_avxvnni": [*AVX2, "-mavxvnni"],
@@ -53,7 +55,7 @@ INSTRUCTION_SETS = {
     "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
 # Sources that choose among them, or are the same for all.
-SHARED = ("dispatch", "anchor", "gate", "scan", "pick", "keep", "norm", "glu", "write", "whole", "linear")
+SHARED = ("dispatch", "anchor", "gate", "scan", "pick", "keep", "norm", "glu", "narrow", "write", "whole", "linear")
 
 
 def compiler() -> str:

@@ -13,7 +13,9 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from . import narrow
 from .glu import NativeGlu, name_of, supports
+from .narrow import NarrowLinear
 from .packed import GatedMLP, PackedLinear
 
 # x [T, E] -> query [T, H, D], key [T, G, D], value [T, G, D]
@@ -53,7 +55,7 @@ def heads_of(attention: nn.Module) -> Heads:
                 return normed(query, key, value)
 
             return apart
-        joint = Joined(parts)
+        joint = joined(parts)
 
     def together(x: torch.Tensor) -> Sequence[torch.Tensor]:
         query, key, value = joint(x).view(x.shape[0], -1, dim).split_with_sizes(counts, 1)
@@ -71,23 +73,22 @@ def _by_head(norm: Any, dim: int) -> Callable[[torch.Tensor], torch.Tensor] | No
     return lambda rows: norm(rows.flatten(1)).view(rows.shape)
 
 
-class Joined:
-    """Plain linear layers of one input as one product ``[T, K]`` to ``[T, N1 + N2 + ...]``.
+def joined(parts: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Layers of one input as one product ``[T, K]`` to ``[T, N1 + N2 + ...]``.
 
     Args:
         parts: See ``_joinable``; their weights become views.
     """
-
-    def __init__(self, parts: Sequence[nn.Linear]) -> None:
-        self._weight = _joint(parts, "weight")
-        self._bias = None if parts[0].bias is None else _joint(parts, "bias")
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.linear(x, self._weight, self._bias)
+    if narrow.joinable(parts):
+        return narrow.joined(parts)
+    weight = _joint(parts, "weight")
+    bias = None if parts[0].bias is None else _joint(parts, "bias")
+    return lambda x: functional.linear(x, weight, bias)
 
 
-def _joinable(parts: Sequence[nn.Module]) -> bool:
-    return all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in parts}) == 1
+def _joinable(parts: Sequence[Any]) -> bool:
+    plain = all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in parts}) == 1
+    return plain or narrow.joinable(parts)
 
 
 def _joint(parts: Sequence[nn.Linear], name: str) -> torch.Tensor:
@@ -106,6 +107,8 @@ def plus(linear: Any) -> Sum:
         return lambda x, residual: torch.addmm(residual, x, weight)
     if isinstance(linear, PackedLinear):
         return linear.plus
+    if isinstance(linear, NarrowLinear):
+        return linear.product
     return lambda x, residual: linear(x).add_(residual)
 
 
@@ -116,7 +119,8 @@ def mlp_plus(mlp: Any) -> Sum:
     parts: list[Any] = [getattr(mlp, name, None) for name in _MLP]
     activation = getattr(mlp, "act_fn", None)
     name = None if activation is None else name_of(activation)
-    if name is None or not _joinable(parts[:2]) or not supports(parts[0].weight):
+    gates = parts[:2]
+    if name is None or not (narrow.joinable(gates) or (_joinable(gates) and supports(gates[0].weight))):
         return lambda x, residual: mlp(x).add_(residual)
-    joint, gated, down = Joined(parts[:2]), NativeGlu(name), plus(parts[2])
+    joint, gated, down = joined(gates), NativeGlu(name), plus(parts[2])
     return lambda x, residual: down(gated(joint(x)), residual)

@@ -6,21 +6,23 @@ from transformers import PreTrainedModel
 
 from foveate.sparse_attn.ops.native import library
 
-from . import decoder_layer, norm_native, packed
+from . import decoder_layer, narrow, norm_native, packed
 from .fingerprint import fingerprint, keep_fingerprint
 
 
 def tune(model: PreTrainedModel) -> None:
-    """Packs linear layers (bfloat16), fuses gated MLPs and decoder layers, and compiles the norms, in place.
+    """Packs linear layers (bfloat16) or narrows them (float32), fuses MLPs and decoder layers, and compiles the norms.
 
-    Not for a model that is trained or saved afterwards. It keeps the fingerprint that it had. On another device
-    nothing is done.
+    In place. Not for a model that is trained or saved afterwards. It keeps the fingerprint that it had. On another
+    device nothing is done.
     """
     if model.device.type != "cpu":
         return
     keep_fingerprint(model, fingerprint(model))
     if packed.supports(model):
         packed.pack(model)
+    else:
+        narrow.narrow(model)
     norm_native.replace_norms(model)
     if library() is not None:
         decoder_layer.fuse(model)

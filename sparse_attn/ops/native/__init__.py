@@ -142,6 +142,17 @@ class GluCall(ctypes.Structure):
     )
 
 
+class NarrowCall(ctypes.Structure):
+    """``foveate_narrow`` of narrow.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("input", "weight", "bias", "residual", "out")),
+        *((name, ctypes.c_int64) for name in ("input_stride", "residual_stride")),
+        *((name, ctypes.c_int64) for name in ("rows", "in_channels", "out_channels")),
+        *((name, ctypes.c_int32) for name in ("isa", "num_threads")),
+    )
+
+
 class WriteCall(ctypes.Structure):
     """``foveate_write`` of write.h, field by field."""
 
@@ -211,6 +222,7 @@ class Library:
         pairs: ``foveate_selection_pairs``.
         norm: ``foveate_norm_run``.
         glu: ``foveate_glu_run``.
+        narrow: ``foveate_narrow_run``.
         write: ``foveate_write_run``.
         whole: ``foveate_whole_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
@@ -235,6 +247,7 @@ class Library:
             and self._size("foveate_selection_size") == ctypes.sizeof(SelectionCall)
             and self._size("foveate_norm_size") == ctypes.sizeof(NormCall)
             and self._size("foveate_glu_size") == ctypes.sizeof(GluCall)
+            and self._size("foveate_narrow_size") == ctypes.sizeof(NarrowCall)
             and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
             and self._size("foveate_whole_step_size") == ctypes.sizeof(WholeStep)
             and self._size("foveate_whole_layer_size") == ctypes.sizeof(WholeLayer)
@@ -259,6 +272,7 @@ class Library:
         self.pairs = self._function("foveate_selection_pairs", SelectionCall)
         self.norm = self._function("foveate_norm_run", NormCall)
         self.glu = self._function("foveate_glu_run", GluCall)
+        self.narrow = self._function("foveate_narrow_run", NarrowCall)
         self.write = self._function("foveate_write_run", WriteCall)
         self.whole = self._function("foveate_whole_run", WholeStep, WholeLayer)
         self.whole.argtypes = (*(self.whole.argtypes or ()), *[ctypes.c_void_p] * 4)

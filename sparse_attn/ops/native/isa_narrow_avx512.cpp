@@ -1,0 +1,3 @@
+#include "narrow_lanes.h"
+
+extern const NarrowBlock kNarrowAvx512 = Narrow<Vec16>::block;
