@@ -15,7 +15,7 @@ def synthetic_model(
 
     Args:
         model_type: Family in ``transformers``, such as ``qwen2``.
-        dtype: Of the weights, which are drawn in it.
+        dtype: Of the weights.
         device: Where they are drawn.
         seed: Of the weights.
         config: Fields of the family's config.
@@ -25,6 +25,8 @@ def synthetic_model(
         torch.manual_seed(seed)
         make: Any = AutoModelForCausalLM.from_config  # typed as nothing
         model: PreTrainedModel = make(made, dtype=dtype, attn_implementation="eager")
+    for parameter in model.parameters():  # values of bfloat16 in any type, as those of checkpoints are
+        parameter.data = parameter.data.bfloat16().to(dtype)
     model.train(False)
     model.requires_grad_(False)
     return model

@@ -14,7 +14,7 @@ from foveate.kv_cache.stored import dequantize, quantize
 from foveate.kv_cache.view import Rows
 from foveate.sparse_attn import ops, registry
 from foveate.sparse_attn.attend import attend
-from foveate.sparse_attn.errors import SchemeConfigError, UnknownScheme
+from foveate.sparse_attn.errors import CalibrationMissing, SchemeConfigError, UnknownScheme
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, Role, StepGroup, StepState
 from foveate.sparse_attn.selection import Band
 
@@ -196,6 +196,17 @@ def test_learned_sinks_count_once(scheme):
     close(got, plain * scale[..., None])
     assert bool(((scale >= 0) & (scale < 1)).all())
     assert scale[:, 3].max() < 1e-20
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_missing_calibration_names_its_command(name):
+    scheme = registry.load(name)
+    if not scheme.calibrated:
+        assert registry.build(name).profile is None
+        return
+    with pytest.raises(CalibrationMissing, match=rf"foveate calibrate MODEL --scheme {name}\b"):
+        registry.build(name)
+    assert registry.build(name, PROFILES).profile is PROFILES[name]
 
 
 def test_unknown_names_and_options_say_what_exists():
