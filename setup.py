@@ -55,7 +55,21 @@ INSTRUCTION_SETS = {
     "linear_amx": [*AVX512BF16, "-mavx512vnni", "-mamx-tile", "-mamx-int8"],
 }
 # Sources that choose among them, or are the same for all.
-SHARED = ("dispatch", "anchor", "gate", "scan", "pick", "keep", "norm", "glu", "narrow", "write", "whole", "linear")
+SHARED = (
+    "dispatch",
+    "anchor",
+    "gate",
+    "scan",
+    "pick",
+    "keep",
+    "norm",
+    "glu",
+    "narrow",
+    "finish",
+    "write",
+    "whole",
+    "linear",
+)
 
 
 def compiler() -> str:

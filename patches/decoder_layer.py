@@ -21,8 +21,11 @@ from foveate.sparse_attn.ops.write import rotate_halves
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
 from foveate.sparse_attn.selection import Band
 
+from .finish import MOST_ROWS, NativeFinish
 from .interface import PackedStep
-from .products import Heads, Sum, heads_of, mlp_plus, plus
+from .narrow import NarrowProduct
+from .norm_native import NativeNorm
+from .products import Heads, JoinedMLP, Sum, heads_of, mlp_plus, plus
 
 # Norms by name: before attention, after it, before the MLP, after it.
 ORDERS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
@@ -47,8 +50,7 @@ class FusedLayer:
     Attributes:
         project: ``[T, E]`` to queries, keys and values.
         read: Rotates, writes and attends.
-        output: The attention's output layer, added to the residual stream.
-        feed: The MLP, added likewise.
+        finish: What follows: the attention's output layer and the MLP, both added to the residual stream.
         rotates: Whether queries and keys are rotated (not in NoPE layers).
     """
 
@@ -60,9 +62,11 @@ class FusedLayer:
         self._before, after, self._between, last = norms
         self.project: Heads = heads_of(attention)
         self.read: Read = self._read
-        self.output: Sum = _normed(attention.o_proj, after)
+        self._output: Sum = _normed(attention.o_proj, after)
         mlp: Any = layer.mlp
-        self.feed: Sum = mlp_plus(mlp) if last is None else _normed(mlp, last)
+        self._feed: Sum = mlp_plus(mlp) if last is None else _normed(mlp, last)
+        self._finish_few = self._native_finish()
+        self.finish: Sum = self._finish
         self.rotates = True
         self._prepared: PreparedLayer | None = None
         self._call = LayerCall(attention.layer_idx, AttentionSpec(1.0))
@@ -98,8 +102,26 @@ class FusedLayer:
     ) -> torch.Tensor:
         """``x [T, E]`` to the same; ``cos`` and ``sin`` are ``[B, L, R]``, and ``read`` is what attends."""
         query, key, value = self.project(x if self._before is None else self._before(x))
-        x = self.output(read(query, key, value, cos, sin, step), x)
-        return self.feed(x if self._between is None else self._between(x), x)
+        return self.finish(read(query, key, value, cos, sin, step), x)
+
+    def _finish(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        if self._finish_few is not None and len(x) <= MOST_ROWS and attended.is_contiguous() and x.is_contiguous():
+            return self._finish_few(attended, x)
+        x = self._output(attended, x)
+        return self._feed(x if self._between is None else self._between(x), x)
+
+    def _native_finish(self) -> NativeFinish | None:
+        """The same in one call, where it is made of such parts as that knows."""
+        norm, feed = getattr(self._between, "__self__", None), self._feed
+        if not (isinstance(self._output, NarrowProduct) and isinstance(norm, NativeNorm)):
+            return None
+        if not (
+            isinstance(feed, JoinedMLP)
+            and isinstance(feed.gates, NarrowProduct)
+            and isinstance(feed.down, NarrowProduct)
+        ):
+            return None
+        return NativeFinish(self._output, norm, feed.gates, feed.glu, feed.down)
 
     def attends(self, facts: Mapping[str, Any], head_dim: int) -> None:
         """Takes over what the layer says to its attention function.

@@ -42,6 +42,9 @@ class NativeGlu:
         activation: A key of ``ACTIVATIONS``.
         isa: For tests.
 
+    Attributes:
+        call: What is the same in all calls.
+
     Raises:
         RuntimeError: the kernels were not compiled.
     """
@@ -51,13 +54,13 @@ class NativeGlu:
         if kernels is None:
             raise RuntimeError("the native CPU kernels were not built")
         self._kernels = kernels
-        self._call = GluCall(activation=ACTIVATIONS[activation], isa=ISAS.index(isa or kernels.isa))
+        self.call = GluCall(activation=ACTIVATIONS[activation], isa=ISAS.index(isa or kernels.isa))
 
     def __call__(self, joint: torch.Tensor) -> torch.Tensor:
         """``joint [M, 2 K]``, dense, to ``[M, K]``."""
         rows, width = joint.shape[0], joint.shape[1] // 2
         out = torch.empty((rows, width), dtype=joint.dtype)
-        call = GluCall.from_buffer_copy(self._call)  # its own: other threads may run the layer too
+        call = GluCall.from_buffer_copy(self.call)  # its own: other threads may run the layer too
         call.gate = address = joint.data_ptr()
         call.up, call.out = address + width * joint.element_size(), out.data_ptr()
         call.input_stride, call.rows, call.width = 2 * width, rows, width

@@ -61,6 +61,9 @@ class NarrowProduct:
         weight: Kept alive.
         isa: For tests.
 
+    Attributes:
+        call: What is the same in all calls.
+
     Raises:
         RuntimeError: the kernels were not compiled.
     """
@@ -70,7 +73,7 @@ class NarrowProduct:
         if kernels is None:
             raise RuntimeError("the native CPU kernels were not built")
         self._kernels, self._weight = kernels, weight
-        self._call = NarrowCall(
+        self.call = NarrowCall(
             weight=weight.panels.data_ptr(),
             bias=None if weight.bias is None else weight.bias.data_ptr(),
             out_channels=weight.channels,
@@ -84,12 +87,12 @@ class NarrowProduct:
         Raises:
             TypeError: another type or width than the weight's.
         """
-        if x.dtype is not torch.float32 or x.shape[1] != self._call.in_channels:
-            raise TypeError(f"a product of float32 [M, {self._call.in_channels}], not of {x.dtype} {list(x.shape)}")
+        if x.dtype is not torch.float32 or x.shape[1] != self.call.in_channels:
+            raise TypeError(f"a product of float32 [M, {self.call.in_channels}], not of {x.dtype} {list(x.shape)}")
         if x.stride(1) != 1:
             x = x.contiguous()
         out = x.new_empty((len(x), self._weight.channels))
-        call = NarrowCall.from_buffer_copy(self._call)  # its own: other threads may run the layer too
+        call = NarrowCall.from_buffer_copy(self.call)  # its own: other threads may run the layer too
         call.input, call.input_stride, call.out = x.data_ptr(), x.stride(0), out.data_ptr()
         if residual is not None:
             if residual.stride(1) != 1:

@@ -22,6 +22,9 @@ class NativeNorm(nn.Module):
         from_one: The weight is what is added to one, and multiplied before anything is rounded (Gemma).
         isa: For tests.
 
+    Attributes:
+        call: What is the same in all calls.
+
     Raises:
         RuntimeError: the kernels were not compiled.
     """
@@ -34,7 +37,7 @@ class NativeNorm(nn.Module):
         self._kernels = kernels
         self.weight = nn.Parameter(weight.detach(), requires_grad=False)
         self._width, self._dtype = len(weight), weight.dtype  # asking the parameter costs more than the norm of a token
-        self._call = NormCall(
+        self.call = NormCall(
             weight=self.weight.data_ptr(),
             width=len(weight),
             epsilon=epsilon,
@@ -54,7 +57,7 @@ class NativeNorm(nn.Module):
             x = rows if rows.stride(1) == 1 else rows.contiguous()
             stride = x.stride(0)
         out = torch.empty(shape, dtype=self._dtype)
-        call = NormCall.from_buffer_copy(self._call)  # its own: other threads may run the layer too
+        call = NormCall.from_buffer_copy(self.call)  # its own: other threads may run the layer too
         call.input, call.out = x.data_ptr(), out.data_ptr()
         call.input_stride, call.rows = stride, out.numel() // width
         call.num_threads = torch.get_num_threads()

@@ -22,8 +22,9 @@ from .interface import NAME, paged_attention, register
 
 # Writing K and V, reading the selected keys, and booking the reads; choosing the keys; products with weights.
 PARTS = ("attention", "selection", "linear")
-# The same of what a fused decoder layer is made of: rotation counts to attention, the MLP's activation to its products.
-FUSED_PARTS = {"project": "linear", "read": "attention", "output": "linear", "feed": "linear"}
+# The same of what a fused decoder layer is made of: rotation counts to attention, the MLP's activation and the norm
+# before it to its products.
+FUSED_PARTS = {"project": "linear", "read": "attention", "finish": "linear"}
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -112,6 +112,23 @@ def plus(linear: Any) -> Sum:
     return lambda x, residual: linear(x).add_(residual)
 
 
+class JoinedMLP:
+    """``down(glu(gates(x))) + residual``: a gated MLP in three calls.
+
+    Attributes:
+        gates: Both halves, side by side.
+        glu: Of the two.
+        down: Added to the residual stream.
+    """
+
+    def __init__(self, gates: Callable[[torch.Tensor], torch.Tensor], glu: NativeGlu, down: Sum) -> None:
+        self.gates, self.glu, self.down = gates, glu, down
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+        """``x [T, E]``, ``residual [T, E]`` to the same."""
+        return self.down(self.glu(self.gates(x)), residual)
+
+
 def mlp_plus(mlp: Any) -> Sum:
     """An MLP and the residual stream, summed."""
     if isinstance(mlp, GatedMLP):
@@ -122,5 +139,4 @@ def mlp_plus(mlp: Any) -> Sum:
     gates = parts[:2]
     if name is None or not (narrow.joinable(gates) or (_joinable(gates) and supports(gates[0].weight))):
         return lambda x, residual: mlp(x).add_(residual)
-    joint, gated, down = joined(gates), NativeGlu(name), plus(parts[2])
-    return lambda x, residual: down(gated(joint(x)), residual)
+    return JoinedMLP(joined(gates), NativeGlu(name), plus(parts[2]))

@@ -162,11 +162,11 @@ def test_fused_layers_are_timed_by_their_pieces(model, now, policy):
     tune(model)
     layers = list(fused_layers(model))
     assert len(layers) == model.config.num_hidden_layers
-    kept = [layer.feed for layer in layers]
+    kept = [layer.finish for layer in layers]
     for layer in layers:
         layer.project, layer.read = slow(layer.project, now, 3.0), slow(layer.read, now, 50.0)
     with foveate.attach(model, policy), torch.inference_mode(), watch_parts(model) as clock:
         model(torch.arange(20)[None])
     seconds = {"attention": 50.0 * len(layers), "selection": 0, "linear": 3.0 * len(layers)}
     assert clock.seconds == seconds
-    assert [layer.feed for layer in layers] == kept
+    assert [layer.finish for layer in layers] == kept

@@ -25,6 +25,7 @@ HEADS = [(2, 3, 64), (3, 1, 80), (1, 7, 96), (2, 4, 128), (1, 2, 256), (1, 40, 1
 SHAPES = {
     "one-token": ((1,), (1,), 32),
     "decode": ((1, 64, 700), (1, 1, 1), 1),
+    "decode-parts": ((2500, 1024, 1025), (1, 1, 1), 1),  # kPartKeys of anchor.cpp is 1,024
     "chunks": ((130, 17, 700), (30, 16, 111), 32),
     "tile128": ((300,), (300,), 128),
 }
@@ -61,10 +62,23 @@ def test_scores_equal_the_reference(shape, heads, dtype, isa):
     [{"softcap": 2.0}, {"sinks": torch.tensor([0.5, -2.0, 100.0, 1.0, 0.0, 3.0])}, {}],
     ids=["softcap", "sinks", "plain"],
 )
-def test_facts_and_pools(facts, pool_all, dtype, isa):
-    query, view = Paged((130, 17, 300), 2, 3, 64, page_size=64, dtype=dtype).view((30, 16, 111))
-    tiles = Tiles.of(view.rows, 32)
+@pytest.mark.parametrize(("queries", "tile"), [((30, 16, 111), 32), ((1, 1, 1), 1)], ids=["prompt", "decode"])
+def test_facts_and_pools(facts, pool_all, queries, tile, dtype, isa):
+    query, view = Paged((130, 17, 300), 2, 3, 64, page_size=64, dtype=dtype).view(queries)
+    tiles = Tiles.of(view.rows, tile)
     assert_scores(query, view, tiles, AttentionSpec(0.25, **facts), isa, pool_all)
+
+
+def test_the_number_of_threads_changes_nothing(isa):
+    query, view = Paged((2500, 7, 1100), 2, 3, 64).view((1, 1, 1))
+    tiles, before = Tiles.of(view.rows, 1), torch.get_num_threads()
+    scores = []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        scores.append(anchor_native.scores(query, view, tiles, AttentionSpec(0.25), range(3), False, isa=isa))
+    torch.set_num_threads(before)
+    assert torch.equal(scores[0], scores[1])
+    assert torch.equal(scores[0], scores[2])
 
 
 def test_long_contexts_are_pooled_in_parts_of_a_tile(dtype, isa):

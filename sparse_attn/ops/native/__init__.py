@@ -153,6 +153,15 @@ class NarrowCall(ctypes.Structure):
     )
 
 
+class FinishCall(ctypes.Structure):
+    """``foveate_finish`` of finish.h, field by field."""
+
+    _fields_ = (
+        *(("output", NarrowCall), ("norm", NormCall), ("gates", NarrowCall)),
+        *(("glu", GluCall), ("down", NarrowCall)),
+    )
+
+
 class WriteCall(ctypes.Structure):
     """``foveate_write`` of write.h, field by field."""
 
@@ -223,6 +232,7 @@ class Library:
         norm: ``foveate_norm_run``.
         glu: ``foveate_glu_run``.
         narrow: ``foveate_narrow_run``.
+        finish: ``foveate_finish_run``.
         write: ``foveate_write_run``.
         whole: ``foveate_whole_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
@@ -248,6 +258,7 @@ class Library:
             and self._size("foveate_norm_size") == ctypes.sizeof(NormCall)
             and self._size("foveate_glu_size") == ctypes.sizeof(GluCall)
             and self._size("foveate_narrow_size") == ctypes.sizeof(NarrowCall)
+            and self._size("foveate_finish_size") == ctypes.sizeof(FinishCall)
             and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
             and self._size("foveate_whole_step_size") == ctypes.sizeof(WholeStep)
             and self._size("foveate_whole_layer_size") == ctypes.sizeof(WholeLayer)
@@ -273,6 +284,8 @@ class Library:
         self.norm = self._function("foveate_norm_run", NormCall)
         self.glu = self._function("foveate_glu_run", GluCall)
         self.narrow = self._function("foveate_narrow_run", NarrowCall)
+        self.finish = self._function("foveate_finish_run", FinishCall)
+        self.finish.argtypes = (*(self.finish.argtypes or ()), *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int32)
         self.write = self._function("foveate_write_run", WriteCall)
         self.whole = self._function("foveate_whole_run", WholeStep, WholeLayer)
         self.whole.argtypes = (*(self.whole.argtypes or ()), *[ctypes.c_void_p] * 4)

@@ -6,6 +6,7 @@
 
 #include "anchor_kernels.h"
 #include "runtime.h"
+#include "work.h"
 
 namespace {
 
@@ -30,22 +31,31 @@ const AnchorKernels* kernels_for(const foveate_attention& call) {
     }
 }
 
+constexpr int64_t kPartKeys = 1024;         // of a thread's part of a row: 256 KiB of float32 keys at 64 channels
+constexpr int64_t kLogitBytes = 32 << 20;  // of decode rows at once
+
 int64_t last_position(const foveate_attention& call, int tile) {
     return int64_t(call.tile_position[tile]) + call.tile_count[tile];
 }
 
-// One tile for one row of the result: pools, then hands out the scores or chooses.
-void run_item(const foveate_anchor& call, const AnchorKernels& kernels, int tile, int row, float* scores, void* scratch) {
+// Where none is left out, they are chosen whatever their scores.
+bool needs_scores(const foveate_anchor& call, int tile) {
+    if (call.scores) return true;
+    const int64_t end = last_position(call.attention, tile), last = call.end[tile] < end ? call.end[tile] : end;
+    return last - call.first[tile] > call.budgets[tile];
+}
+
+// One tile for one row of the result: pools the heads' scores by ``pool(head)``, then hands them out or chooses.
+template <class Pool>
+void run_item(const foveate_anchor& call, const AnchorKernels& kernels, int tile, int row, float* scores, Pool pool) {
     const foveate_attention& attention = call.attention;
     const int kinds = call.pool_all ? 1 : attention.num_kv_heads;
     const int64_t at = int64_t(tile) * kinds + row, end = last_position(attention, tile);
     const int64_t last = call.indices && call.end[tile] < end ? call.end[tile] : end;
-    const bool leaves_out = call.indices && last - call.first[tile] > call.budgets[tile];
     std::memset(scores, 0, size_t((end + 511) / 512 * 512) * 4);
-    // Where none is left out, they are chosen whatever their scores.
     const int first_head = call.pool_all ? 0 : row, last_head = call.pool_all ? attention.num_kv_heads : row + 1;
-    if (call.scores || leaves_out)
-        for (int head = first_head; head < last_head; ++head) kernels.pool(call, tile, head, scores, scratch);
+    if (needs_scores(call, tile))
+        for (int head = first_head; head < last_head; ++head) pool(head);
     if (call.scores) std::memcpy(call.scores + at * call.score_width, scores, size_t(end) * 4);
     if (!call.indices) return;
     int32_t* indices = call.indices + at * call.index_width;
@@ -53,6 +63,83 @@ void run_item(const foveate_anchor& call, const AnchorKernels& kernels, int tile
     const int count = kernels.choose(scores, call.first[tile], last, budget, indices);
     for (int64_t i = count; i < call.index_width; ++i) indices[i] = -1;
     call.counts[at] = count;
+}
+
+// Calls ``work(item, scratch)`` on torch's threads, the last item first: the last tiles of a prompt have the most keys.
+template <class Work>
+int32_t for_items(const foveate_anchor& call, const AnchorKernels& kernels, int64_t items, int64_t bytes, Work work) {
+    struct Shared {
+        const AnchorKernels& kernels;
+        Work& work;
+        int64_t bytes;
+        std::atomic<int64_t> next;
+        std::atomic<int> failed{0};
+    } shared{kernels, work, bytes, {items}};
+    auto body = [](void* data) {
+        Shared& shared = *static_cast<Shared*>(data);
+        char* scratch = static_cast<char*>(foveate_scratch(shared.bytes, 0));
+        if (!scratch) {
+            shared.failed = 1;
+            return;
+        }
+        shared.kernels.begin();
+        for (int64_t i; (i = shared.next.fetch_sub(1) - 1) >= 0;) shared.work(i, scratch);
+        shared.kernels.end();
+    };
+    const int threads = call.attention.num_threads;
+    foveate_on_threads(body, &shared, threads < items ? threads : items);
+    return shared.failed;
+}
+
+// Tiles of one query each: the logits of some tiles by parts of the keys, then their rows.
+int32_t run_decode(const foveate_anchor& call, const AnchorKernels& kernels, int64_t longest) {
+    const foveate_attention& attention = call.attention;
+    const int kv_heads = attention.num_kv_heads, kinds = call.pool_all ? 1 : kv_heads;
+    const int group = heads_per_kind(attention);
+    const int64_t width = (longest + 511) / 512 * 512, parts = (longest + kPartKeys - 1) / kPartKeys;
+    const int64_t of_head = group * width, of_tile = kv_heads * of_head;
+    const int64_t fitting = kLogitBytes / (of_tile * 4), step = fitting < 1 ? 1 : fitting;
+    for (int64_t begin = 0; begin < attention.num_tiles; begin += step) {
+        const int64_t tiles = step < attention.num_tiles - begin ? step : attention.num_tiles - begin;
+        float* logits = static_cast<float*>(foveate_scratch(tiles * of_tile * 4, 1));
+        if (!logits) return 1;
+        const auto logit_part = [&](int64_t i, char* scratch) {
+            const int head = int(i % kv_heads), tile = int(begin + i / kv_heads % tiles);
+            const int64_t first = i / (kv_heads * tiles) * kPartKeys, end = last_position(attention, tile);
+            const int64_t last = first + kPartKeys < end ? first + kPartKeys : end;
+            if (first < last && needs_scores(call, tile))
+                kernels.logits(call, tile, head, first, last, logits + (tile - begin) * of_tile + head * of_head, width,
+                               scratch);
+        };
+        if (for_items(call, kernels, parts * tiles * kv_heads, kernels.logits_scratch(call), logit_part)) return 1;
+        const auto row = [&](int64_t i, char* scratch) {
+            const int tile = int(begin + i / kinds);
+            float* scores = reinterpret_cast<float*>(scratch);
+            run_item(call, kernels, tile, int(i % kinds), scores, [&](int head) {
+                kernels.weigh(call, head, last_position(attention, tile),
+                              logits + (tile - begin) * of_tile + head * of_head, width, scores);
+            });
+        };
+        if (for_items(call, kernels, tiles * kinds, width * 4, row)) return 1;
+    }
+    return 0;
+}
+
+// Tiles of a prompt: each is an item by itself.
+int32_t run_prefill(const foveate_anchor& call, const AnchorKernels& kernels, int64_t longest) {
+    const int kinds = call.pool_all ? 1 : call.attention.num_kv_heads;
+    int64_t inner = 0;
+    for (int tile = 0; tile < call.attention.num_tiles; ++tile) {
+        const int64_t bytes = kernels.scratch(call, tile);
+        if (bytes > inner) inner = bytes;
+    }
+    const int64_t room = (longest + 511) / 512 * 512 * 4, items = int64_t(call.attention.num_tiles) * kinds;
+    return for_items(call, kernels, items, room + inner, [&](int64_t i, char* scratch) {
+        const int tile = int(i / kinds);
+        float* scores = reinterpret_cast<float*>(scratch);
+        run_item(call, kernels, tile, int(i % kinds), scores,
+                 [&](int head) { kernels.pool(call, tile, head, scores, scratch + room); });
+    });
 }
 
 }  // namespace
@@ -63,40 +150,14 @@ int32_t foveate_anchor_size(void) { return int32_t(sizeof(foveate_anchor)); }
 
 int32_t foveate_anchor_run(const foveate_anchor* call_pointer) {
     const foveate_anchor& call = *call_pointer;
-    const foveate_attention& attention = call.attention;
-    const AnchorKernels& kernels = *kernels_for(attention);
-    int64_t inner = 0, longest = 0;
-    for (int tile = 0; tile < attention.num_tiles; ++tile) {
-        const int64_t bytes = kernels.scratch(call, tile), end = last_position(attention, tile);
-        if (bytes > inner) inner = bytes;
+    const AnchorKernels& kernels = *kernels_for(call.attention);
+    int64_t longest = 0;
+    bool single = true;
+    for (int tile = 0; tile < call.attention.num_tiles; ++tile) {
+        const int64_t end = last_position(call.attention, tile);
         if (end > longest) longest = end;
+        single = single && call.attention.tile_count[tile] == 1;
     }
-    const int64_t room = (longest + 511) / 512 * 512 * 4;
-    const int kinds = call.pool_all ? 1 : attention.num_kv_heads;
-    struct Shared {
-        const foveate_anchor& call;
-        const AnchorKernels& kernels;
-        int64_t room, bytes;
-        int kinds;
-        std::atomic<int64_t> next;
-        std::atomic<int> failed{0};
-    } shared{call, kernels, room, room + inner, kinds, {int64_t(attention.num_tiles) * kinds}};
-    auto body = [](void* data) {
-        Shared& shared = *static_cast<Shared*>(data);
-        char* scratch = static_cast<char*>(foveate_scratch(shared.bytes, 0));
-        if (!scratch) {
-            shared.failed = 1;
-            return;
-        }
-        shared.kernels.begin();
-        // From the back: the last tiles of a prompt have the most keys.
-        for (int64_t i; (i = shared.next.fetch_sub(1) - 1) >= 0;)
-            run_item(shared.call, shared.kernels, int(i / shared.kinds), int(i % shared.kinds),
-                     reinterpret_cast<float*>(scratch), scratch + shared.room);
-        shared.kernels.end();
-    };
-    const int64_t items = int64_t(attention.num_tiles) * kinds;
-    foveate_on_threads(body, &shared, attention.num_threads < items ? attention.num_threads : items);
-    return shared.failed;
+    return single ? run_decode(call, kernels, longest) : run_prefill(call, kernels, longest);
 }
 }

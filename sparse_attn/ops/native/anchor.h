@@ -6,6 +6,7 @@
 // the kept weights stay in L2.
 #pragma once
 
+#include "anchor_decode.h"
 #include "anchor_kernels.h"
 #include "prefill.h"
 
@@ -210,11 +211,13 @@ inline int choose(const float* scores, int64_t first, int64_t end, int64_t budge
     return count;
 }
 
-template <class Engine>
-constexpr AnchorKernels anchor_kernels_of(void (*begin)(), void (*end)()) {
-    return {anchor_scratch<Engine>, anchor_pool<Engine>, choose, begin, end};
+// ``Products`` is what decode takes.
+template <class Engine, class Products>
+constexpr AnchorKernels anchor_kernels_of(void (*begin)() = nothing, void (*end)() = nothing) {
+    return {
+        anchor_scratch<Engine>, anchor_pool<Engine>, anchor_logits_scratch<Products>, anchor_logits<Products>,
+        anchor_weigh<typename Products::Simd>, choose, begin, end,
+    };
 }
-
-inline void nothing() {}
 
 }  // namespace

@@ -5,8 +5,8 @@
 
 namespace {
 constexpr AnchorKernels kTables[2] = {
-    anchor_kernels_of<DotEngine>(nothing, nothing),
-    anchor_kernels_of<Quantised<DotEngine>>(nothing, nothing),
+    anchor_kernels_of<DotEngine, VectorProducts<DotRows>>(),
+    anchor_kernels_of<Quantised<DotEngine>, VectorProducts<FloatRows<Vec16, bfloat16, int8_t>>>(),
 };
 }
 extern const AnchorKernels* const kAnchorAvx512Bf16 = kTables;
