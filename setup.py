@@ -2,7 +2,7 @@
 
 Each instruction set is a source of its own with flags of its own; which one runs is decided by the CPU that it runs
 on. One that the compiler does not know is left out, and without any compiler foveate is installed all the same and
-computes attention in torch.
+computes attention in torch. ``CXX`` chooses the compiler, and ``CXXFLAGS`` come behind our own flags.
 """
 
 from __future__ import annotations

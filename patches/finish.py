@@ -39,11 +39,10 @@ class NativeFinish:
         assert kernels is not None  # they are all made of it
         self._kernels = kernels
         self._alive = output, norm, gates, glu, down
-        self._inputs, self._width = output.call.in_channels, output.call.out_channels
-        inner = down.call.in_channels
+        width, inner = output.call.out_channels, down.call.in_channels
         widths = (norm.call.width, gates.call.in_channels, gates.call.out_channels, down.call.out_channels)
-        if widths != (self._width, self._width, 2 * inner, self._width) or norm.weight.dtype is not torch.float32:
-            raise ValueError(f"widths {widths} do not follow on {self._width} and {inner}")
+        if widths != (width, width, 2 * inner, width) or norm.weight.dtype is not torch.float32:
+            raise ValueError(f"widths {widths} do not follow on {width} and {inner}")
         self._call = FinishCall(output.call, norm.call, gates.call, glu.call, down.call)
         self._call.glu.width = inner
 

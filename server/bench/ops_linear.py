@@ -1,4 +1,4 @@
-"""Linear layers: plain, packed, quantised in each kind, and what torch itself offers for quantised weights."""
+"""Linear layers: plain, packed, narrow, quantised in each kind, and what torch itself offers for quantised weights."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from torch import nn
 from torch.nn import functional
 
 from foveate.patches.linear_torch import quantize_rows
+from foveate.patches.narrow import NarrowLinear
 from foveate.patches.packed import PackedLinear
 from foveate.patches.quantize import KINDS, QuantizedLinear
+from foveate.sparse_attn.ops.native import library
 
 from .cases import Case, Setting, steps_to_walk
 from .shapes import Shape
@@ -65,6 +67,9 @@ def candidates(
     if setting.dtype is torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = [PackedLinear(layer) for layer in layers]
         found["bfloat16, packed"] = (partial(_layer, packed, x), found[plain][1])
+    if setting.dtype is torch.float32 and library() is not None:
+        narrowed = [NarrowLinear(layer) for layer in layers]
+        found["float32, narrow"] = (partial(_layer, narrowed, x), channels * depth * narrowed[0].narrow.panels.itemsize)
     for kind in KINDS:
         made = [QuantizedLinear(layer, kind) for layer in layers]
         found[kind] = (partial(_layer, made, x), made[0].nbytes)
