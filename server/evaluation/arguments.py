@@ -88,9 +88,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--depths",
         type=several(share),
-        default=[0.1, 0.5, 0.9],
+        default=[0.1, 0.35, 0.65, 0.9],
         metavar="X,...",
-        help="where the fact stands, 0 is the beginning of the document (default: 0.1,0.5,0.9)",
+        help="where facts stand, 0 is the beginning of the document; multiquery plants one at each "
+        "(default: 0.1,0.35,0.65,0.9)",
     )
     parser.add_argument("--samples", type=whole, default=4, metavar="N", help="prompts per cell (default: 4)")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="makes other prompts (default: 0)")

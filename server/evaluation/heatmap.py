@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import textwrap
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,38 +14,58 @@ from .policies import DENSE, label
 from .report import Cell
 
 _PANEL_INCHES = (3.4, 2.6)
+_OVERVIEW_INCHES = (2.1, 1.7)
 _DOTS_PER_INCH = 120
 
 
 def draw(directory: Path, cells: Sequence[Cell]) -> list[Path]:
-    """One PNG per scheme: a row of panels per task, dense first, then the scheme at each budget.
+    """PNGs, in which each square tells the answers found and the keys read, in %.
 
-    Cells without a depth are not drawn. Each square tells the answers found and the keys read, in %.
+    One per scheme: a row of panels per task, dense first, then the scheme at each budget. And one per
+    task, if there are several schemes: a row of panels per scheme. Cells without a depth are not drawn.
     """
     cells = [cell for cell in cells if cell.depth is not None and "score" in cell.values]
-    schemes = list(dict.fromkeys(str(cell.attention["scheme"]) for cell in cells))
-    paths = []
+    schemes = _distinct(cell.attention["scheme"] for cell in cells)
+    tasks = _distinct(cell.task for cell in cells)
+    figures = {}
     for scheme in [name for name in schemes if name != DENSE] or schemes:
         chosen = [cell for cell in cells if cell.attention["scheme"] in (DENSE, scheme)]
-        paths.append(directory / f"heatmap-{scheme}.png")
-        _figure(chosen).savefig(paths[-1], dpi=_DOTS_PER_INCH)
-    return paths
+        names = _distinct(label(cell.attention) for cell in chosen)
+        figures[f"heatmap-{scheme}.png"] = _figure([[(task, name) for name in names] for task in tasks], chosen)
+    if len(schemes) > 2:
+        for task in tasks:
+            own = [cell for cell in cells if cell.task == task]
+            rows = [
+                [(task, name) for name in _distinct(label(c.attention) for c in own if c.attention["scheme"] == scheme)]
+                for scheme in schemes
+            ]
+            figures[f"overview-{task}.png"] = _figure(rows, own, _OVERVIEW_INCHES)
+    for name, figure in figures.items():
+        figure.savefig(directory / name, dpi=_DOTS_PER_INCH)
+    return [directory / name for name in figures]
 
 
-def _figure(cells: Sequence[Cell]) -> Figure:
-    tasks = list(dict.fromkeys(cell.task for cell in cells))
-    names = list(dict.fromkeys(label(cell.attention) for cell in cells))
-    width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * len(names), height * len(tasks)), layout="constrained")
+def _distinct(names: Iterable[Any]) -> list[str]:
+    return list(dict.fromkeys(map(str, names)))
+
+
+def _figure(
+    rows: Sequence[Sequence[tuple[str, str]]], cells: Sequence[Cell], inches: tuple[float, float] = _PANEL_INCHES
+) -> Figure:
+    """A panel for each task and label in ``rows``; shorter rows, and what was not run, leave theirs empty."""
+    (width, height), columns = inches, max(map(len, rows))
+    figure = Figure(figsize=(width * columns, height * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
-    panels = figure.subplots(len(tasks), len(names), squeeze=False)
-    for row, task in enumerate(tasks):
-        for column, name in enumerate(names):
+    panels = figure.subplots(len(rows), columns, squeeze=False)
+    for number, row in enumerate(rows):
+        for column in range(columns):
+            task, name = row[column] if column < len(row) else ("", "")
             own = [cell for cell in cells if cell.task == task and label(cell.attention) == name]
-            if not own:  # this policy was not run on this task
-                panels[row][column].set_axis_off()
+            if not own:
+                panels[number][column].set_axis_off()
                 continue
-            image = _panel(panels[row][column], own, f"{task}\n{name}")
+            title = f"{task}\n{name}" if inches == _PANEL_INCHES else textwrap.fill(name, 22)
+            image = _panel(panels[number][column], own, title)
     figure.colorbar(image, ax=panels, label="answers found", shrink=0.8)
     return figure
 

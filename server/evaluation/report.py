@@ -12,7 +12,7 @@ from typing import Any
 from .policies import Refused, label
 from .trials import Trial, Trials
 
-VERSION = 1
+VERSION = 2
 FILE = "results.json"
 
 _CAPTIONS = {
@@ -24,14 +24,14 @@ _CAPTIONS = {
 
 @dataclass(frozen=True, slots=True)
 class Cell:
-    """The trials of one policy on one task at one length and depth, or at all depths together.
+    """The trials of one policy on one task at one length, at one depth or all together.
 
     Attributes:
         task: Its name.
         length: Tokens of prompt and answer.
         depth: Where the fact stood, or ``None``.
         attention: The policy.
-        trials: How many.
+        trials: How many; at one depth, how many facts there were asked for.
         values: Means of what was measured; ``perplexity`` where there is a ``loss``.
         keys_read_fraction: Mean.
         mass_kept: Mean over the trials that were audited.
@@ -47,10 +47,14 @@ class Cell:
     mass_kept: float | None
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], depth: float | None) -> Cell:
-        """Trials that differ in sample, and in depth if ``depth`` is ``None``."""
+    def of(cls, trials: Sequence[Trial], depth: float | None = None) -> Cell:
+        """Trials that differ in sample, and in depths if ``depth`` is ``None``; else their facts at that depth."""
         first = trials[0]
         values = {name: _mean(trial.values[name] for trial in trials) for name in first.values}
+        count = len(trials)
+        if depth is not None:
+            found = [said.found for trial in trials for said in trial.said if said.depth == depth]
+            values, count = {"score": _mean(found)}, len(found)
         if "loss" in values:
             values["perplexity"] = math.exp(values["loss"])
         masses = [trial.mass_kept for trial in trials if trial.mass_kept is not None]
@@ -59,7 +63,7 @@ class Cell:
             first.length,
             depth,
             first.attention,
-            len(trials),
+            count,
             values,
             _mean(trial.keys_read_fraction for trial in trials),
             _mean(masses) if masses else None,
@@ -78,11 +82,12 @@ class Cell:
 
 
 def cells(trials: Iterable[Trial], by_depth: bool) -> list[Cell]:
-    """The trials in groups, in the order in which they first appear."""
+    """The trials in groups, in the order in which they first appear; with ``by_depth``, each depth's facts apart."""
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
-        depth = trial.depth if by_depth else None
-        groups.setdefault((trial.task, trial.length, depth, trial.digest), []).append(trial)
+        depths: list[float | None] = [*sorted(set(trial.depths))] if by_depth else []
+        for depth in depths or [None]:
+            groups.setdefault((trial.task, trial.length, depth, trial.digest), []).append(trial)
     return [Cell.of(group, key[2]) for key, group in groups.items()]
 
 

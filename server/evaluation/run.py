@@ -30,9 +30,9 @@ from . import forced, policies
 from .arguments import schemes_of
 from .policies import Policy, Refused
 from .report import write_report
-from .tasks import TASKS, VERSION, Prompt
+from .tasks import TASKS, VERSION, Depths, Prompt
 from .text import Text, read_text
-from .trials import Trial, Trials
+from .trials import Said, Trial, Trials
 
 log = logging.getLogger(__name__)
 
@@ -42,8 +42,8 @@ BATCH = {"cpu": 1, "cuda": 8}
 # Tokens along which a policy is compared with dense.
 AGREEMENT_TOKENS = 32
 
-# Task, length and depth.
-CellKey = tuple[str, int, float | None]
+# Task, length and depths.
+CellKey = tuple[str, int, tuple[float, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +65,20 @@ class Plan:
     seed: int
 
     def cells(self) -> Iterator[CellKey]:
-        """Task, length and depth; short ones first, so that something can be seen soon."""
+        """Task, length and depths; short ones first, so that something can be seen soon."""
+        depths: dict[Depths, Sequence[tuple[float, ...]]] = {
+            Depths.NONE: [()],
+            Depths.EACH: [(depth,) for depth in self.depths],
+            Depths.ALL: [tuple(self.depths)],
+        }
         for length in sorted(self.lengths):
             for task in self.tasks:
-                for depth in self.depths if TASKS[task].by_depth else (None,):
-                    yield task, length, depth
+                for at in depths[TASKS[task].depths]:
+                    yield task, length, at
 
-    def rng(self, task: str, length: int, depth: float | None, sample: int) -> random.Random:
+    def rng(self, task: str, length: int, depths: tuple[float, ...], sample: int) -> random.Random:
         """The generator of one prompt."""
-        return random.Random(f"{self.seed} {task} {length} {depth} {sample}")
+        return random.Random(f"{self.seed} {task} {length} {depths} {sample}")
 
 
 def run(given: Namespace, settings: Settings) -> int:
@@ -191,10 +196,9 @@ class Evaluation:
                     self._fail(policy, error)
                     break
                 for sample, (answers, fraction, mass) in zip(now, done, strict=True):
-                    score = {"score": prompts[sample].score(answers)}
-                    expected = tuple(turn.answer for turn in prompts[sample].turns)
                     named = (*cell, sample, policy.attention, policy.digest)
-                    yield policy, Trial(*named, score, fraction, mass, tuple(answers), expected)
+                    score = {"score": prompts[sample].score(answers)}
+                    yield policy, Trial(*named, score, fraction, mass, _said(prompts[sample], answers))
 
     def _ask(
         self, policy: Policy, prompts: Sequence[Prompt], length: int
@@ -262,3 +266,12 @@ class Evaluation:
         log.debug("%s failed", policy.label, exc_info=error)
         reason = str(cause) if isinstance(cause, SchemeError) else f"{type(cause).__name__}: {cause}"
         self._failed[policy.digest] = Refused(policy.attention, reason)
+
+
+def _said(prompt: Prompt, answers: Sequence[str]) -> tuple[Said, ...]:
+    """Answers beside what was expected; those that were not reached are empty."""
+    answers = [*answers, *[""] * (len(prompt.turns) - len(answers))]
+    return tuple(
+        Said(answer, turn.answer, found, turn.depth)
+        for turn, answer, found in zip(prompt.turns, answers, prompt.found(answers), strict=True)
+    )

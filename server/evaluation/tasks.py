@@ -12,12 +12,13 @@ import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from itertools import pairwise, takewhile
 
 from .document import Encode, Planted, compose
 
 # Raised when a task is made in another way, so that results of both are not mixed.
-VERSION = 2
+VERSION = 3
 
 _PLACES = (
     "Ankara", "Athens", "Bergen", "Bogota", "Bremen", "Cairo", "Cork", "Dakar", "Dallas", "Denver", "Dublin", "Geneva",
@@ -38,7 +39,7 @@ _RELATIONS = (
 )
 _REMINDER = "\n\nReminder. "
 _CODE_DIGITS = 7
-_KEYS, _QUERIES = 4, 4
+_KEYS = 4
 
 # Tokens beyond those of the bare answer, for a model that says a word more.
 _SPARE_TOKENS = 4
@@ -52,11 +53,13 @@ class Turn:
         text: The beginning of a sentence; ``{}`` stands for the first word of the answer before.
         answer: How the planted facts end it.
         tokens: To generate, at most.
+        depth: Where its fact stands, 0 to 1, if that was asked for.
     """
 
     text: str
     answer: str
     tokens: int
+    depth: float | None = None
 
     def found(self, continuation: str) -> bool:
         """Whether ``continuation`` contains the answer, as a word of its own."""
@@ -74,15 +77,27 @@ class Prompt:
     text: str
     turns: tuple[Turn, ...]
 
-    def score(self, continuations: Sequence[str]) -> float:
-        """Share of the turns whose answer was found; in a chain, of those before the first that was not."""
+    def found(self, continuations: Sequence[str]) -> list[bool]:
+        """Which turns' answers were found; in a chain, none behind the first that was not."""
         found = [turn.found(text) for turn, text in zip(self.turns, continuations, strict=False)]
         if any("{}" in turn.text for turn in self.turns):
             found = list(takewhile(bool, found))
-        return sum(found) / len(self.turns)
+        return found + [False] * (len(self.turns) - len(found))
+
+    def score(self, continuations: Sequence[str]) -> float:
+        """Share of the turns whose answer was found."""
+        return sum(self.found(continuations)) / len(self.turns)
 
 
-Write = Callable[[random.Random, Encode, int, float | None], Prompt]
+Write = Callable[[random.Random, Encode, int, Sequence[float]], Prompt]
+
+
+class Depths(Enum):
+    """What a task does with the depths that are asked for."""
+
+    NONE = "none"
+    EACH = "a prompt for each"
+    ALL = "a prompt with a fact at each"
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,40 +105,34 @@ class Task:
     """
     Attributes:
         about: What it shows, in a line.
-        by_depth: It is run at several depths of the document.
+        depths: Where in the document what is asked for stands.
         write: Makes the prompt from a generator, the tokenizer, the tokens of prompt and answers
-            together, and the depth; ``None`` for a task that reads given text instead.
+            together, and the depths, of which there is one with ``Depths.EACH``; ``None`` for a task
+            that reads given text instead.
     """
 
     about: str
-    by_depth: bool = False
+    depths: Depths = Depths.NONE
     write: Write | None = None
 
 
-def needle(rng: random.Random, encode: Encode, length: int, depth: float | None) -> Prompt:
+def needle(rng: random.Random, encode: Encode, length: int, depths: Sequence[float]) -> Prompt:
     """One fact, and its beginning once more at the end (RULER's single needle)."""
-    [(place, code)] = _codes(rng, 1)
-    planted = [Planted(depth or 0.0, _fact(place, code))]
-    return _prompt(rng, encode, length, planted, [(_asked(place), code)])
+    return _facts(rng, encode, length, depths, asked=1)
 
 
-def multikey(rng: random.Random, encode: Encode, length: int, depth: float | None) -> Prompt:
+def multikey(rng: random.Random, encode: Encode, length: int, depths: Sequence[float]) -> Prompt:
     """One fact among three others of its kind at random depths (RULER's multi-key needle)."""
-    facts = _codes(rng, _KEYS)
-    depths = [depth or 0.0, *(rng.random() for _ in facts[1:])]
-    planted = [Planted(where, _fact(*fact)) for where, fact in zip(depths, facts, strict=True)]
-    place, code = facts[0]
-    return _prompt(rng, encode, length, planted, [(_asked(place), code)])
+    return _facts(rng, encode, length, [*depths, *(rng.random() for _ in range(_KEYS - 1))], asked=1)
 
 
-def multiquery(rng: random.Random, encode: Encode, length: int, depth: float | None) -> Prompt:
-    """Four facts at random depths, asked for one after the other (RULER's multi-query needle)."""
-    facts = _codes(rng, _QUERIES)
-    planted = [Planted(rng.random(), _fact(*fact)) for fact in facts]
-    return _prompt(rng, encode, length, planted, [(_asked(place), code) for place, code in facts])
+def multiquery(rng: random.Random, encode: Encode, length: int, depths: Sequence[float]) -> Prompt:
+    """Facts at each depth, asked for one after the other in a random order (RULER's multi-query needle)."""
+    depths = rng.sample(depths, len(depths))
+    return _facts(rng, encode, length, depths, asked=len(depths))
 
 
-def variable_tracking(rng: random.Random, encode: Encode, length: int, depth: float | None) -> Prompt:
+def variable_tracking(rng: random.Random, encode: Encode, length: int, depths: Sequence[float]) -> Prompt:
     """A chain of four facts at random depths, the answer of each the subject of the next (RULER's variable tracking).
 
     Each question is about what the model itself answered, and a link counts only if those before it
@@ -137,15 +146,15 @@ def variable_tracking(rng: random.Random, encode: Encode, length: int, depth: fl
         Planted(rng.random(), f"{relation.format(subject)} {answer}.")
         for relation, (subject, answer) in zip(_RELATIONS, pairwise(links), strict=True)
     ]
-    asked = [(_REMINDER + relation, answer) for relation, answer in zip(_RELATIONS, links[1:], strict=True)]
-    asked[0] = (asked[0][0].format(links[0]), links[1])
+    asked = [(_REMINDER + relation, answer, None) for relation, answer in zip(_RELATIONS, links[1:], strict=True)]
+    asked[0] = (_REMINDER + _RELATIONS[0].format(links[0]), links[1], None)
     return _prompt(rng, encode, length, planted, asked)
 
 
 TASKS = {
-    "needle": Task("one fact in a long document", True, needle),
-    "multikey": Task("one fact among three others of its kind", True, multikey),
-    "multiquery": Task("four facts, asked for one after the other", write=multiquery),
+    "needle": Task("one fact in a long document", Depths.EACH, needle),
+    "multikey": Task("one fact among three others of its kind", Depths.EACH, multikey),
+    "multiquery": Task("a fact at each depth, asked for one after the other", Depths.ALL, multiquery),
     "variable_tracking": Task("a chain of four facts, each leading to the next", write=variable_tracking),
     "perplexity": Task("how well real text is predicted"),
     "agreement": Task("how often the best next token is dense's, and how far the distributions are apart"),
@@ -153,7 +162,13 @@ TASKS = {
 
 
 def _codes(rng: random.Random, count: int) -> list[tuple[str, str]]:
-    """Places and codes, all different."""
+    """Places and codes, all different.
+
+    Raises:
+        ValueError: there are not so many places.
+    """
+    if count > len(_PLACES):
+        raise ValueError(f"{count} facts in a document are too many: there are {len(_PLACES)} places to tell them of")
     codes = rng.sample(range(10 ** (_CODE_DIGITS - 1), 10**_CODE_DIGITS), count)
     return list(zip(rng.sample(_PLACES, count), map(str, codes), strict=True))
 
@@ -166,11 +181,23 @@ def _asked(place: str) -> str:
     return f"{_REMINDER}The secret access code of {place} is"
 
 
+def _facts(rng: random.Random, encode: Encode, length: int, depths: Sequence[float], asked: int) -> Prompt:
+    """A prompt with a code at each of ``depths``, and questions about the first ``asked`` of them."""
+    facts = _codes(rng, len(depths))
+    planted = [Planted(depth, _fact(*fact)) for depth, fact in zip(depths, facts, strict=True)]
+    questions = [(_asked(place), code, depth) for (place, code), depth in zip(facts, depths, strict=True)]
+    return _prompt(rng, encode, length, planted, questions[:asked])
+
+
 def _prompt(
-    rng: random.Random, encode: Encode, length: int, planted: Sequence[Planted], asked: Sequence[tuple[str, str]]
+    rng: random.Random,
+    encode: Encode,
+    length: int,
+    planted: Sequence[Planted],
+    asked: Sequence[tuple[str, str, float | None]],
 ) -> Prompt:
-    """A prompt whose turns have the texts and answers ``asked``."""
-    turns = tuple(Turn(text, answer, len(encode(f" {answer}")) + _SPARE_TOKENS) for text, answer in asked)
+    """A prompt whose turns have the texts, answers and depths ``asked``."""
+    turns = tuple(Turn(text, answer, len(encode(f" {answer}")) + _SPARE_TOKENS, depth) for text, answer, depth in asked)
     later = sum(len(encode(turn.text.format(before.answer))) for before, turn in pairwise(turns))
     room = length - later - sum(turn.tokens for turn in turns)
     return Prompt(compose(rng, encode, room, planted, tail=turns[0].text), turns)

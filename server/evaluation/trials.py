@@ -9,8 +9,28 @@ from typing import Any
 
 from ..journal import Journal
 
-VERSION = 1
+VERSION = 2
 FILE = "trials.jsonl"
+
+# Task, length, depths, sample and digest: one trial each.
+Key = tuple[str, int, tuple[float, ...], int, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Said:
+    """One answer of a trial.
+
+    Attributes:
+        answer: What the model said.
+        expected: What it should have said.
+        found: Whether that counts as the same.
+        depth: Where it stood in the document, 0 to 1, if that was asked for.
+    """
+
+    answer: str
+    expected: str
+    found: bool
+    depth: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,32 +40,30 @@ class Trial:
     Attributes:
         task: Its name.
         length: Tokens of prompt and answer.
-        depth: Where the fact stood, 0 to 1, or ``None``.
+        depths: Where the facts asked for stood, 0 to 1; none if that was not asked for.
         sample: Number of the sample.
         attention: The policy, as a request gives it.
         digest: The policy with its defaults and profile.
         values: What was measured: ``score``, ``loss``, or ``match`` and ``kl``.
         keys_read_fraction: Keys read over those of dense attention.
         mass_kept: Share of dense attention's mass that was kept, where it was audited.
-        answers: What the model said, turn by turn, where it was to say something.
-        expected: What it should have said.
+        said: Its answers, turn by turn, where it was to say something.
     """
 
     task: str
     length: int
-    depth: float | None
+    depths: tuple[float, ...]
     sample: int
     attention: Mapping[str, Any]
     digest: str
     values: Mapping[str, float]
     keys_read_fraction: float
     mass_kept: float | None = None
-    answers: tuple[str, ...] = ()
-    expected: tuple[str, ...] = ()
+    said: tuple[Said, ...] = ()
 
     @property
-    def key(self) -> tuple[str, int, float | None, int, str]:
-        return self.task, self.length, self.depth, self.sample, self.digest
+    def key(self) -> Key:
+        return self.task, self.length, self.depths, self.sample, self.digest
 
 
 class Trials:
@@ -63,9 +81,10 @@ class Trials:
     def __init__(self, directory: Path, header: Mapping[str, Any], fresh: bool = False) -> None:
         self.header = {"format": "foveate-trials", "version": VERSION, **header}
         self._journal = Journal(directory / FILE, self.header, fresh)
-        self._found: dict[tuple[str, int, float | None, int, str], Trial] = {}
+        self._found: dict[Key, Trial] = {}
         for read in self._journal.lines:
-            trial = Trial(**{**read, "answers": tuple(read["answers"]), "expected": tuple(read["expected"])})
+            said = tuple(Said(**answer) for answer in read["said"])
+            trial = Trial(**{**read, "depths": tuple(read["depths"]), "said": said})
             self._found[trial.key] = trial
 
     def __iter__(self) -> Iterator[Trial]:

@@ -16,9 +16,9 @@ from foveate.server import cli
 from foveate.server.engine import Engine
 from foveate.server.evaluation import forced, report
 from foveate.server.evaluation.policies import Refused, build, choices, label
-from foveate.server.evaluation.tasks import TASKS, Prompt, Turn
+from foveate.server.evaluation.tasks import TASKS, Depths, Prompt, Turn
 from foveate.server.evaluation.text import read_text
-from foveate.server.evaluation.trials import Trial, Trials
+from foveate.server.evaluation.trials import Said, Trial, Trials
 from foveate.server.journal import OtherResults
 from foveate.server.llm import LLM
 from foveate.server.loader import load
@@ -28,6 +28,7 @@ from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing, SchemeConfigError
 
 LENGTH = 1024
+DEPTHS = (0.1, 0.5, 0.9)
 STREAMING = {"scheme": "streaming", "budget_tokens": 64}
 
 
@@ -123,7 +124,9 @@ def _build(attention):
 def trial(sample=0, score=1.0, task="needle", depth=0.5, attention=None, **values):
     attention = attention or {"scheme": "dense"}
     measured = values or {"score": score}
-    return Trial(task, 2048, depth, sample, attention, label(attention), measured, 0.5, None, ("a",), ("b",))
+    depths = () if depth is None else (depth,)
+    said = tuple(Said("a", "b", bool(score), at) for at in depths)
+    return Trial(task, 2048, depths, sample, attention, label(attention), measured, 0.5, None, said)
 
 
 def test_trials_are_found_again(tmp_path):
@@ -216,7 +219,7 @@ def test_questions_are_read_behind_the_answers(long_dir, loaded, monkeypatch):
 
     monkeypatch.setattr(forced.Reader, "read", recording)
     tokenizer = loaded.tokenizer
-    prompt = TASKS["multiquery"].write(random.Random(0), tokenizer.encode, LENGTH, None)
+    prompt = TASKS["multiquery"].write(random.Random(0), tokenizer.encode, LENGTH, DEPTHS)
     said, fraction = forced.converse(loaded, registry.build("dense"), prompt, 128, tokens=LENGTH)
     assert fraction == 1.0
     assert len(said) == len(prompt.turns)
@@ -270,6 +273,15 @@ def test_cells_are_means_over_samples_and_depths():
     assert (coarse.depth, coarse.trials, str(coarse)) == (None, 3, "67 (50)")
 
 
+def test_facts_asked_for_in_turn_are_told_apart_by_depth():
+    said = (Said("a", "a", True, 0.9), Said("b", "c", False, 0.1), Said("d", "d", True, 0.5))
+    several = Trial("multiquery", 2048, DEPTHS, 0, STREAMING, "x", {"score": 2 / 3}, 0.25, None, said)
+    fine = report.cells([several], by_depth=True)
+    assert [(cell.depth, cell.trials, cell.values["score"]) for cell in fine] == [(0.1, 1, 0), (0.5, 1, 1), (0.9, 1, 1)]
+    [coarse] = report.cells([several], by_depth=False)
+    assert (coarse.depth, coarse.trials, str(coarse)) == (None, 1, "67 (25)")
+
+
 def test_perplexity_is_that_of_the_mean_loss():
     trials = [trial(0, task="perplexity", depth=None, loss=1.0), trial(1, task="perplexity", depth=None, loss=3.0)]
     [cell] = report.cells(trials, by_depth=True)
@@ -309,7 +321,7 @@ def test_a_tiny_model_from_end_to_end(long_dir, tmp_path, capsys):
     assert "4096 tokens left out: the context is 2048" in err
     assert "written to" in out.splitlines()[-1]
     result = json.loads((tmp_path / "results.json").read_text())
-    assert (result["format"], result["version"], result["seed"], result["unavailable"]) == ("foveate-eval", 1, 0, [])
+    assert (result["format"], result["version"], result["seed"], result["unavailable"]) == ("foveate-eval", 2, 0, [])
     assert set(result["fingerprint"]) >= {"model_type", "weights"}
     found = {(cell["task"], label(cell["attention"])): cell for cell in result["cells"]}
     assert set(found) == {(task, name) for task in TASKS for name in ("dense", "streaming 64")}
@@ -319,7 +331,7 @@ def test_a_tiny_model_from_end_to_end(long_dir, tmp_path, capsys):
             "task", "length", "depth", "attention", "trials", "values", "keys_read_fraction", "mass_kept",
         }  # fmt: skip
         assert (cell["length"], cell["trials"]) == (LENGTH, 1)
-        assert cell["depth"] == (0.5 if TASKS[task].by_depth else None)
+        assert cell["depth"] == (None if TASKS[task].depths is Depths.NONE else 0.5)
         assert set(cell["values"]) == measures.get(task, {"score"})
         assert (cell["keys_read_fraction"] == 1.0) == (name == "dense")
     assert found["agreement", "dense"]["values"] == {"match": 1.0, "kl": 0.0}

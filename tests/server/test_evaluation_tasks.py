@@ -9,13 +9,17 @@ import pytest
 
 from foveate.server.evaluation.document import Planted, compose
 from foveate.server.evaluation.filler import sentences
-from foveate.server.evaluation.tasks import TASKS, Prompt, Turn
+from foveate.server.evaluation.tasks import TASKS, Depths, Prompt, Turn
 
 WRITTEN = [name for name, task in TASKS.items() if task.write]
 
 
-def make(tokenizer, name, length=4096, depth=0.5, seed=0):
-    return TASKS[name].write(random.Random(seed), tokenizer.encode, length, depth if TASKS[name].by_depth else None)
+DEPTHS = {Depths.NONE: (), Depths.EACH: (0.5,), Depths.ALL: (0.1, 0.35, 0.65, 0.9)}
+
+
+def make(tokenizer, name, length=4096, depths=None, seed=0):
+    depths = DEPTHS[TASKS[name].depths] if depths is None else depths
+    return TASKS[name].write(random.Random(seed), tokenizer.encode, length, depths)
 
 
 def total(tokenizer, prompt):
@@ -39,14 +43,32 @@ def test_prompt_and_answers_are_as_long_as_asked(tokenizer, name, length):
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])
-@pytest.mark.parametrize("name", [name for name in WRITTEN if TASKS[name].by_depth])
+@pytest.mark.parametrize("name", [name for name in WRITTEN if TASKS[name].depths is Depths.EACH])
 def test_the_fact_stands_at_its_depth(tokenizer, name, depth):
-    prompt = make(tokenizer, name, 10_000, depth)
+    prompt = make(tokenizer, name, 10_000, (depth,))
+    [turn] = prompt.turns
+    assert turn.depth == depth
+    assert stands(tokenizer, prompt, turn) == pytest.approx(depth, abs=0.02)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_facts_stand_at_each_depth_and_are_asked_for_in_any_order(tokenizer, seed):
+    depths = (0.0, 0.1, 0.37, 0.5, 0.9, 1.0)
+    prompt = make(tokenizer, "multiquery", 20_000, depths, seed)
+    asked = [turn.depth for turn in prompt.turns]
+    assert sorted(asked) == sorted(depths)
+    assert asked != sorted(depths), "these seeds"
+    for turn in prompt.turns:
+        assert stands(tokenizer, prompt, turn) == pytest.approx(turn.depth, abs=0.03)
+
+
+def stands(tokenizer, prompt, turn):
+    """Where the fact that a turn asks for is in the document, 0 to 1."""
     document = prompt.text.removesuffix(prompt.turns[0].text)
-    fact = prompt.turns[0].text.removeprefix("\n\nReminder. ") + f" {prompt.turns[0].answer}."
+    fact = turn.text.removeprefix("\n\nReminder. ") + f" {turn.answer}."
     assert document.count(fact) == 1
     around = len(tokenizer.encode(document)) - len(tokenizer.encode(fact))
-    assert len(tokenizer.encode(document[: document.index(fact)])) / around == pytest.approx(depth, abs=0.02)
+    return len(tokenizer.encode(document[: document.index(fact)])) / around
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -87,6 +109,11 @@ def test_facts_at_the_same_place_keep_their_order(tokenizer):
 def test_too_short_a_prompt_is_refused(tokenizer):
     with pytest.raises(ValueError, match="no room"):
         make(tokenizer, "multiquery", 200)
+
+
+def test_more_facts_than_there_are_places_are_refused(tokenizer):
+    with pytest.raises(ValueError, match="36 facts in a document are too many: there are 35"):
+        make(tokenizer, "multiquery", 10_000, [0.5] * 36)
 
 
 @pytest.mark.parametrize(
