@@ -14,12 +14,12 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, PreTrainedModel
 
-from foveate.sparse_attn import ops
-from foveate.sparse_attn.attend import attend, reads_everything
+from foveate.kv_cache.view import PagedView
+from foveate.sparse_attn import attend, ops
 from foveate.sparse_attn.ops.whole_native import PreparedLayer, PreparedStep
 from foveate.sparse_attn.ops.write import rotate_halves
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
-from foveate.sparse_attn.selection import Band
+from foveate.sparse_attn.selection import Band, ScoreThreshold, Segment
 
 from .finish import MOST_ROWS, NativeFinish
 from .interface import PackedStep
@@ -162,17 +162,31 @@ class FusedLayer:
     ) -> torch.Tensor:
         pages = step.pool.layer(self._call.index)
         prepared = PreparedStep.of(step, query.shape[1], query.dtype, cos, sin)
-        if prepared is not None and reads_everything(self._call, step, step.groups[0]):
+        if prepared is not None:
             if self._prepared is None or not self._prepared.is_for(pages):
                 strides = query.stride(0), key.stride(0), value.stride(0)
                 self._prepared = PreparedLayer(pages, self._call.spec, self.rotates, strides)
-            return self._prepared.run(prepared, query, key, value)
+            if attend.reads_everything(self._call, step, step.groups[0]):
+                return self._prepared.run(prepared, query, key, value)
+            self._prepared.write(prepared, query, key, value)
+            return self._read_chosen(self._prepared, prepared, query, step)
         if self.rotates:
             cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
             query = ops.rotate_write_kv(query, key, value, cos, sin, pages, step.slots)
         else:
             ops.write_kv(key, value, pages, step.slots)
-        return attend(query, self._call, step).flatten(1)
+        return attend.attend(query, self._call, step).flatten(1)
+
+    def _read_chosen(
+        self, layer: PreparedLayer, prepared: PreparedStep, query: torch.Tensor, step: StepState
+    ) -> torch.Tensor:
+        (group,) = step.groups
+        view = PagedView(step.pool.layer(self._call.index), group.rows)
+        segments = attend.segments_of(query, view, self._call, step, group)
+        keys = segments[0].keys
+        if segments == (Segment(keys, self._call.spec.band),) and not isinstance(keys, ScoreThreshold):
+            return layer.read(prepared, query, keys)
+        return attend.read(query, view, segments, self._call, step, group).flatten(1)
 
 
 def _normed(module: Any, norm: Norm | None) -> Sum:

@@ -86,7 +86,7 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
     models at once: there is one attention function.
     """
     clock = PartClock(model.device)
-    choose = attend._segments
+    choose = attend.segments_of
     handles: list[Any] = []
     fused = list(fused_layers(model))
     inner = {id(module) for layer in fused for module in layer.modules()}
@@ -98,11 +98,11 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
             if id(module) not in inner and (_is_linear(module) or _is_made_of_linears(module)):
                 handles.append(module.register_forward_pre_hook(lambda *_: clock.enter("linear")))
                 handles.append(module.register_forward_hook(lambda *_: clock.leave(), always_call=True))
-        attend._segments = clock.timed("selection", choose)
+        attend.segments_of = clock.timed("selection", choose)
         AttentionInterface.register(NAME, clock.timed("attention", paged_attention))
         yield clock
     finally:
-        attend._segments = choose
+        attend.segments_of = choose
         register()
         for layer in fused:
             for piece in FUSED_PARTS:

@@ -35,7 +35,18 @@ def attend(query: torch.Tensor, layer: LayerCall, step: StepState) -> torch.Tens
 
 def _attend_group(query: torch.Tensor, layer: LayerCall, step: StepState, group: StepGroup) -> torch.Tensor:
     view = PagedView(step.pool.layer(layer.index), group.rows)
-    segments = _segments(query, view, layer, step, group)
+    return read(query, view, segments_of(query, view, layer, step, group), layer, step, group)
+
+
+def read(
+    query: torch.Tensor,
+    view: PagedView,
+    segments: tuple[Segment, ...],
+    layer: LayerCall,
+    step: StepState,
+    group: StepGroup,
+) -> torch.Tensor:
+    """Attention of one group's queries ``[T, H, D]`` over what ``segments_of`` chose; books the reads."""
     if len(segments) == 1:
         parts = [_read(query, view, segments[0], layer, layer.spec, step, group)]
         out, lse, _ = parts[0]
@@ -72,9 +83,18 @@ def _read(
     return *kernel(query, view, segment.keys, spec), None
 
 
-def _segments(
+def segments_of(
     query: torch.Tensor, view: PagedView, layer: LayerCall, step: StepState, group: StepGroup
 ) -> tuple[Segment, ...]:
+    """What one group reads in a layer: the scheme chooses, or an earlier layer has chosen for it.
+
+    Args:
+        query: ``[T, H, D]`` of the group, rotated.
+        view: Its pages, which hold this step's keys.
+        layer: Which layer.
+        step: Its state.
+        group: Keeps what later layers will read.
+    """
     everything = (Segment(None, layer.spec.band),)
     scheme = group.scheme
     if scheme is None or reads_everything(layer, step, group):

@@ -1,7 +1,7 @@
-"""Decode of queries that read every key: rotation, writing and attention of a layer in one call of the kernels.
+"""Decode, a layer at a time: rotation, writing and attention in one call of the kernels, or two with a choice between.
 
 What is the same in all layers of a step, and what is the same in all steps of a layer, is prepared; a call hands over
-four addresses. Checking shapes, and asking who reads what, cost more than attention itself on short contexts.
+addresses. Checking shapes, and asking who reads what, cost more than attention itself on short contexts.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ import torch
 from foveate.kv_cache.view import LayerPages, PagedView
 
 from ..protocol import AttentionSpec, Phase, StepGroup, StepState
+from ..selection import Selection
 from . import attention_native, write_native
-from .native import DTYPES, ISAS, NO_END, WholeLayer, WholeStep, library
+from .native import DTYPES, ISAS, NO_END, WholeChoice, WholeLayer, WholeStep, library
 
 # What is kept of a step in ``Rows.plans``.
 _PLAN = "whole_native"
@@ -132,21 +133,55 @@ class PreparedLayer:
         return self._keys() is pages.keys and self._num_stats == len(pages.stats)
 
     def run(self, step: PreparedStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-        """``query [T, H, D]``, ``key`` and ``value [T, G, D]`` as they left their projections, to ``[T, H * D]``.
+        """``write``, and then ``read`` of every key of the layer's band."""
+        out = _output(query)
+        self._run(step, None, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr())
+        return out
 
-        The queries are given up. Books the reads.
+    def write(self, step: PreparedStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+        """``query [T, H, D]``, ``key`` and ``value [T, G, D]`` as they left their projections.
+
+        Queries are rotated where they lie; keys and values go to their pages.
+
+        Raises:
+            IndexError: a slot lies behind the last page.
+        """
+        self._run(step, None, query.data_ptr(), key.data_ptr(), value.data_ptr(), None)
+
+    def read(self, step: PreparedStep, query: torch.Tensor, keys: Selection | None) -> torch.Tensor:
+        """Attention of the queries that ``write`` has rotated over what they chose, ``[T, H * D]``. Books the reads.
 
         Raises:
             MemoryError: no memory was left.
-            IndexError: a slot lies behind the last page.
         """
-        tokens, heads, dim = query.shape
-        out = torch.empty((tokens, heads * dim), dtype=query.dtype)
-        code = self._kernels.whole(
-            step.call, self._call, query.data_ptr(), key.data_ptr(), value.data_ptr(), out.data_ptr()
+        out = _output(query)
+        if keys is None:
+            self._run(step, None, query.data_ptr(), None, None, out.data_ptr())
+            return out
+        indices, counts, tiles = keys.indices.contiguous(), keys.counts.contiguous(), keys.tiles
+        choice = WholeChoice(
+            indices.data_ptr(),
+            counts.data_ptr(),
+            tiles.sequence.data_ptr(),
+            tiles.query_start.data_ptr(),
+            tiles.query_count.data_ptr(),
+            tiles.position.data_ptr(),
+            indices.shape[2],
+            len(tiles),
+            indices.shape[1],
+            keys.granularity,
         )
+        self._run(step, choice, query.data_ptr(), None, None, out.data_ptr())
+        return out
+
+    def _run(self, step: PreparedStep, choice: WholeChoice | None, *addresses: int | None) -> None:
+        code = self._kernels.whole(step.call, self._call, choice, *addresses)
         if code == 1:
             raise MemoryError("no memory for the scratch space of the attention kernels")
         if code:
             raise IndexError(f"a slot lies behind the {step.call.write.num_pages} pages")
-        return out
+
+
+def _output(query: torch.Tensor) -> torch.Tensor:
+    tokens, heads, dim = query.shape
+    return torch.empty((tokens, heads * dim), dtype=query.dtype)

@@ -85,7 +85,18 @@ def test_a_layer_that_computes_something_else_is_left_alone(tiny):
     assert [layer._layer for layer in fused_layers(model)] == [model.model.layers[0], model.model.layers[2]]
 
 
-@pytest.mark.parametrize("policy", [{"scheme": "streaming", "budget_tokens": 16}, {"scheme": "quest"}, "dense"])
+POLICIES = [
+    "dense",
+    {"scheme": "streaming", "budget_tokens": 16},
+    {"scheme": "quest", "budget_tokens": 16, "sink_tokens": 4, "window_tokens": 8},
+    {"scheme": "exact_topk", "budget_tokens": 16, "sink_tokens": 4, "window_tokens": 8},
+    {"scheme": "kascade", "uncalibrated": 2, "budget_tokens": 16, "sink_tokens": 4, "window_tokens": 8},
+    {"scheme": "moba", "block_tokens": 16, "top_k": 2, "sparse_decode": True},
+    {"scheme": "dhsa", "budget_tokens": 16, "sink_tokens": 4, "window_tokens": 8},
+]
+
+
+@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy if policy == "dense" else policy["scheme"])
 def test_schemes_read_the_same_keys(policy, tiny, tokens):
     model, ids = tiny("qwen2"), tokens(1, 90)
     results = []

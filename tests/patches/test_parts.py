@@ -101,13 +101,13 @@ def test_parts_of_a_forward_pass_are_found(model, monkeypatch, now, quantized):
 
 
 def test_nothing_stays(model):
-    choose = attend._segments
+    choose = attend.segments_of
     with foveate.attach(model, "streaming"), torch.inference_mode():
         with contextlib.suppress(RuntimeError), watch_parts(model):
-            assert attend._segments is not choose
+            assert attend.segments_of is not choose
             assert AttentionInterface()[interface.NAME] is not interface.paged_attention
             raise RuntimeError("stop")
-        assert attend._segments is choose
+        assert attend.segments_of is choose
         assert AttentionInterface()[interface.NAME] is interface.paged_attention
         assert not any(module._forward_hooks or module._forward_pre_hooks for module in list(model.modules())[1:])
 

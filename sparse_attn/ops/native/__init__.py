@@ -203,6 +203,17 @@ class WholeLayer(ctypes.Structure):
     )
 
 
+class WholeChoice(ctypes.Structure):
+    """``foveate_whole_choice`` of whole.h, field by field."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("indices", "counts")),
+        *((f"tile_{name}", ctypes.c_void_p) for name in ("sequence", "start", "count", "position")),
+        ("selected_width", ctypes.c_int64),
+        *((name, ctypes.c_int32) for name in ("num_tiles", "selected_heads", "granularity")),
+    )
+
+
 class LinearCall(ctypes.Structure):
     """``foveate_linear`` of linear.h, field by field."""
 
@@ -262,6 +273,7 @@ class Library:
             and self._size("foveate_write_size") == ctypes.sizeof(WriteCall)
             and self._size("foveate_whole_step_size") == ctypes.sizeof(WholeStep)
             and self._size("foveate_whole_layer_size") == ctypes.sizeof(WholeLayer)
+            and self._size("foveate_whole_choice_size") == ctypes.sizeof(WholeChoice)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
             raise OSError(f"{path} was built from other sources; install again")
@@ -287,7 +299,7 @@ class Library:
         self.finish = self._function("foveate_finish_run", FinishCall)
         self.finish.argtypes = (*(self.finish.argtypes or ()), *[ctypes.c_void_p] * 3, ctypes.c_int64, ctypes.c_int32)
         self.write = self._function("foveate_write_run", WriteCall)
-        self.whole = self._function("foveate_whole_run", WholeStep, WholeLayer)
+        self.whole = self._function("foveate_whole_run", WholeStep, WholeLayer, WholeChoice)
         self.whole.argtypes = (*(self.whole.argtypes or ()), *[ctypes.c_void_p] * 4)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)

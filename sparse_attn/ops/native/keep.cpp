@@ -2,18 +2,8 @@
 // over the selection.
 #include <algorithm>
 
+#include "pairs.h"
 #include "pick.h"
-
-namespace {
-
-// Pairs of a tile's ``count`` queries and the keys up to the one that lies ``x`` before the tile's end.
-int64_t pairs_up_to(int64_t x, int64_t count) {
-    if (x <= 0) return 0;
-    const int64_t ramp = std::min(x, count);
-    return ramp * (ramp + 1) / 2 + (x - ramp) * count;
-}
-
-}  // namespace
 
 extern "C" {
 
@@ -45,18 +35,11 @@ int32_t foveate_selection_keep(const foveate_selection* call_pointer) {
 
 int32_t foveate_selection_pairs(const foveate_selection* call_pointer) {
     const foveate_selection& call = *call_pointer;
-    const int64_t size = call.granularity, far = std::max(call.farthest, call.nearest);
+    const int64_t far = std::max(call.farthest, call.nearest);
     for (int64_t i = 0; i < call.rows * call.kinds; ++i) {
         const int64_t r = i / call.kinds, count = call.tile_count[r], tile_end = call.tile_position[r] + count;
-        const int32_t* indices = call.indices + i * call.width;
-        int64_t pairs = 0;
-        for (int64_t k = 0; k < call.width; ++k) {
-            if (indices[k] < 0) continue;
-            const int64_t near_end = tile_end - call.nearest - indices[k] * size;
-            const int64_t far_end = tile_end - far - indices[k] * size;
-            pairs += pairs_up_to(near_end, count) - pairs_up_to(near_end - size, count);
-            pairs -= pairs_up_to(far_end, count) - pairs_up_to(far_end - size, count);
-        }
+        const int64_t pairs = pairs_of(call.indices + i * call.width, call.width, call.granularity, count,
+                                       tile_end - call.nearest, tile_end - far);
         call.pairs[call.tile_sequence[r]] += double(pairs);
     }
     return 0;

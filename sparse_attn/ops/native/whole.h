@@ -1,5 +1,5 @@
-// The C interface of a decode step whose queries read every key: rotates, writes and attends in one call per layer.
-// ``native/__init__.py`` mirrors both structures field by field.
+// The C interface of a decode step: rotates, writes and attends in one call per layer, or in two with a choice of keys
+// between them. ``native/__init__.py`` mirrors the structures field by field.
 #pragma once
 
 #include "kernels.h"
@@ -31,10 +31,29 @@ struct foveate_whole_layer {
     float softcap;
 };
 
-// ``query [T, H, D]``, ``key`` and ``value [T, G, D]``, the heads of a token dense; ``out [T, H, D]`` dense. Queries are
-// rotated where they lie. 0, 1 when no memory was left, or 2 when a slot lies behind the last page.
-FOVEATE_API int32_t foveate_whole_run(const foveate_whole_step* step, const foveate_whole_layer* layer, void* query,
-                                      const void* key, const void* value, void* out);
+// What is read instead of every key of the layer's band: a selection, as in ``foveate_attention``.
+struct foveate_whole_choice {
+    const int32_t* indices;
+    const int32_t* counts;
+    const int32_t* tile_sequence;
+    const int32_t* tile_start;
+    const int32_t* tile_count;
+    const int32_t* tile_position;
+    int64_t selected_width;
+    int32_t num_tiles;
+    int32_t selected_heads;
+    int32_t granularity;
+};
+
+// ``query [T, H, D]``, ``key`` and ``value [T, G, D]``, the heads of a token dense; ``out [T, H, D]`` dense. Keys and
+// values are written, unless they are null, and queries rotated where they lie; then, unless ``out`` is null, what
+// ``choice`` names is read, or every key where it is null. 0, 1 when no memory was left, or 2 when a slot lies behind
+// the last page.
+FOVEATE_API int32_t foveate_whole_run(const foveate_whole_step* step, const foveate_whole_layer* layer,
+                                      const foveate_whole_choice* choice, void* query, const void* key,
+                                      const void* value, void* out);
+
+FOVEATE_API int32_t foveate_whole_choice_size(void);
 
 FOVEATE_API int32_t foveate_whole_step_size(void);
 FOVEATE_API int32_t foveate_whole_layer_size(void);
