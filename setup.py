@@ -68,6 +68,7 @@ SHARED = (
     "finish",
     "write",
     "whole",
+    "decoder",
     "linear",
 )
 

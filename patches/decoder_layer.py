@@ -16,14 +16,15 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from foveate.kv_cache.view import PagedView
 from foveate.sparse_attn import attend, ops
-from foveate.sparse_attn.ops.whole_native import PreparedLayer, PreparedStep
+from foveate.sparse_attn.ops.whole_native import Choice, PreparedLayer, PreparedStep
 from foveate.sparse_attn.ops.write import rotate_halves
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
-from foveate.sparse_attn.selection import Band, ScoreThreshold, Segment
+from foveate.sparse_attn.selection import Band, Segment
 
 from .finish import MOST_ROWS, NativeFinish
 from .interface import PackedStep
 from .narrow import NarrowProduct
+from .native_decoder import NativeDecoder
 from .norm_native import NativeNorm
 from .products import Heads, JoinedMLP, Sum, heads_of, mlp_plus, plus
 
@@ -52,6 +53,7 @@ class FusedLayer:
         read: Rotates, writes and attends.
         finish: What follows: the attention's output layer and the MLP, both added to the residual stream.
         rotates: Whether queries and keys are rotated (not in NoPE layers).
+        whole: All of it in a decode step, where the layer is made of such parts as that knows.
     """
 
     def __init__(self, layer: nn.Module, order: tuple[str | None, ...]) -> None:
@@ -68,6 +70,7 @@ class FusedLayer:
         self._finish_few = self._native_finish()
         self.finish: Sum = self._finish
         self.rotates = True
+        self.whole: NativeDecoder | None = None
         self._prepared: PreparedLayer | None = None
         self._call = LayerCall(attention.layer_idx, AttentionSpec(1.0))
         self._hooks = [
@@ -101,8 +104,24 @@ class FusedLayer:
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, read: Read
     ) -> torch.Tensor:
         """``x [T, E]`` to the same; ``cos`` and ``sin`` are ``[B, L, R]``, and ``read`` is what attends."""
+        if self.whole is not None and len(x) <= MOST_ROWS and x.is_contiguous():
+            prepared = PreparedStep.of(step, self.whole.num_heads, x.dtype, cos, sin)
+            if prepared is not None:
+                return self._whole(self.whole, prepared, x, step)
         query, key, value = self.project(x if self._before is None else self._before(x))
         return self.finish(read(query, key, value, cos, sin, step), x)
+
+    def _whole(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
+        layer = self._layer_for(step, (whole.token_stride,) * 3)
+        if attend.reads_everything(self._call, step, step.groups[0]):
+            return whole.run(layer, prepared, x)
+        heads = whole.begin(layer, prepared, x)
+        query = heads[:, : whole.num_heads]
+        segments = self._segments(query, step)
+        choice = Choice.of(segments, self._call.spec.band)
+        if choice is None:
+            return self.finish(self._read_segments(query, segments, step), x)
+        return whole.end(layer, prepared, heads, choice, x)
 
     def _finish(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         if self._finish_few is not None and len(x) <= MOST_ROWS and attended.is_contiguous() and x.is_contiguous():
@@ -122,6 +141,11 @@ class FusedLayer:
         ):
             return None
         return NativeFinish(self._output, norm, feed.gates, feed.glu, feed.down)
+
+    def native_whole(self) -> NativeDecoder | None:
+        """All of the layer in a decode step, where it is made of such parts as that knows."""
+        norm = getattr(self._before, "__self__", None)
+        return NativeDecoder.of(norm, self.project, self._finish_few)
 
     def attends(self, facts: Mapping[str, Any], head_dim: int) -> None:
         """Takes over what the layer says to its attention function.
@@ -160,16 +184,16 @@ class FusedLayer:
         sin: torch.Tensor,
         step: StepState,
     ) -> torch.Tensor:
-        pages = step.pool.layer(self._call.index)
         prepared = PreparedStep.of(step, query.shape[1], query.dtype, cos, sin)
         if prepared is not None:
-            if self._prepared is None or not self._prepared.is_for(pages):
-                strides = query.stride(0), key.stride(0), value.stride(0)
-                self._prepared = PreparedLayer(pages, self._call.spec, self.rotates, strides)
+            layer = self._layer_for(step, (query.stride(0), key.stride(0), value.stride(0)))
             if attend.reads_everything(self._call, step, step.groups[0]):
-                return self._prepared.run(prepared, query, key, value)
-            self._prepared.write(prepared, query, key, value)
-            return self._read_chosen(self._prepared, prepared, query, step)
+                return layer.run(prepared, query, key, value)
+            layer.write(prepared, query, key, value)
+            segments = self._segments(query, step)
+            choice = Choice.of(segments, self._call.spec.band)
+            return self._read_segments(query, segments, step) if choice is None else layer.read(prepared, query, choice)
+        pages = step.pool.layer(self._call.index)
         if self.rotates:
             cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
             query = ops.rotate_write_kv(query, key, value, cos, sin, pages, step.slots)
@@ -177,15 +201,21 @@ class FusedLayer:
             ops.write_kv(key, value, pages, step.slots)
         return attend.attend(query, self._call, step).flatten(1)
 
-    def _read_chosen(
-        self, layer: PreparedLayer, prepared: PreparedStep, query: torch.Tensor, step: StepState
-    ) -> torch.Tensor:
+    def _layer_for(self, step: StepState, strides: tuple[int, int, int]) -> PreparedLayer:
+        pages = step.pool.layer(self._call.index)
+        if self._prepared is None or not self._prepared.is_for(pages):
+            self._prepared = PreparedLayer(pages, self._call.spec, self.rotates, strides)
+        return self._prepared
+
+    def _segments(self, query: torch.Tensor, step: StepState) -> tuple[Segment, ...]:
+        """What the only group of a step reads, its queries rotated and its keys written."""
         (group,) = step.groups
         view = PagedView(step.pool.layer(self._call.index), group.rows)
-        segments = attend.segments_of(query, view, self._call, step, group)
-        keys = segments[0].keys
-        if segments == (Segment(keys, self._call.spec.band),) and not isinstance(keys, ScoreThreshold):
-            return layer.read(prepared, query, keys)
+        return attend.segments_of(query, view, self._call, step, group)
+
+    def _read_segments(self, query: torch.Tensor, segments: tuple[Segment, ...], step: StepState) -> torch.Tensor:
+        (group,) = step.groups
+        view = PagedView(step.pool.layer(self._call.index), group.rows)
         return attend.read(query, view, segments, self._call, step, group).flatten(1)
 
 
@@ -261,6 +291,7 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
         for fused.rotates in (True, False):
             out = fused.compute(x[0], cos, sin, None, see)  # type: ignore[arg-type]
             if all(_close(*pair) for pair in zip((*got, out), (*wanted, expected[0]), strict=True)):
+                fused.whole = fused.native_whole()
                 return fused
     except (ValueError, TypeError, RuntimeError, AttributeError):  # its modules are of another kind
         pass

@@ -28,6 +28,9 @@ class NativeFinish:
         glu: Of the two.
         down: Back to the width of the residual stream.
 
+    Attributes:
+        call: What is the same in all calls.
+
     Raises:
         ValueError: their widths do not fit each other.
     """
@@ -43,8 +46,8 @@ class NativeFinish:
         widths = (norm.call.width, gates.call.in_channels, gates.call.out_channels, down.call.out_channels)
         if widths != (width, width, 2 * inner, width) or norm.weight.dtype is not torch.float32:
             raise ValueError(f"widths {widths} do not follow on {width} and {inner}")
-        self._call = FinishCall(output.call, norm.call, gates.call, glu.call, down.call)
-        self._call.glu.width = inner
+        self.call = FinishCall(output.call, norm.call, gates.call, glu.call, down.call)
+        self.call.glu.width = inner
 
     def __call__(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """``attended [M, H * D]`` and ``x [M, E]``, dense float32, to ``[M, E]``.
@@ -56,7 +59,7 @@ class NativeFinish:
         if not len(x):
             return out
         code = self._kernels.finish(
-            self._call, attended.data_ptr(), x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads()
+            self.call, attended.data_ptr(), x.data_ptr(), out.data_ptr(), len(x), torch.get_num_threads()
         )
         if code:
             raise MemoryError("no memory for the scratch space of a decoder layer")

@@ -89,9 +89,11 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
     choose = attend.segments_of
     handles: list[Any] = []
     fused = list(fused_layers(model))
+    whole = [layer.whole for layer in fused]
     inner = {id(module) for layer in fused for module in layer.modules()}
     try:
         for layer in fused:
+            layer.whole = None  # one call cannot be told apart
             for piece, part in FUSED_PARTS.items():
                 setattr(layer, piece, clock.timed(part, getattr(layer, piece)))
         for module in model.modules():
@@ -104,7 +106,8 @@ def watch_parts(model: PreTrainedModel) -> Iterator[PartClock]:
     finally:
         attend.segments_of = choose
         register()
-        for layer in fused:
+        for layer, before in zip(fused, whole, strict=True):
+            layer.whole = before
             for piece in FUSED_PARTS:
                 setattr(layer, piece, getattr(layer, piece).__wrapped__)
         for handle in handles:

@@ -27,6 +27,31 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
+class JoinedHeads:
+    """Queries, keys and values by one product, and the norms of heads.
+
+    Attributes:
+        product: ``[T, E]`` to ``[T, (H + 2 G) * D]``.
+        counts: H, G and G.
+        dim: D.
+        norms: Of queries and of keys; ``None`` where there is none.
+    """
+
+    def __init__(
+        self,
+        product: Callable[[torch.Tensor], torch.Tensor],
+        counts: Sequence[int],
+        dim: int,
+        norms: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
+    ) -> None:
+        self.product, self.counts, self.dim, self.norms = product, list(counts), dim, norms
+
+    def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
+        """``x [T, E]`` to queries ``[T, H, D]``, keys and values ``[T, G, D]``."""
+        query, key, value = self.product(x).view(x.shape[0], -1, self.dim).split_with_sizes(self.counts, 1)
+        return _normed(query, key, value, self.norms)
+
+
 def heads_of(attention: nn.Module) -> Heads:
     """The projections of an attention module with the norms it has for queries and keys.
 
@@ -36,32 +61,28 @@ def heads_of(attention: nn.Module) -> Heads:
     given: Any = attention
     dim: int = given.head_dim
     norms = [_by_head(getattr(given, name, None), dim) for name in ("q_norm", "k_norm")]
-
-    def normed(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> Sequence[torch.Tensor]:
-        query_norm, key_norm = norms
-        return query if query_norm is None else query_norm(query), key if key_norm is None else key_norm(key), value
-
     if hasattr(given, "qkv_proj"):
         kv_heads = given.config.num_key_value_heads
-        joint: Callable[[torch.Tensor], torch.Tensor] = given.qkv_proj
-        counts = [given.config.num_attention_heads, kv_heads, kv_heads]
-    else:
-        parts = [getattr(given, name) for name in _QKV]
-        counts = [part.out_features // dim for part in parts]
-        if not _joinable(parts):
+        return JoinedHeads(given.qkv_proj, [given.config.num_attention_heads, kv_heads, kv_heads], dim, norms)
+    parts = [getattr(given, name) for name in _QKV]
+    if _joinable(parts):
+        return JoinedHeads(joined(parts), [part.out_features // dim for part in parts], dim, norms)
 
-            def apart(x: torch.Tensor) -> Sequence[torch.Tensor]:
-                query, key, value = (part(x).view(x.shape[0], -1, dim) for part in parts)
-                return normed(query, key, value)
+    def apart(x: torch.Tensor) -> Sequence[torch.Tensor]:
+        query, key, value = (part(x).view(x.shape[0], -1, dim) for part in parts)
+        return _normed(query, key, value, norms)
 
-            return apart
-        joint = joined(parts)
+    return apart
 
-    def together(x: torch.Tensor) -> Sequence[torch.Tensor]:
-        query, key, value = joint(x).view(x.shape[0], -1, dim).split_with_sizes(counts, 1)
-        return normed(query, key, value)
 
-    return together
+def _normed(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    norms: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
+) -> Sequence[torch.Tensor]:
+    query_norm, key_norm = norms
+    return query if query_norm is None else query_norm(query), key if key_norm is None else key_norm(key), value
 
 
 def _by_head(norm: Any, dim: int) -> Callable[[torch.Tensor], torch.Tensor] | None:

@@ -7,13 +7,14 @@ addresses. Checking shapes, and asking who reads what, cost more than attention 
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 
 import torch
 
 from foveate.kv_cache.view import LayerPages, PagedView
 
 from ..protocol import AttentionSpec, Phase, StepGroup, StepState
-from ..selection import Selection
+from ..selection import Band, ScoreThreshold, Segment, Selection
 from . import attention_native, write_native
 from .native import DTYPES, ISAS, NO_END, WholeChoice, WholeLayer, WholeStep, library
 
@@ -29,6 +30,9 @@ class PreparedStep:
         heads: H.
         cos: ``[..., R]``, T rows, dense, of the queries' type.
         sin: Likewise.
+
+    Attributes:
+        call: ``foveate_whole_step``.
     """
 
     def __init__(self, step: StepState, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -104,6 +108,9 @@ class PreparedLayer:
         spec: Its facts; causal, its scale above 0.
         rotates: Whether queries and keys are rotated.
         strides: Elements from one token's queries to the next one's, and of keys and values.
+
+    Attributes:
+        call: ``foveate_whole_layer``.
     """
 
     def __init__(self, pages: LayerPages, spec: AttentionSpec, rotates: bool, strides: tuple[int, int, int]) -> None:
@@ -111,7 +118,7 @@ class PreparedLayer:
         # No strong reference: the layer outlives the pool. Declaring a statistic leaves the keys where they are.
         self._keys, self._num_stats = weakref.ref(pages.keys), len(pages.stats)
         self._sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
-        self._call = WholeLayer(
+        self.call = WholeLayer(
             keys=pages.keys.data_ptr(),
             values=pages.values.data_ptr(),
             key_scales=None if pages.key_scales is None else pages.key_scales.data_ptr(),
@@ -126,7 +133,7 @@ class PreparedLayer:
             softcap=spec.softcap,
         )
         for stat, kept in pages.stats.items():
-            setattr(self._call, stat.name, kept.data_ptr())
+            setattr(self.call, stat.name, kept.data_ptr())
 
     def is_for(self, pages: LayerPages) -> bool:
         """Was it made for these pages, with the statistics that they have now?"""
@@ -148,18 +155,34 @@ class PreparedLayer:
         """
         self._run(step, None, query.data_ptr(), key.data_ptr(), value.data_ptr(), None)
 
-    def read(self, step: PreparedStep, query: torch.Tensor, keys: Selection | None) -> torch.Tensor:
+    def read(self, step: PreparedStep, query: torch.Tensor, choice: Choice) -> torch.Tensor:
         """Attention of the queries that ``write`` has rotated over what they chose, ``[T, H * D]``. Books the reads.
 
         Raises:
             MemoryError: no memory was left.
         """
         out = _output(query)
+        self._run(step, choice.call, query.data_ptr(), None, None, out.data_ptr())
+        return out
+
+    def _run(self, step: PreparedStep, choice: WholeChoice | None, *addresses: int | None) -> None:
+        check(self._kernels.whole(step.call, self.call, choice, *addresses), step)
+
+
+class Choice:
+    """What the kernels can read in one piece: every key of a layer's band, or a selection of them.
+
+    Attributes:
+        call: ``foveate_whole_choice``; ``None`` for every key.
+    """
+
+    def __init__(self, keys: Selection | None) -> None:
+        self.call: WholeChoice | None = None
         if keys is None:
-            self._run(step, None, query.data_ptr(), None, None, out.data_ptr())
-            return out
+            return
         indices, counts, tiles = keys.indices.contiguous(), keys.counts.contiguous(), keys.tiles
-        choice = WholeChoice(
+        self._alive = indices, counts, tiles
+        self.call = WholeChoice(
             indices.data_ptr(),
             counts.data_ptr(),
             tiles.sequence.data_ptr(),
@@ -171,15 +194,27 @@ class PreparedLayer:
             indices.shape[1],
             keys.granularity,
         )
-        self._run(step, choice, query.data_ptr(), None, None, out.data_ptr())
-        return out
 
-    def _run(self, step: PreparedStep, choice: WholeChoice | None, *addresses: int | None) -> None:
-        code = self._kernels.whole(step.call, self._call, choice, *addresses)
-        if code == 1:
-            raise MemoryError("no memory for the scratch space of the attention kernels")
-        if code:
-            raise IndexError(f"a slot lies behind the {step.call.write.num_pages} pages")
+    @classmethod
+    def of(cls, segments: Sequence[Segment], band: Band) -> Choice | None:
+        """``None`` for what is read in several pieces, at other positions or behind a threshold."""
+        keys = segments[0].keys
+        if segments != (Segment(keys, band),) or isinstance(keys, ScoreThreshold):
+            return None
+        return cls(keys)
+
+
+def check(code: int, step: PreparedStep) -> None:
+    """What a kernel answered.
+
+    Raises:
+        MemoryError: no memory was left.
+        IndexError: a slot lies behind the last page.
+    """
+    if code == 1:
+        raise MemoryError("no memory for the scratch space of the attention kernels")
+    if code:
+        raise IndexError(f"a slot lies behind the {step.call.write.num_pages} pages")
 
 
 def _output(query: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ import torch
 import foveate
 from foveate.patches.decoder_layer import FusedLayer, fused_layers
 from foveate.patches.glu import NativeGlu, glu, name_of
+from foveate.patches.native_decoder import NativeDecoder
 from foveate.patches.residual import watch_residual
 from foveate.patches.tune import tune
 from foveate.sparse_attn.ops.native import library
@@ -26,6 +27,14 @@ ISAS = tuple(isa for isa in library().isas if isa in ("avx2", "avx512"))
 def tuned(model: torch.nn.Module) -> torch.nn.Module:
     copied = copy.deepcopy(model).requires_grad_(False)
     tune(copied)
+    return copied
+
+
+def rounded(model: torch.nn.Module) -> torch.nn.Module:
+    """With values of bfloat16, whose linear layers are held so, and whose decode steps take a call per layer."""
+    copied = copy.deepcopy(model)
+    for parameter in copied.parameters():
+        parameter.data = parameter.bfloat16().float()
     return copied
 
 
@@ -96,15 +105,43 @@ POLICIES = [
 ]
 
 
+@pytest.mark.parametrize("whole", [False, True], ids=["in-parts", "whole"])
 @pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy if policy == "dense" else policy["scheme"])
-def test_schemes_read_the_same_keys(policy, tiny, tokens):
+def test_schemes_read_the_same_keys(policy, whole, tiny, tokens):
     model, ids = tiny("qwen2"), tokens(1, 90)
+    model = rounded(model) if whole else model
+    assert all((layer.whole is not None) == whole for layer in fused_layers(tuned(model)))
     results = []
     for one in (copy.deepcopy(model).requires_grad_(False), tuned(model)):
         with foveate.attach(one, policy) as attached:
             results.append((logits_of(one, ids, 80), attached.keys_read_fraction))
     torch.testing.assert_close(results[1][0], results[0][0], rtol=1e-4, atol=1e-4)
     assert results[1][1] == results[0][1]
+
+
+@pytest.mark.parametrize("policy", ["dense", {"scheme": "quest", "budget_tokens": 16}], ids=["run", "begin-end"])
+@pytest.mark.parametrize("family", FUSED)
+def test_a_layer_in_one_or_two_calls_equals_its_parts(family, policy, tiny, tokens, monkeypatch):
+    model, ids = rounded(tiny(family)), tokens(1, 40)
+    made = []
+    for name in ("run", "begin", "end"):
+        function = getattr(NativeDecoder, name)
+        monkeypatch.setattr(
+            NativeDecoder, name, lambda *given, name=name, function=function: (made.append(name), function(*given))[1]
+        )
+    faster = tuned(model)
+    layers = list(fused_layers(faster))
+    known = [layer for layer in layers if layer.whole is not None]
+    assert len(known) == (0 if family in ("qwen3", "gemma2", "gemma3_text", "olmo2") else len(layers)), "norms between"
+    with foveate.attach(faster, policy):
+        got = logits_of(faster, ids, 32)
+        assert bool(made) == bool(known)
+        choosing = [layer for layer in known if policy != "dense" and layer._call.spec.band.farthest is None]
+        assert ({"begin", "end"} <= set(made)) == bool(choosing), "layers with a window of their own are read whole"
+        for layer in layers:
+            layer.whole = None
+        expected = logits_of(faster, ids, 32)
+    torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
 def test_weights_are_held_once_and_modules_still_work(tiny, tokens):

@@ -214,6 +214,12 @@ class WholeChoice(ctypes.Structure):
     )
 
 
+class DecoderCall(ctypes.Structure):
+    """``foveate_decoder`` of decoder.h, field by field."""
+
+    _fields_ = (("norm", NormCall), ("heads", NarrowCall), ("finish", FinishCall))
+
+
 class LinearCall(ctypes.Structure):
     """``foveate_linear`` of linear.h, field by field."""
 
@@ -274,6 +280,7 @@ class Library:
             and self._size("foveate_whole_step_size") == ctypes.sizeof(WholeStep)
             and self._size("foveate_whole_layer_size") == ctypes.sizeof(WholeLayer)
             and self._size("foveate_whole_choice_size") == ctypes.sizeof(WholeChoice)
+            and self._size("foveate_decoder_size") == ctypes.sizeof(DecoderCall)
             and self._size("foveate_linear_size") == ctypes.sizeof(LinearCall)
         ):
             raise OSError(f"{path} was built from other sources; install again")
@@ -301,6 +308,12 @@ class Library:
         self.write = self._function("foveate_write_run", WriteCall)
         self.whole = self._function("foveate_whole_run", WholeStep, WholeLayer, WholeChoice)
         self.whole.argtypes = (*(self.whole.argtypes or ()), *[ctypes.c_void_p] * 4)
+        layer = (DecoderCall, WholeStep, WholeLayer)
+        self.decoder_begin = self._function("foveate_decoder_begin", *layer)
+        self.decoder_end = self._function("foveate_decoder_end", *layer, WholeChoice)
+        self.decoder_run = self._function("foveate_decoder_run", *layer)
+        for function, addresses in ((self.decoder_begin, 2), (self.decoder_end, 3), (self.decoder_run, 2)):
+            function.argtypes = (*(function.argtypes or ()), *[ctypes.c_void_p] * addresses)
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
         )

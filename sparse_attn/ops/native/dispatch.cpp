@@ -286,7 +286,7 @@ void foveate_on_threads(void (*body)(void*), void* data, int64_t threads) {
 }
 
 void* foveate_scratch(int64_t bytes, int number) {
-    thread_local Scratch scratch[3];
+    thread_local Scratch scratch[4];
     return scratch[number].reserve(bytes);
 }
 

@@ -9,5 +9,5 @@ bool foveate_cpu_has(int isa);
 // Runs ``body(data)`` on that many of torch's threads, the caller's among them, and waits.
 void foveate_on_threads(void (*body)(void*), void* data, int64_t threads);
 
-// This thread's scratch memory number 0, 1 or 2, kept between calls; null when no memory was left.
+// This thread's scratch memory number 0, 1, 2 or 3, kept between calls; null when no memory was left.
 void* foveate_scratch(int64_t bytes, int number);

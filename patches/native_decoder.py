@@ -1,0 +1,85 @@
+"""A decoder layer in a decode step: one call of the compiled kernels, or two with a choice of keys between them.
+
+Four calls took 130 us of Python beside 510 us of kernels (SmolLM2-135M, one token behind 1,024).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from foveate.sparse_attn.ops.native import DecoderCall, library
+from foveate.sparse_attn.ops.whole_native import Choice, PreparedLayer, PreparedStep, check
+
+from .finish import NativeFinish
+from .narrow import NarrowProduct
+from .norm_native import NativeNorm
+from .products import JoinedHeads
+
+
+class NativeDecoder:
+    """Norm, projections, rotation, writing, attention and what follows, in float32.
+
+    Args:
+        norm: Of the attention's input.
+        heads: Without norms of their own.
+        finish: What follows attention.
+
+    Attributes:
+        num_heads: H.
+        token_stride: Elements from one token's queries to the next one's, and of keys and values.
+
+    Raises:
+        ValueError: their widths do not fit each other.
+    """
+
+    def __init__(self, norm: NativeNorm, heads: JoinedHeads, finish: NativeFinish) -> None:
+        kernels = library()
+        assert kernels is not None  # they are all made of it
+        self._kernels, self._alive = kernels, (norm, heads, finish)
+        product: Any = heads.product
+        self.num_heads, self._dim = heads.counts[0], heads.dim
+        self.token_stride = sum(heads.counts) * heads.dim
+        widths = (norm.call.width, product.call.in_channels, product.call.out_channels, finish.call.output.in_channels)
+        width = finish.call.output.out_channels
+        if widths != (width, width, self.token_stride, self.num_heads * self._dim):
+            raise ValueError(f"widths {widths} do not follow on {width}")
+        self._call = DecoderCall(norm.call, product.call, finish.call)
+
+    @classmethod
+    def of(cls, norm: Any, heads: Any, finish: NativeFinish | None) -> NativeDecoder | None:
+        """Made of such parts as it knows; ``None`` if others are given."""
+        if finish is None or not isinstance(norm, NativeNorm) or norm.weight.dtype is not torch.float32:
+            return None
+        if not isinstance(heads, JoinedHeads) or not isinstance(heads.product, NarrowProduct) or any(heads.norms):
+            return None
+        return cls(norm, heads, finish)
+
+    def run(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
+        """``x [T, E]``, dense, to the same, every key of the layer's band read. Books the reads.
+
+        Raises:
+            MemoryError: no memory was left.
+            IndexError: a slot lies behind the last page.
+        """
+        out = torch.empty_like(x)
+        check(self._kernels.decoder_run(self._call, step.call, layer.call, x.data_ptr(), out.data_ptr()), step)
+        return out
+
+    def begin(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
+        """``x [T, E]`` to ``[T, H + 2 G, D]``, in which the H queries are rotated; keys and values are written."""
+        heads = x.new_empty((len(x), self.token_stride // self._dim, self._dim))
+        check(self._kernels.decoder_begin(self._call, step.call, layer.call, x.data_ptr(), heads.data_ptr()), step)
+        return heads
+
+    def end(
+        self, layer: PreparedLayer, step: PreparedStep, heads: torch.Tensor, choice: Choice, x: torch.Tensor
+    ) -> torch.Tensor:
+        """What ``begin`` made, and its ``x``, to ``[T, E]``; what was chosen is read. Books the reads."""
+        out = torch.empty_like(x)
+        code = self._kernels.decoder_end(
+            self._call, step.call, layer.call, choice.call, heads.data_ptr(), x.data_ptr(), out.data_ptr()
+        )
+        check(code, step)
+        return out

@@ -1,0 +1,72 @@
+// A decoder layer in a decode step: what multiplies before and behind attention, around the calls of whole.h.
+#include "decoder.h"
+
+#include "runtime.h"
+
+namespace {
+
+int64_t rows_of(const foveate_whole_step* step) { return step->attention.num_sequences; }
+
+float* scratch(int64_t elements) { return static_cast<float*>(foveate_scratch(elements * int64_t(sizeof(float)), 3)); }
+
+int32_t begin(const foveate_decoder& decoder, const foveate_whole_step* step, const foveate_whole_layer* layer,
+              const float* x, float* normed, float* heads) {
+    const int32_t threads = step->attention.num_threads;
+    foveate_norm norm = decoder.norm;
+    norm.input = x;
+    norm.input_stride = norm.width;
+    norm.out = normed;
+    norm.rows = rows_of(step);
+    norm.num_threads = threads;
+    foveate_norm_run(&norm);
+    foveate_narrow product = decoder.heads;
+    product.input = normed;
+    product.input_stride = norm.width;
+    product.out = heads;
+    product.rows = rows_of(step);
+    product.num_threads = threads;
+    foveate_narrow_run(&product);
+    const foveate_attention& facts = step->attention;
+    float* key = heads + int64_t(facts.num_heads) * facts.head_dim;
+    return foveate_whole_run(step, layer, nullptr, heads, key, key + int64_t(facts.num_kv_heads) * facts.head_dim,
+                             nullptr);
+}
+
+int32_t end(const foveate_decoder& decoder, const foveate_whole_step* step, const foveate_whole_layer* layer,
+            const foveate_whole_choice* choice, float* heads, float* attended, const float* x, float* out) {
+    if (foveate_whole_run(step, layer, choice, heads, nullptr, nullptr, attended)) return 1;
+    return foveate_finish_run(&decoder.finish, attended, x, out, rows_of(step), step->attention.num_threads);
+}
+
+int64_t attended_of(const foveate_decoder* decoder) { return decoder->finish.output.in_channels; }
+
+}  // namespace
+
+extern "C" {
+
+int32_t foveate_decoder_size(void) { return int32_t(sizeof(foveate_decoder)); }
+
+int32_t foveate_decoder_begin(const foveate_decoder* decoder, const foveate_whole_step* step,
+                              const foveate_whole_layer* layer, const float* x, float* heads) {
+    float* normed = scratch(rows_of(step) * decoder->norm.width);
+    return normed ? begin(*decoder, step, layer, x, normed, heads) : 1;
+}
+
+int32_t foveate_decoder_end(const foveate_decoder* decoder, const foveate_whole_step* step,
+                            const foveate_whole_layer* layer, const foveate_whole_choice* choice, float* heads,
+                            const float* x, float* out) {
+    float* attended = scratch(rows_of(step) * attended_of(decoder));
+    return attended ? end(*decoder, step, layer, choice, heads, attended, x, out) : 1;
+}
+
+int32_t foveate_decoder_run(const foveate_decoder* decoder, const foveate_whole_step* step,
+                            const foveate_whole_layer* layer, const float* x, float* out) {
+    const int64_t rows = rows_of(step), width = decoder->norm.width;
+    float* normed = scratch(rows * (width + decoder->heads.out_channels + attended_of(decoder)));
+    if (!normed) return 1;
+    float* heads = normed + rows * width;
+    float* attended = heads + rows * decoder->heads.out_channels;
+    if (const int32_t code = begin(*decoder, step, layer, x, normed, heads)) return code;
+    return end(*decoder, step, layer, nullptr, heads, attended, x, out);
+}
+}

@@ -1,0 +1,33 @@
+// The C interface of a whole decoder layer in a decode step: a norm, the projections, what whole.h does, and what follows
+// attention, in one call, or in two with a choice of keys between them. ``native/__init__.py`` mirrors
+// ``foveate_decoder`` field by field.
+#pragma once
+
+#include "finish.h"
+#include "whole.h"
+
+extern "C" {
+
+// What multiplies in the layer, without rows, inputs and outputs; everything in float32.
+struct foveate_decoder {
+    foveate_norm norm;
+    foveate_narrow heads;  // queries, keys and values side by side
+    foveate_finish finish;
+};
+
+// ``x [T, E]`` to ``heads [T, H + 2 G, D]``, dense, in which the queries are rotated; keys and values are written. The
+// strides of ``layer`` are those of ``heads``. 0, 1 when no memory was left, or 2 when a slot lies behind the last page.
+FOVEATE_API int32_t foveate_decoder_begin(const foveate_decoder* decoder, const foveate_whole_step* step,
+                                          const foveate_whole_layer* layer, const float* x, float* heads);
+
+// Reads what ``choice`` names, or every key where it is null, and goes on from ``x`` to ``out``, both ``[T, E]``, dense.
+FOVEATE_API int32_t foveate_decoder_end(const foveate_decoder* decoder, const foveate_whole_step* step,
+                                        const foveate_whole_layer* layer, const foveate_whole_choice* choice, float* heads,
+                                        const float* x, float* out);
+
+// Both, where every key is read.
+FOVEATE_API int32_t foveate_decoder_run(const foveate_decoder* decoder, const foveate_whole_step* step,
+                                        const foveate_whole_layer* layer, const float* x, float* out);
+
+FOVEATE_API int32_t foveate_decoder_size(void);
+}
