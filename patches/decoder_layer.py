@@ -6,7 +6,7 @@ what looks into its modules sees what it did before. Which layers can be compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,7 +24,7 @@ from foveate.sparse_attn.selection import Band, Segment
 from .finish import MOST_ROWS, NativeFinish
 from .interface import PackedStep
 from .narrow import NarrowProduct
-from .native_decoder import NativeDecoder
+from .native_decoder import Known, NativeDecoder, run
 from .norm_native import NativeNorm
 from .products import Heads, JoinedMLP, Sum, heads_of, mlp_plus, plus
 
@@ -34,8 +34,8 @@ ORDERS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
     ("input_layernorm", "post_attention_layernorm", "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     (None, "post_attention_layernorm", None, "post_feedforward_layernorm"),
 )
-# Name under which the trial's attention function is registered; see NAME in interface.py.
-_TRIAL = "foveate_trial"
+# Name under which a trial's attention function is registered; see NAME in interface.py.
+TRIAL = "foveate_trial"
 # Random rows on which a layer is compared with the original, and how far it may be off.
 _ROWS_COMPARED = 4
 _RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
@@ -73,9 +73,7 @@ class FusedLayer:
         self.whole: NativeDecoder | None = None
         self._prepared: PreparedLayer | None = None
         self._call = LayerCall(attention.layer_idx, AttentionSpec(1.0))
-        self._hooks = [
-            hooks for module in self.modules() for hooks in (module._forward_pre_hooks, module._forward_hooks)
-        ]
+        self._hooks = hooks_of(self.modules())
 
     def modules(self) -> Iterator[nn.Module]:
         """Those inside of the layer."""
@@ -112,9 +110,10 @@ class FusedLayer:
         return self.finish(read(query, key, value, cos, sin, step), x)
 
     def _whole(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
+        known = self.known(step)
+        if known is not None:
+            return run([known], prepared, x)
         layer = self._layer_for(step, (whole.token_stride,) * 3)
-        if attend.reads_everything(self._call, step, step.groups[0]):
-            return whole.run(layer, prepared, x)
         heads = whole.begin(layer, prepared, x)
         query = heads[:, : whole.num_heads]
         segments = self._segments(query, step)
@@ -201,6 +200,16 @@ class FusedLayer:
             ops.write_kv(key, value, pages, step.slots)
         return attend.attend(query, self._call, step).flatten(1)
 
+    def known(self, step: StepState) -> Known | None:
+        """What ``run`` takes, in a step that could be prepared, if what the layer reads is known before its queries."""
+        if self.whole is None:
+            return None
+        segments = attend.known_segments(self._call, step, step.groups[0])
+        choice = None if segments is None else Choice.of(segments, self._call.spec.band)
+        if choice is None:
+            return None
+        return self.whole, self._layer_for(step, (self.whole.token_stride,) * 3), choice
+
     def _layer_for(self, step: StepState, strides: tuple[int, int, int]) -> PreparedLayer:
         pages = step.pool.layer(self._call.index)
         if self._prepared is None or not self._prepared.is_for(pages):
@@ -217,6 +226,11 @@ class FusedLayer:
         (group,) = step.groups
         view = PagedView(step.pool.layer(self._call.index), group.rows)
         return attend.read(query, view, segments, self._call, step, group).flatten(1)
+
+
+def hooks_of(modules: Iterable[nn.Module]) -> list[Any]:
+    """What those who look on are entered in; all empty if nobody does."""
+    return [hooks for module in modules for hooks in (module._forward_pre_hooks, module._forward_hooks)]
 
 
 def _normed(module: Any, norm: Norm | None) -> Sum:
@@ -311,8 +325,8 @@ def _stock_pass(
         return query.transpose(1, 2).contiguous(), None
 
     before = config._attn_implementation_internal
-    AttentionInterface.register(_TRIAL, look)
-    config._attn_implementation_internal = _TRIAL
+    AttentionInterface.register(TRIAL, look)
+    config._attn_implementation_internal = TRIAL
     try:
         out = layer(x, position_embeddings=(cos, sin), attention_mask=None)
     except (ValueError, TypeError, RuntimeError, AttributeError):

@@ -1,10 +1,12 @@
-"""A decoder layer in a decode step: one call of the compiled kernels, or two with a choice of keys between them.
+"""Decoder layers in a decode step: one call of the compiled kernels for several, or two with a choice of keys between.
 
-Four calls took 130 us of Python beside 510 us of kernels (SmolLM2-135M, one token behind 1,024).
+Four calls a layer took 130 us of Python beside 510 us of kernels (SmolLM2-135M, one token behind 1,024).
 """
 
 from __future__ import annotations
 
+import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,6 +31,7 @@ class NativeDecoder:
     Attributes:
         num_heads: H.
         token_stride: Elements from one token's queries to the next one's, and of keys and values.
+        call: ``foveate_decoder``.
 
     Raises:
         ValueError: their widths do not fit each other.
@@ -45,7 +48,7 @@ class NativeDecoder:
         width = finish.call.output.out_channels
         if widths != (width, width, self.token_stride, self.num_heads * self._dim):
             raise ValueError(f"widths {widths} do not follow on {width}")
-        self._call = DecoderCall(norm.call, product.call, finish.call)
+        self.call = DecoderCall(norm.call, product.call, finish.call)
 
     @classmethod
     def of(cls, norm: Any, heads: Any, finish: NativeFinish | None) -> NativeDecoder | None:
@@ -56,21 +59,15 @@ class NativeDecoder:
             return None
         return cls(norm, heads, finish)
 
-    def run(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
-        """``x [T, E]``, dense, to the same, every key of the layer's band read. Books the reads.
+    def begin(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
+        """``x [T, E]``, dense, to ``[T, H + 2 G, D]``, in which the H queries are rotated; keys and values are written.
 
         Raises:
             MemoryError: no memory was left.
             IndexError: a slot lies behind the last page.
         """
-        out = torch.empty_like(x)
-        check(self._kernels.decoder_run(self._call, step.call, layer.call, x.data_ptr(), out.data_ptr()), step)
-        return out
-
-    def begin(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
-        """``x [T, E]`` to ``[T, H + 2 G, D]``, in which the H queries are rotated; keys and values are written."""
         heads = x.new_empty((len(x), self.token_stride // self._dim, self._dim))
-        check(self._kernels.decoder_begin(self._call, step.call, layer.call, x.data_ptr(), heads.data_ptr()), step)
+        check(self._kernels.decoder_begin(self.call, step.call, layer.call, x.data_ptr(), heads.data_ptr()), step)
         return heads
 
     def end(
@@ -79,7 +76,33 @@ class NativeDecoder:
         """What ``begin`` made, and its ``x``, to ``[T, E]``; what was chosen is read. Books the reads."""
         out = torch.empty_like(x)
         code = self._kernels.decoder_end(
-            self._call, step.call, layer.call, choice.call, heads.data_ptr(), x.data_ptr(), out.data_ptr()
+            self.call, step.call, layer.call, choice.call, heads.data_ptr(), x.data_ptr(), out.data_ptr()
         )
         check(code, step)
         return out
+
+
+# A layer, and what it reads.
+Known = tuple[NativeDecoder, PreparedLayer, Choice]
+
+
+def run(parts: Sequence[Known], step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
+    """``x [T, E]``, dense, through layers of which it is known what they read, to the same. Books the reads.
+
+    Raises:
+        MemoryError: no memory was left.
+        IndexError: a slot lies behind the last page.
+    """
+    kernels, out, many = library(), torch.empty_like(x), ctypes.c_void_p * len(parts)
+    assert kernels is not None
+    code = kernels.decoder_run(
+        many(*(ctypes.addressof(decoder.call) for decoder, _, _ in parts)),
+        step.call,
+        many(*(ctypes.addressof(layer.call) for _, layer, _ in parts)),
+        many(*(None if choice.call is None else ctypes.addressof(choice.call) for _, _, choice in parts)),
+        len(parts),
+        x.data_ptr(),
+        out.data_ptr(),
+    )
+    check(code, step)
+    return out

@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from foveate.sparse_attn.ops.native import library
 
-from . import decoder_layer, narrow, norm_native, packed
+from . import decoder_layer, fused_model, narrow, norm_native, packed
 from .fingerprint import fingerprint, keep_fingerprint
 
 
@@ -26,3 +26,4 @@ def tune(model: PreTrainedModel) -> None:
     norm_native.replace_norms(model)
     if library() is not None:
         decoder_layer.fuse(model)
+        fused_model.fuse_model(model)

@@ -95,19 +95,32 @@ def segments_of(
         step: Its state.
         group: Keeps what later layers will read.
     """
-    everything = (Segment(None, layer.spec.band),)
+    known = known_segments(layer, step, group)
+    if known is not None:
+        return known
+    scheme = group.scheme
+    assert scheme is not None  # then everything is read
+    plan = _select(query, view, layer, group, scheme)
+    if _is_anchor(scheme, layer, step):  # other plans are let go with their layer
+        group.carried[layer.index] = plan
+    whole = _is_whole(_role(scheme, layer, step), layer)
+    return _everything(layer) if whole else scheme.segments(plan, layer.spec.band)
+
+
+def known_segments(layer: LayerCall, step: StepState, group: StepGroup) -> tuple[Segment, ...] | None:
+    """The same where it is known before the layer has queries; ``None`` where they decide."""
     scheme = group.scheme
     if scheme is None or reads_everything(layer, step, group):
-        return everything
+        return _everything(layer)
     role = _role(scheme, layer, step)
-    whole = _is_whole(role, layer)
-    if role.anchor is not None:
-        plan = scheme.remap(group.carried[role.anchor], layer)
-    else:
-        plan = _select(query, view, layer, group, scheme)
-        if _is_anchor(scheme, layer, step):  # other plans are let go with their layer
-            group.carried[layer.index] = plan
-    return everything if whole else scheme.segments(plan, layer.spec.band)
+    if role.anchor is None:
+        return None
+    plan = scheme.remap(group.carried[role.anchor], layer)
+    return _everything(layer) if _is_whole(role, layer) else scheme.segments(plan, layer.spec.band)
+
+
+def _everything(layer: LayerCall) -> tuple[Segment, ...]:
+    return (Segment(None, layer.spec.band),)
 
 
 def reads_everything(layer: LayerCall, step: StepState, group: StepGroup) -> bool:

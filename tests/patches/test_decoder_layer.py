@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import foveate
+from foveate.patches import decoder_layer
 from foveate.patches.decoder_layer import FusedLayer, fused_layers
 from foveate.patches.glu import NativeGlu, glu, name_of
 from foveate.patches.native_decoder import NativeDecoder
@@ -119,15 +120,19 @@ def test_schemes_read_the_same_keys(policy, whole, tiny, tokens):
     assert results[1][1] == results[0][1]
 
 
-@pytest.mark.parametrize("policy", ["dense", {"scheme": "quest", "budget_tokens": 16}], ids=["run", "begin-end"])
+TOPK = {"scheme": "exact_topk", "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0}
+
+
+@pytest.mark.parametrize("policy", ["dense", TOPK], ids=["run", "begin-end"])
 @pytest.mark.parametrize("family", FUSED)
 def test_a_layer_in_one_or_two_calls_equals_its_parts(family, policy, tiny, tokens, monkeypatch):
     model, ids = rounded(tiny(family)), tokens(1, 40)
     made = []
     for name in ("run", "begin", "end"):
-        function = getattr(NativeDecoder, name)
+        owner = decoder_layer if name == "run" else NativeDecoder
+        function = getattr(owner, name)
         monkeypatch.setattr(
-            NativeDecoder, name, lambda *given, name=name, function=function: (made.append(name), function(*given))[1]
+            owner, name, lambda *given, name=name, function=function: (made.append(name), function(*given))[1]
         )
     faster = tuned(model)
     layers = list(fused_layers(faster))

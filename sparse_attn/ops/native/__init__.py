@@ -311,9 +311,14 @@ class Library:
         layer = (DecoderCall, WholeStep, WholeLayer)
         self.decoder_begin = self._function("foveate_decoder_begin", *layer)
         self.decoder_end = self._function("foveate_decoder_end", *layer, WholeChoice)
-        self.decoder_run = self._function("foveate_decoder_run", *layer)
-        for function, addresses in ((self.decoder_begin, 2), (self.decoder_end, 3), (self.decoder_run, 2)):
+        for function, addresses in ((self.decoder_begin, 2), (self.decoder_end, 3)):
             function.argtypes = (*(function.argtypes or ()), *[ctypes.c_void_p] * addresses)
+        self.decoder_run = self._function("foveate_decoder_run", WholeStep)
+        pointers = ctypes.POINTER(ctypes.c_void_p)
+        self.decoder_run.argtypes = (
+            *(pointers, ctypes.POINTER(WholeStep), pointers, pointers),
+            *(ctypes.c_int64, ctypes.c_void_p, ctypes.c_void_p),
+        )
         self.linear_isas = tuple(
             name for number, name in enumerate(LINEAR_ISAS) if self._handle.foveate_linear_has_isa(number)
         )

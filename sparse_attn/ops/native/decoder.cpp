@@ -1,6 +1,8 @@
 // A decoder layer in a decode step: what multiplies before and behind attention, around the calls of whole.h.
 #include "decoder.h"
 
+#include <algorithm>
+
 #include "runtime.h"
 
 namespace {
@@ -59,14 +61,21 @@ int32_t foveate_decoder_end(const foveate_decoder* decoder, const foveate_whole_
     return attended ? end(*decoder, step, layer, choice, heads, attended, x, out) : 1;
 }
 
-int32_t foveate_decoder_run(const foveate_decoder* decoder, const foveate_whole_step* step,
-                            const foveate_whole_layer* layer, const float* x, float* out) {
-    const int64_t rows = rows_of(step), width = decoder->norm.width;
-    float* normed = scratch(rows * (width + decoder->heads.out_channels + attended_of(decoder)));
+int32_t foveate_decoder_run(const foveate_decoder* const* decoders, const foveate_whole_step* step,
+                            const foveate_whole_layer* const* layers, const foveate_whole_choice* const* choices,
+                            int64_t count, const float* x, float* out) {
+    const int64_t rows = rows_of(step);
+    int64_t most = 0;
+    for (int64_t i = 0; i < count; ++i)
+        most = std::max(most, decoders[i]->norm.width + decoders[i]->heads.out_channels + attended_of(decoders[i]));
+    float* normed = scratch(rows * most);
     if (!normed) return 1;
-    float* heads = normed + rows * width;
-    float* attended = heads + rows * decoder->heads.out_channels;
-    if (const int32_t code = begin(*decoder, step, layer, x, normed, heads)) return code;
-    return end(*decoder, step, layer, nullptr, heads, attended, x, out);
+    for (int64_t i = 0; i < count; ++i, x = out) {  // a layer is done with its input before it writes its output
+        float* heads = normed + rows * decoders[i]->norm.width;
+        float* attended = heads + rows * decoders[i]->heads.out_channels;
+        if (const int32_t code = begin(*decoders[i], step, layers[i], x, normed, heads)) return code;
+        if (const int32_t code = end(*decoders[i], step, layers[i], choices[i], heads, attended, x, out)) return code;
+    }
+    return 0;
 }
 }

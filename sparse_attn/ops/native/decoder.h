@@ -1,5 +1,5 @@
-// The C interface of a whole decoder layer in a decode step: a norm, the projections, what whole.h does, and what follows
-// attention, in one call, or in two with a choice of keys between them. ``native/__init__.py`` mirrors
+// The C interface of decoder layers in a decode step: a norm, the projections, what whole.h does, and what follows
+// attention, in one call for several layers, or in two for one with a choice of keys between them. ``native/__init__.py`` mirrors
 // ``foveate_decoder`` field by field.
 #pragma once
 
@@ -25,9 +25,11 @@ FOVEATE_API int32_t foveate_decoder_end(const foveate_decoder* decoder, const fo
                                         const foveate_whole_layer* layer, const foveate_whole_choice* choice, float* heads,
                                         const float* x, float* out);
 
-// Both, where every key is read.
-FOVEATE_API int32_t foveate_decoder_run(const foveate_decoder* decoder, const foveate_whole_step* step,
-                                        const foveate_whole_layer* layer, const float* x, float* out);
+// Both, for layers that follow on each other; what each of them reads is known before.
+FOVEATE_API int32_t foveate_decoder_run(const foveate_decoder* const* decoders, const foveate_whole_step* step,
+                                        const foveate_whole_layer* const* layers,
+                                        const foveate_whole_choice* const* choices, int64_t count, const float* x,
+                                        float* out);
 
 FOVEATE_API int32_t foveate_decoder_size(void);
 }
