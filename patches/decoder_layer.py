@@ -40,6 +40,8 @@ TRIAL = "foveate_trial"
 _ROWS_COMPARED = 4
 _RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
+_EVERYTHING = Choice(None)
+
 Norm = Callable[[torch.Tensor], torch.Tensor]
 # query [T, H, D], key and value [T, G, D], cos and sin [B, L, R], step -> [T, H * D]
 Read = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, StepState], torch.Tensor]
@@ -95,19 +97,19 @@ class FusedLayer:
         ):
             out: torch.Tensor = self._stock(hidden_states, *args, **kwargs)
             return out
-        rows = self.compute(hidden_states.flatten(0, 1), rotation[0], rotation[1], packed.step, self.read)
+        rows = self.compute(hidden_states.flatten(0, 1), rotation[0], rotation[1], packed.step)
         return rows.view(hidden_states.shape)
 
     def compute(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, read: Read
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, read: Read | None = None
     ) -> torch.Tensor:
-        """``x [T, E]`` to the same; ``cos`` and ``sin`` are ``[B, L, R]``, and ``read`` is what attends."""
-        if self.whole is not None and len(x) <= MOST_ROWS and x.is_contiguous():
+        """``x [T, E]`` to the same; ``cos`` and ``sin`` are ``[B, L, R]``, and ``read`` attends in its place."""
+        if read is None and self.whole is not None and len(x) <= MOST_ROWS and x.is_contiguous():
             prepared = PreparedStep.of(step, self.whole.num_heads, x.dtype, cos, sin)
             if prepared is not None:
                 return self._whole(self.whole, prepared, x, step)
         query, key, value = self.project(x if self._before is None else self._before(x))
-        return self.finish(read(query, key, value, cos, sin, step), x)
+        return self.finish((read or self.read)(query, key, value, cos, sin, step), x)
 
     def _whole(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
         known = self.known(step)
@@ -204,6 +206,8 @@ class FusedLayer:
         """What ``run`` takes, in a step that could be prepared, if what the layer reads is known before its queries."""
         if self.whole is None:
             return None
+        if attend.reads_everything(self._call, step, step.groups[0]):
+            return self.whole, self._layer_for(step, (self.whole.token_stride,) * 3), _EVERYTHING
         segments = attend.known_segments(self._call, step, step.groups[0])
         choice = None if segments is None else Choice.of(segments, self._call.spec.band)
         if choice is None:

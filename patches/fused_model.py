@@ -98,7 +98,7 @@ class FusedModel:
                 continue
             if waiting and prepared is not None:
                 x, waiting = run(waiting, prepared, x), []
-            x = layer.compute(x, cos, sin, step, read or layer.read)
+            x = layer.compute(x, cos, sin, step, read)
         if waiting and prepared is not None:
             x = run(waiting, prepared, x)
         out: torch.Tensor = self._inner.norm(x.view(embedded.shape))

@@ -100,13 +100,13 @@ class ExactTopk(Scheme):
 
     def _select(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall, phase: Phase) -> Selection:
         # Layers with a window of their own are read whole, but where one is an anchor it is scored as others are.
-        spec = replace(layer.spec, band=CAUSAL)
+        spec = layer.spec if layer.spec.band == CAUSAL else replace(layer.spec, band=CAUSAL)
         candidates = budget.free_units(tiles, self, 1, phase)
         budgets = [self._budget(position, phase) for *_, position in tiles.host]
         wanted = self.options.scored_queries if phase is Phase.PREFILL else 0
         scored = tiles.last(wanted) if wanted else tiles
         chosen = ops.pooled_topk(query, view, scored, spec, candidates, budgets, pool=self.pool)
-        return replace(chosen, tiles=tiles)
+        return chosen if scored is tiles else replace(chosen, tiles=tiles)
 
     def _budget(self, position: int, phase: Phase) -> int:
         options = self.options

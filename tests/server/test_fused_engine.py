@@ -1,0 +1,60 @@
+"""An engine answers alike whether a model's layers run in one loop and in one native call, or each by itself."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from foveate.patches.decoder_layer import fused_layers
+from foveate.patches.fused_model import FusedModel
+from foveate.server.engine import Engine
+from foveate.server.llm import LLM
+from foveate.server.loader import load
+from foveate.server.options import EngineOptions
+from foveate.server.request import SamplingParams
+from foveate.sparse_attn.ops.native import library
+
+if library() is None:
+    pytest.skip("the native CPU kernels were not built", allow_module_level=True)
+
+POLICIES = {
+    "dense": {"scheme": "dense"},
+    "kascade": {"scheme": "kascade", "uncalibrated": 1, "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4},
+    "streaming": {"scheme": "streaming", "budget_tokens": 16},
+}
+
+
+@pytest.fixture(params=[False, True], ids=["in-parts", "whole"])
+def path(request, model_dir, tmp_path):
+    """The tiny model, as it is or with values of bfloat16, whose decode steps take one call."""
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
+    for parameter in model.parameters() if request.param else ():
+        parameter.data = parameter.bfloat16().float()
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path)
+    return str(tmp_path)
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_answers_are_the_same(name, path, monkeypatch):
+    calls, answers = [], []
+    compute = FusedModel.compute
+    monkeypatch.setattr(FusedModel, "compute", lambda *given: (calls.append(given[1].shape[1]), compute(*given))[1])
+    options = EngineOptions(path, dtype="float32", max_batch_tokens=16, max_running=2)
+    for fused in (True, False):
+        loaded = load(options)
+        inner = loaded.model.model
+        assert isinstance(inner.forward, FusedModel)
+        if not fused:
+            del inner.forward
+            for layer in fused_layers(loaded.model):
+                layer.whole = None
+        calls.clear()
+        with LLM.over(Engine(loaded, options)) as llm:
+            params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+            done = llm.generate([[*range(1, 40)], [*range(5, 30)]], params, POLICIES[name])
+        answers.append([(one.token_ids, one.usage.keys_read_fraction) for one in done])
+        assert bool(calls) == fused
+        assert not fused or {1, 2} <= set(calls), "decode steps of one and of two sequences"
+    assert answers[0] == answers[1]
