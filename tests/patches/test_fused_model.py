@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 
+import foveate
 from foveate.patches.fused_model import FusedModel
 from foveate.patches.tune import tune
 from foveate.sparse_attn.ops.native import library
@@ -43,8 +44,19 @@ def test_whoever_looks_on_sees_the_layers(tiny, tokens):
     model, ids = tuned(tiny("llama")), tokens(1, 12)
     seen = model(ids, output_hidden_states=True, use_cache=False).hidden_states
     assert len(seen) == len(model.model.layers) + 1
-    calls = []
+    calls: list[int] = []
     model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
     assert any(model.model.forward._hooks)
     model(ids)
+    assert calls
+
+
+@torch.inference_mode()
+def test_a_layer_that_somebody_replaced_is_called(tiny, tokens):
+    model, ids = tuned(tiny("llama")), tokens(1, 12)
+    layer, calls = model.model.layers[1], []
+    before = layer.forward
+    layer.forward = lambda *given, **facts: (calls.append(1), before(*given, **facts))[1]
+    with foveate.attach(model):
+        model(ids, use_cache=False)
     assert calls
