@@ -66,8 +66,12 @@ def _figure(
                 continue
             title = f"{task}\n{name}" if inches == _PANEL_INCHES else textwrap.fill(name, 22)
             image = _panel(panels[number][column], own, title)
-    figure.colorbar(image, ax=panels, label="answers found", shrink=0.8)
+    figure.colorbar(image, ax=panels, label="answers found", shrink=min(0.8, 4 / len(rows)))
     return figure
+
+
+def _short(tokens: int) -> str:
+    return f"{tokens // 1024}K" if tokens % 1024 == 0 else str(tokens)
 
 
 def _panel(axes: Any, cells: Sequence[Cell], title: str) -> Any:
@@ -84,7 +88,7 @@ def _panel(axes: Any, cells: Sequence[Cell], title: str) -> Any:
         axes.text(x, y, told, ha="center", va="center", fontsize=8, color="black" if score > 0.4 else "white")
     image = axes.imshow(grid, vmin=0, vmax=1, cmap="viridis", aspect="auto")
     axes.set_title(title, fontsize=9)
-    axes.set_xticks(range(len(lengths)), [str(length) for length in lengths])
+    axes.set_xticks(range(len(lengths)), [_short(length) for length in lengths])
     axes.set_yticks(range(len(depths)), [f"{depth:g}" for depth in depths])
     axes.set_xlabel("tokens")
     axes.set_ylabel("depth")
