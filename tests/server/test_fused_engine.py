@@ -22,6 +22,7 @@ POLICIES = {
     "dense": {"scheme": "dense"},
     "kascade": {"scheme": "kascade", "uncalibrated": 1, "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4},
     "streaming": {"scheme": "streaming", "budget_tokens": 16},
+    "quest": {"scheme": "quest", "budget_tokens": 16, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0},
 }
 
 
@@ -36,12 +37,13 @@ def path(request, model_dir, tmp_path):
     return str(tmp_path)
 
 
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_answers_are_the_same(name, path, monkeypatch):
+def test_answers_are_the_same(name, kv_dtype, path, monkeypatch):
     calls, answers = [], []
     compute = FusedModel.compute
     monkeypatch.setattr(FusedModel, "compute", lambda *given: (calls.append(given[1].shape[1]), compute(*given))[1])
-    options = EngineOptions(path, dtype="float32", max_batch_tokens=16, max_running=2)
+    options = EngineOptions(path, dtype="float32", max_batch_tokens=16, max_running=2, kv_dtype=kv_dtype)
     for fused in (True, False):
         loaded = load(options)
         inner = loaded.model.model
