@@ -138,13 +138,14 @@ def _is_whole(role: LayerRole, layer: LayerCall) -> bool:
 
 def _role(scheme: Scheme, layer: LayerCall, step: StepState) -> LayerRole:
     if id(scheme) not in step.roles:
-        step.roles[id(scheme)] = scheme.roles(step.num_layers)
-    return step.roles[id(scheme)][layer.index]
+        roles = scheme.roles(step.num_layers)
+        step.roles[id(scheme)] = roles, frozenset(role.anchor for role in roles)
+    return step.roles[id(scheme)][0][layer.index]
 
 
 def _is_anchor(scheme: Scheme, layer: LayerCall, step: StepState) -> bool:
     """Whether a later layer reads what this one chooses."""
-    return any(role.anchor == layer.index for role in step.roles[id(scheme)])
+    return layer.index in step.roles[id(scheme)][1]
 
 
 def _select(query: torch.Tensor, view: PagedView, layer: LayerCall, group: StepGroup, scheme: Scheme) -> Plan:

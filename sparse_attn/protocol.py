@@ -298,7 +298,7 @@ class StepState:
         rotary: For schemes that read keys at other positions, or ``None``.
         keys_read: ``[owners, 2]`` float64 on the device: key reads done, and what dense attention
             would have read, summed over queries, heads and layers.
-        roles: Layer roles by scheme (its id), so that they are asked for once per step.
+        roles: Layer roles by scheme (its id), so that they are asked for once per step, and the anchors among them.
         observer: Called after each group of each layer, or ``None``.
     """
 
@@ -308,7 +308,7 @@ class StepState:
     groups: Sequence[StepGroup]
     rotary: QueryRotator | None
     keys_read: torch.Tensor
-    roles: dict[int, tuple[LayerRole, ...]] = field(default_factory=dict)
+    roles: dict[int, tuple[tuple[LayerRole, ...], frozenset[int | None]]] = field(default_factory=dict)
     observer: Observer | None = None
 
     @property

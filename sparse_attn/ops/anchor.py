@@ -117,7 +117,9 @@ def pooled_topk(
         indices, counts = anchor_native.topk(
             query, view, tiles, spec, candidates, budgets, max(width, 1), pool == "all"
         )
-        return Selection(indices.expand(*shape, -1), counts.expand(*shape), 1, tiles)
+        if kinds != view.num_kv_heads:
+            indices, counts = indices.expand(*shape, -1), counts.expand(*shape)
+        return Selection(indices, counts, 1, tiles)
     indices = torch.full((len(tiles), kinds, max(width, 1)), -1, dtype=torch.int32, device=query.device)
     counts = torch.zeros(len(tiles), kinds, dtype=torch.int32, device=query.device)
     for rows in _slabs(ends, kinds):
