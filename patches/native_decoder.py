@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from foveate.sparse_attn.ops.native import DecoderCall, library
+from foveate.sparse_attn.ops.native import DecoderCall, NormCall, library
 from foveate.sparse_attn.ops.whole_native import Choice, PreparedLayer, PreparedStep, check
 
 from .finish import NativeFinish
@@ -25,7 +25,7 @@ class NativeDecoder:
 
     Args:
         norm: Of the attention's input.
-        heads: Without norms of their own.
+        heads: Joined.
         finish: What follows attention.
 
     Attributes:
@@ -48,15 +48,22 @@ class NativeDecoder:
         width = finish.call.output.out_channels
         if widths != (width, width, self.token_stride, self.num_heads * self._dim):
             raise ValueError(f"widths {widths} do not follow on {width}")
-        self.call = DecoderCall(norm.call, product.call, finish.call)
+        no_norm = NormCall()
+        of_heads = [no_norm if norm is None else norm.call for norm in heads.norms]
+        self.call = DecoderCall(norm.call, product.call, *of_heads, finish.call)
 
     @classmethod
     def of(cls, norm: Any, heads: Any, finish: NativeFinish | None) -> NativeDecoder | None:
         """Made of such parts as it knows; ``None`` if others are given."""
-        if finish is None or not isinstance(norm, NativeNorm) or norm.weight.dtype is not torch.float32:
+        if finish is None or not isinstance(heads, JoinedHeads) or not isinstance(heads.product, NarrowProduct):
             return None
-        if not isinstance(heads, JoinedHeads) or not isinstance(heads.product, NarrowProduct) or any(heads.norms):
-            return None
+        for one, count in ((norm, 0), *zip(heads.norms, heads.counts[:2], strict=True)):
+            if one is None and count:
+                continue
+            if not isinstance(one, NativeNorm) or one.weight.dtype is not torch.float32:
+                return None
+            if count and one.call.width not in (heads.dim, count * heads.dim):
+                return None
         return cls(norm, heads, finish)
 
     def begin(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:

@@ -34,7 +34,7 @@ class JoinedHeads:
         product: ``[T, E]`` to ``[T, (H + 2 G) * D]``.
         counts: H, G and G.
         dim: D.
-        norms: Of queries and of keys; ``None`` where there is none.
+        norms: Of queries and of keys, over a head or over all of a token's; ``None`` where there is none.
     """
 
     def __init__(
@@ -42,14 +42,15 @@ class JoinedHeads:
         product: Callable[[torch.Tensor], torch.Tensor],
         counts: Sequence[int],
         dim: int,
-        norms: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
+        norms: Sequence[nn.Module | None],
     ) -> None:
         self.product, self.counts, self.dim, self.norms = product, list(counts), dim, norms
+        self._by_head = [_by_head(norm, dim) for norm in norms]
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """``x [T, E]`` to queries ``[T, H, D]``, keys and values ``[T, G, D]``."""
         query, key, value = self.product(x).view(x.shape[0], -1, self.dim).split_with_sizes(self.counts, 1)
-        return _normed(query, key, value, self.norms)
+        return _normed(query, key, value, self._by_head)
 
 
 def heads_of(attention: nn.Module) -> Heads:
@@ -60,7 +61,7 @@ def heads_of(attention: nn.Module) -> Heads:
     """
     given: Any = attention
     dim: int = given.head_dim
-    norms = [_by_head(getattr(given, name, None), dim) for name in ("q_norm", "k_norm")]
+    norms = [getattr(given, name, None) for name in ("q_norm", "k_norm")]
     if hasattr(given, "qkv_proj"):
         kv_heads = given.config.num_key_value_heads
         return JoinedHeads(given.qkv_proj, [given.config.num_attention_heads, kv_heads, kv_heads], dim, norms)
@@ -68,9 +69,11 @@ def heads_of(attention: nn.Module) -> Heads:
     if _joinable(parts):
         return JoinedHeads(joined(parts), [part.out_features // dim for part in parts], dim, norms)
 
+    by_head = [_by_head(norm, dim) for norm in norms]
+
     def apart(x: torch.Tensor) -> Sequence[torch.Tensor]:
         query, key, value = (part(x).view(x.shape[0], -1, dim) for part in parts)
-        return _normed(query, key, value, norms)
+        return _normed(query, key, value, by_head)
 
     return apart
 

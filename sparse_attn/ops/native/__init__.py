@@ -217,7 +217,10 @@ class WholeChoice(ctypes.Structure):
 class DecoderCall(ctypes.Structure):
     """``foveate_decoder`` of decoder.h, field by field."""
 
-    _fields_ = (("norm", NormCall), ("heads", NarrowCall), ("finish", FinishCall))
+    _fields_ = (
+        *(("norm", NormCall), ("heads", NarrowCall)),
+        *(("query_norm", NormCall), ("key_norm", NormCall), ("finish", FinishCall)),
+    )
 
 
 class LinearCall(ctypes.Structure):

@@ -11,6 +11,18 @@ int64_t rows_of(const foveate_whole_step* step) { return step->attention.num_seq
 
 float* scratch(int64_t elements) { return static_cast<float*>(foveate_scratch(elements * int64_t(sizeof(float)), 3)); }
 
+// The heads of ``rows`` tokens, normed where they lie.
+void norm_heads(foveate_norm norm, float* first, int64_t channels, int64_t token_stride, int64_t rows) {
+    if (!norm.width) return;
+    norm.input_stride = norm.width;
+    norm.rows = channels / norm.width;
+    norm.num_threads = 1;  // a few KiB
+    for (int64_t row = 0; row < rows; ++row) {
+        norm.input = norm.out = first + row * token_stride;
+        foveate_norm_run(&norm);
+    }
+}
+
 int32_t begin(const foveate_decoder& decoder, const foveate_whole_step* step, const foveate_whole_layer* layer,
               const float* x, float* normed, float* heads) {
     const int32_t threads = step->attention.num_threads;
@@ -29,9 +41,11 @@ int32_t begin(const foveate_decoder& decoder, const foveate_whole_step* step, co
     product.num_threads = threads;
     foveate_narrow_run(&product);
     const foveate_attention& facts = step->attention;
-    float* key = heads + int64_t(facts.num_heads) * facts.head_dim;
-    return foveate_whole_run(step, layer, nullptr, heads, key, key + int64_t(facts.num_kv_heads) * facts.head_dim,
-                             nullptr);
+    const int64_t queries = int64_t(facts.num_heads) * facts.head_dim, keys = int64_t(facts.num_kv_heads) * facts.head_dim;
+    float* key = heads + queries;
+    norm_heads(decoder.query_norm, heads, queries, product.out_channels, rows_of(step));
+    norm_heads(decoder.key_norm, key, keys, product.out_channels, rows_of(step));
+    return foveate_whole_run(step, layer, nullptr, heads, key, key + keys, nullptr);
 }
 
 int32_t end(const foveate_decoder& decoder, const foveate_whole_step* step, const foveate_whole_layer* layer,

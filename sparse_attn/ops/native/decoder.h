@@ -12,6 +12,8 @@ extern "C" {
 struct foveate_decoder {
     foveate_norm norm;
     foveate_narrow heads;  // queries, keys and values side by side
+    foveate_norm query_norm;  // over the channels of a head, or of all heads; no width where there is none
+    foveate_norm key_norm;
     foveate_finish finish;
 };
 
