@@ -215,10 +215,10 @@ class FusedLayer:
         return self.whole, self._layer_for(step, (self.whole.token_stride,) * 3), choice
 
     def _layer_for(self, step: StepState, strides: tuple[int, int, int]) -> PreparedLayer:
-        pages = step.pool.layer(self._call.index)
-        if self._prepared is None or not self._prepared.is_for(pages):
-            self._prepared = PreparedLayer(pages, self._call.spec, self.rotates, strides)
-        return self._prepared
+        pages, prepared = step.pool.layer(self._call.index), self._prepared
+        if prepared is None or not prepared.is_for(pages, strides):
+            prepared = self._prepared = PreparedLayer(pages, self._call.spec, self.rotates, strides)
+        return prepared
 
     def _segments(self, query: torch.Tensor, step: StepState) -> tuple[Segment, ...]:
         """What the only group of a step reads, its queries rotated and its keys written."""

@@ -24,6 +24,7 @@ from .finish import MOST_ROWS
 from .interface import PackedStep, no_mask
 from .native_decoder import Known, run
 
+_OUTPUTS = ("output_hidden_states", "output_attentions")
 _PARTS = ("embed_tokens", "rotary_emb", "norm")
 # Tokens on which a model is compared with the original, and how far it may be off behind all of its layers.
 _TOKENS_COMPARED = 4
@@ -42,7 +43,7 @@ class FusedModel:
         self._inner, self._layers = inner, layers
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
         self._hooks = hooks_of(list(inner.modules())[1:])
-        self._places = [(module.__dict__, layer) for module, layer in zip(inner.layers, layers, strict=True)]
+        self._modules = tuple(inner.layers)
 
     def __call__(
         self,
@@ -55,8 +56,8 @@ class FusedModel:
         **kwargs: Any,
     ) -> Any:
         """As the model's own ``forward``."""
-        others = {name for name, value in kwargs.items() if value is not None and value is not False} - {"foveate_step"}
-        packed = kwargs.get("foveate_step")
+        packed = kwargs.pop("foveate_step", None)
+        others = {name for name, value in kwargs.items() if value is not None and (value or name not in _OUTPUTS)}
         if (
             others
             or not isinstance(packed, PackedStep)
@@ -68,7 +69,7 @@ class FusedModel:
             or use_cache
             or self._inner.training
             or any(self._hooks)
-            or any(place.get("forward") is not layer for place, layer in self._places)  # somebody replaced it
+            or self._is_changed()
         ):
             return self._stock(
                 input_ids=input_ids,
@@ -77,9 +78,21 @@ class FusedModel:
                 past_key_values=past_key_values,
                 inputs_embeds=inputs_embeds,
                 use_cache=use_cache,
+                **({} if packed is None else {"foveate_step": packed}),
                 **kwargs,
             )
         return BaseModelOutputWithPast(last_hidden_state=self.compute(input_ids, position_ids, packed.step))
+
+    def _is_changed(self) -> bool:
+        """Has somebody replaced or cut off layers, or asked for outputs by the config?"""
+        config, modules = self._inner.config, tuple(self._inner.layers._modules.values())
+        return (
+            modules != self._modules
+            or [module.__dict__.get("forward") for module in modules] != self._layers
+            or getattr(config, "num_hidden_layers", len(modules)) != len(modules)
+            or any(getattr(config, name, False) for name in _OUTPUTS)
+            or not getattr(config, "return_dict", True)
+        )
 
     def compute(
         self, ids: torch.Tensor, positions: torch.Tensor, step: StepState, read: Read | None = None

@@ -34,9 +34,9 @@ values in full: what --kv-dtype int8 costs is the line of dense.
 tasks:
 {chr(10).join(f"  {name:<18} {task.about}" for name, task in TASKS.items())}
 
-The directory gets results.json, a heat map (length x depth) per scheme, and trials.jsonl with every
-answer. Trials found there are not run again, so a run that was cut off, or one with more samples, lengths
-or schemes, goes on where the last one was.
+The directory gets results.json, a heat map (length x depth) per scheme, an overview of all schemes per task,
+and trials.jsonl with every answer. Trials found there are not run again, so a run that was cut off, or one
+with more samples, lengths or schemes, goes on where the last one was.
 
 A scheme named by --scheme runs without its dense tail: the tail would read the question whole, and a scheme
 whose answers are dense would then find whatever dense attention finds.

@@ -22,7 +22,7 @@ def draw(directory: Path, cells: Sequence[Cell]) -> list[Path]:
     """PNGs, in which each square tells the answers found and the keys read, in %.
 
     One per scheme: a row of panels per task, dense first, then the scheme at each budget. And one per
-    task, if there are several schemes: a row of panels per scheme. Cells without a depth are not drawn.
+    task, if there are several schemes beside dense: a row of panels per scheme. Cells without a depth are not drawn.
     """
     cells = [cell for cell in cells if cell.depth is not None and "score" in cell.values]
     schemes = _distinct(cell.attention["scheme"] for cell in cells)

@@ -27,7 +27,7 @@ class Cell:
     """The trials of one policy on one task at one length, at one depth or all together.
 
     Attributes:
-        task: Its name.
+        task: Its name, and how many facts it asks for at depths, if several.
         length: Tokens of prompt and answer.
         depth: Where the fact stood, or ``None``.
         attention: The policy.
@@ -47,7 +47,7 @@ class Cell:
     mass_kept: float | None
 
     @classmethod
-    def of(cls, trials: Sequence[Trial], depth: float | None = None) -> Cell:
+    def of(cls, task: str, trials: Sequence[Trial], depth: float | None = None) -> Cell:
         """Trials that differ in sample, and in depths if ``depth`` is ``None``; else their facts at that depth."""
         first = trials[0]
         values = {name: _mean(trial.values[name] for trial in trials) for name in first.values}
@@ -59,7 +59,7 @@ class Cell:
             values["perplexity"] = math.exp(values["loss"])
         masses = [trial.mass_kept for trial in trials if trial.mass_kept is not None]
         return cls(
-            first.task,
+            task,
             first.length,
             depth,
             first.attention,
@@ -87,8 +87,10 @@ def cells(trials: Iterable[Trial], by_depth: bool) -> list[Cell]:
     for trial in trials:
         depths: list[float | None] = [*sorted(set(trial.depths))] if by_depth else []
         for depth in depths or [None]:
-            groups.setdefault((trial.task, trial.length, depth, trial.digest), []).append(trial)
-    return [Cell.of(group, key[2]) for key, group in groups.items()]
+            # What is asked for in turn gets harder with their number.
+            task = trial.task if len(trial.depths) < 2 else f"{trial.task}-{len(trial.depths)}"
+            groups.setdefault((task, trial.length, depth, trial.digest), []).append(trial)
+    return [Cell.of(key[0], group, key[2]) for key, group in groups.items()]
 
 
 def table(found: Sequence[Cell]) -> str:
@@ -112,7 +114,7 @@ def table(found: Sequence[Cell]) -> str:
 
 
 def write_report(directory: Path, trials: Trials, refused: Sequence[Refused]) -> str:
-    """Writes ``results.json`` and a heat map per scheme; returns the tables and what is to be said beside them."""
+    """Writes ``results.json`` and heat maps; returns the tables and what is to be said beside them."""
     fine = cells(trials, by_depth=True)
     result = {
         **trials.header,

@@ -116,6 +116,7 @@ def run(given: Namespace, settings: Settings) -> int:
             text.piece(random.Random(0), longest)  # says now, not hours later, if it is too short
         plan = Plan(given.tasks, fitting, given.depths, given.samples, given.seed)
         evaluation = Evaluation(engine, loaded, plan, text, options.max_batch_tokens)
+        evaluation.try_prompts()
         trials = Trials(given.output, evaluation.header, given.fresh)
         made, refused = policies.build(wanted, engine.build_scheme)
         refused += evaluation.run(made, trials)
@@ -160,6 +161,18 @@ class Evaluation:
             "tasks": VERSION,
             "text": {"name": self._text.name, "sha256": self._text.digest},
         }
+
+    def try_prompts(self) -> None:
+        """Makes the shortest prompt of each task, so that what cannot be made is told before anything is computed.
+
+        Raises:
+            ValueError: a task has no room, or too many facts.
+        """
+        shortest = min(self._plan.lengths)
+        for cell in self._plan.cells():
+            write = TASKS[cell[0]].write
+            if write is not None and cell[1] == shortest:
+                write(self._plan.rng(*cell, 0), self._encode, cell[1], cell[2])
 
     def run(self, made: Sequence[Policy], trials: Trials) -> list[Refused]:
         """Runs the trials that are not written down yet; returns the policies that failed while they ran."""

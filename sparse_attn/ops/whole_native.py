@@ -116,7 +116,7 @@ class PreparedLayer:
     def __init__(self, pages: LayerPages, spec: AttentionSpec, rotates: bool, strides: tuple[int, int, int]) -> None:
         self._kernels = attention_native.opened()
         # No strong reference: the layer outlives the pool. Declaring a statistic leaves the keys where they are.
-        self._keys, self._num_stats = weakref.ref(pages.keys), len(pages.stats)
+        self._keys, self._num_stats, self._strides = weakref.ref(pages.keys), len(pages.stats), strides
         self._sinks = None if spec.sinks is None else spec.sinks.float().contiguous()
         self.call = WholeLayer(
             keys=pages.keys.data_ptr(),
@@ -135,9 +135,9 @@ class PreparedLayer:
         for stat, kept in pages.stats.items():
             setattr(self.call, stat.name, kept.data_ptr())
 
-    def is_for(self, pages: LayerPages) -> bool:
-        """Was it made for these pages, with the statistics that they have now?"""
-        return self._keys() is pages.keys and self._num_stats == len(pages.stats)
+    def is_for(self, pages: LayerPages, strides: tuple[int, int, int]) -> bool:
+        """Was it made for these pages, with the statistics that they have now, and for rows that lie so?"""
+        return self._keys() is pages.keys and self._num_stats == len(pages.stats) and self._strides == strides
 
     def run(self, step: PreparedStep, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """``write``, and then ``read`` of every key of the layer's band."""

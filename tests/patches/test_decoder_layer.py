@@ -149,6 +149,21 @@ def test_a_layer_in_one_or_two_calls_equals_its_parts(family, policy, tiny, toke
     torch.testing.assert_close(got, expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("batches", [(2, 33, 2), (33, 2)], ids=str)
+@pytest.mark.parametrize("policy", ["dense", TOPK], ids=["run", "begin-end"])
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_steps_of_few_and_of_many_rows_take_turns(family, policy, batches, tiny, tokens):
+    """Above MOST_ROWS a layer is computed in parts, whose rows lie otherwise."""
+    model = rounded(tiny(family)).requires_grad_(False)
+    with foveate.attach(copy.deepcopy(model), policy, num_pages=80) as attached:
+        expected = [logits_of(attached.model, tokens(batch, 24), 20) for batch in batches]
+    faster = tuned(model)
+    with foveate.attach(faster, policy, num_pages=80):
+        for batch, wanted in zip(batches, expected, strict=True):
+            got = logits_of(faster, tokens(batch, 24), 20)
+            torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_weights_are_held_once_and_modules_still_work(tiny, tokens):
     model, ids = tiny("llama"), tokens(1, 20)
     faster = tuned(model)

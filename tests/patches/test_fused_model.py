@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
 import foveate
 from foveate.patches.fused_model import FusedModel
@@ -39,24 +40,51 @@ def test_models_that_do_more_are_left_alone(family, changes, tiny):
     assert "forward" not in tuned(tiny(family, **changes)).model.__dict__
 
 
-@torch.inference_mode()
-def test_whoever_looks_on_sees_the_layers(tiny, tokens):
-    model, ids = tuned(tiny("llama")), tokens(1, 12)
-    seen = model(ids, output_hidden_states=True, use_cache=False).hidden_states
-    assert len(seen) == len(model.model.layers) + 1
+@pytest.fixture
+def computed(monkeypatch):
+    """Grows whenever a model goes through its own loop."""
     calls: list[int] = []
-    model.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
-    assert any(model.model.forward._hooks)
-    model(ids)
-    assert calls
+    compute = FusedModel.compute
+    monkeypatch.setattr(FusedModel, "compute", lambda *given: (calls.append(1), compute(*given))[1])
+    return calls
+
+
+class Other(nn.Module):
+    def forward(self, hidden_states, **_):
+        return hidden_states
+
+
+def replace_module(model):
+    model.model.layers[1] = Other()
+
+
+def replace_forward(model):
+    layer = model.model.layers[1]
+    before = layer.forward
+    layer.forward = lambda *given, **facts: before(*given, **facts)
+
+
+def cut(model):
+    model.config.num_hidden_layers = model.model.config.num_hidden_layers = 1
+
+
+def look_on(model):
+    model.model.layers[0].mlp.register_forward_hook(lambda *_: None)
+
+
+def ask_the_config(model):
+    model.config.output_hidden_states = model.model.config.output_hidden_states = True
 
 
 @torch.inference_mode()
-def test_a_layer_that_somebody_replaced_is_called(tiny, tokens):
+@pytest.mark.parametrize("change", [replace_module, replace_forward, cut, look_on, ask_the_config])
+def test_it_makes_way_for_whoever_changes_or_looks_on(change, tiny, tokens, computed):
     model, ids = tuned(tiny("llama")), tokens(1, 12)
-    layer, calls = model.model.layers[1], []
-    before = layer.forward
-    layer.forward = lambda *given, **facts: (calls.append(1), before(*given, **facts))[1]
+    positions = torch.arange(12)[None]
     with foveate.attach(model):
-        model(ids, use_cache=False)
-    assert calls
+        model(ids, position_ids=positions, use_cache=False)
+        assert computed, "as it is, the model goes through the loop"
+        computed.clear()
+        change(model)
+        model(ids, position_ids=positions, use_cache=False)
+    assert not computed

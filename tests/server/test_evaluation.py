@@ -279,7 +279,9 @@ def test_facts_asked_for_in_turn_are_told_apart_by_depth():
     fine = report.cells([several], by_depth=True)
     assert [(cell.depth, cell.trials, cell.values["score"]) for cell in fine] == [(0.1, 1, 0), (0.5, 1, 1), (0.9, 1, 1)]
     [coarse] = report.cells([several], by_depth=False)
-    assert (coarse.depth, coarse.trials, str(coarse)) == (None, 1, "67 (25)")
+    assert (coarse.task, coarse.depth, coarse.trials, str(coarse)) == ("multiquery-3", None, 1, "67 (25)")
+    alone = Trial("multiquery", 2048, (0.5,), 0, STREAMING, "x", {"score": 1.0}, 0.25, None, said[2:])
+    assert [cell.trials for cell in report.cells([several, alone], by_depth=False)] == [1, 1], "one fact is easier"
 
 
 def test_perplexity_is_that_of_the_mean_loss():
@@ -397,6 +399,13 @@ def test_wrong_flags_are_named(capsys, arguments, words, tmp_path):
         evaluate("m", *arguments, output=tmp_path)
     assert end.value.code == 2
     assert words in capsys.readouterr().err
+
+
+def test_prompts_that_cannot_be_made_are_told_before_anything_is_computed(long_dir, capsys, tmp_path):
+    depths = ",".join(str(number / 40) for number in range(36))
+    assert evaluate(long_dir, "--lengths", "2048", "--depths", depths, output=tmp_path) == 1
+    assert "36 facts in a document are too many" in capsys.readouterr().err
+    assert not (tmp_path / "trials.jsonl").exists()
 
 
 def test_what_cannot_run_at_all_ends_with_its_reason(long_dir, capsys, tmp_path):

@@ -255,6 +255,9 @@ class Library:
         finish: ``foveate_finish_run``.
         write: ``foveate_write_run``.
         whole: ``foveate_whole_run``.
+        decoder_begin: ``foveate_decoder_begin``.
+        decoder_end: ``foveate_decoder_end``.
+        decoder_run: ``foveate_decoder_run``.
         linear_isas: Like ``isas``, for quantised linear layers.
         linear_isa: The one of them in use, no faster a kind than ``isa``.
         linear: ``foveate_linear_run``.

@@ -1,6 +1,6 @@
 // The C interface of decoder layers in a decode step: a norm, the projections, what whole.h does, and what follows
-// attention, in one call for several layers, or in two for one with a choice of keys between them. ``native/__init__.py`` mirrors
-// ``foveate_decoder`` field by field.
+// attention, in one call for several layers, or in two for one with a choice of keys between them.
+// ``native/__init__.py`` mirrors ``foveate_decoder`` field by field.
 #pragma once
 
 #include "finish.h"
