@@ -113,9 +113,11 @@ def test_a_prepared_layer_does_what_the_ops_do(spec, stored, rotates):
         if fused:
             prepared = PreparedStep.of(step, heads, torch.float32, cos[None], sin[None])
             assert prepared is PreparedStep.of(step, heads, torch.float32, cos[None], sin[None])
-            layer = PreparedLayer(pages, spec, rotates, (query.stride(0), key.stride(0), value.stride(0)))
-            assert layer.is_for(pages)
-            assert not layer.is_for(pools[0].layer(0))
+            strides = query.stride(0), key.stride(0), value.stride(0)
+            layer = PreparedLayer(pages, spec, rotates, strides)
+            assert layer.is_for(pages, strides)
+            assert not layer.is_for(pages, (heads * dim, kv_heads * dim, strides[2]))
+            assert not layer.is_for(pools[0].layer(0), strides)
             outs.append(layer.run(prepared, query, key, value).view(3, heads, dim))
             reads = step.keys_read.tolist()
         else:
