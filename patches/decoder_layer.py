@@ -21,12 +21,13 @@ from foveate.sparse_attn.ops.write import rotate_halves
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
 from foveate.sparse_attn.selection import Band, Segment
 
-from .finish import MOST_ROWS, NativeFinish
+from .finish import NativeFinish
 from .interface import PackedStep
-from .narrow import NarrowProduct
 from .native_decoder import Known, NativeDecoder, run
+from .native_product import NativeProduct
 from .norm_native import NativeNorm
-from .products import Heads, JoinedMLP, Sum, heads_of, mlp_plus, plus
+from .products import JoinedMLP, ProjectedHeads, Sum, heads_of, mlp_plus, plus
+from .quantize import QuantizedLinear
 
 # Norms by name: before attention, after it, before the MLP, after it.
 ORDERS: tuple[tuple[str | None, str | None, str | None, str | None], ...] = (
@@ -39,6 +40,8 @@ TRIAL = "foveate_trial"
 # Random rows on which a layer is compared with the original, and how far it may be off.
 _ROWS_COMPARED = 4
 _RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+# Where activations are rounded to bytes, one that lies between two steps may go either way.
+_RELATIVE_ERROR_OF_BYTES = {torch.float32: 2**-6, torch.bfloat16: 2**-4}
 
 _EVERYTHING = Choice(None)
 
@@ -64,7 +67,7 @@ class FusedLayer:
         norms: list[Norm | None] = [None if name is None else getattr(layer, name).forward for name in order]
         self._stock = type(layer).forward.__get__(layer)
         self._before, after, self._between, last = norms
-        self.project: Heads = heads_of(attention)
+        self.project: ProjectedHeads = heads_of(attention)
         self.read: Read = self._read
         self._output: Sum = _normed(attention.o_proj, after)
         mlp: Any = layer.mlp
@@ -104,41 +107,43 @@ class FusedLayer:
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, read: Read | None = None
     ) -> torch.Tensor:
         """``x [T, E]`` to the same; ``cos`` and ``sin`` are ``[B, L, R]``, and ``read`` attends in its place."""
-        if read is None and self.whole is not None and len(x) <= MOST_ROWS and x.is_contiguous():
-            prepared = PreparedStep.of(step, self.whole.num_heads, x.dtype, cos, sin)
+        if read is None and self.whole is not None and len(x) <= self.whole.most_rows and x.is_contiguous():
+            prepared = PreparedStep.of(step, self.whole.num_heads, cos.dtype, cos, sin)
             if prepared is not None:
-                return self._whole(self.whole, prepared, x, step)
+                return self._whole(self.whole, prepared, x.float(), step).to(x.dtype)
         query, key, value = self.project(x if self._before is None else self._before(x))
         return self.finish((read or self.read)(query, key, value, cos, sin, step), x)
 
     def _whole(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
+        """``x [T, E]`` float32 to the same."""
         known = self.known(step)
         if known is not None:
             return run([known], prepared, x)
-        layer = self._layer_for(step, (whole.token_stride,) * 3)
-        heads = whole.begin(layer, prepared, x)
-        query = heads[:, : whole.num_heads]
+        layer = self._layer_for(step, whole.strides)
+        query = whole.begin(layer, prepared, x)
         segments = self._segments(query, step)
         choice = Choice.of(segments, self._call.spec.band)
         if choice is None:
-            return self.finish(self._read_segments(query, segments, step), x)
-        return whole.end(layer, prepared, heads, choice, x)
+            attended = self._read_segments(query, segments, step)
+            return self.finish(attended, x.to(attended.dtype)).float()
+        return whole.end(layer, prepared, query, choice, x)
 
     def _finish(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        if self._finish_few is not None and len(x) <= MOST_ROWS and attended.is_contiguous() and x.is_contiguous():
-            return self._finish_few(attended, x)
+        few = self._finish_few
+        if few is not None and len(x) <= few.most_rows and attended.is_contiguous() and x.is_contiguous():
+            return few(attended.float(), x.float()).to(x.dtype)
         x = self._output(attended, x)
         return self._feed(x if self._between is None else self._between(x), x)
 
     def _native_finish(self) -> NativeFinish | None:
         """The same in one call, where it is made of such parts as that knows."""
         norm, feed = getattr(self._between, "__self__", None), self._feed
-        if not (isinstance(self._output, NarrowProduct) and isinstance(norm, NativeNorm)):
+        if not (isinstance(self._output, NativeProduct) and isinstance(norm, NativeNorm)):
             return None
         if not (
             isinstance(feed, JoinedMLP)
-            and isinstance(feed.gates, NarrowProduct)
-            and isinstance(feed.down, NarrowProduct)
+            and isinstance(feed.gates, NativeProduct)
+            and isinstance(feed.down, NativeProduct)
         ):
             return None
         return NativeFinish(self._output, norm, feed.gates, feed.glu, feed.down)
@@ -207,12 +212,12 @@ class FusedLayer:
         if self.whole is None:
             return None
         if attend.reads_everything(self._call, step, step.groups[0]):
-            return self.whole, self._layer_for(step, (self.whole.token_stride,) * 3), _EVERYTHING
+            return self.whole, self._layer_for(step, self.whole.strides), _EVERYTHING
         segments = attend.known_segments(self._call, step, step.groups[0])
         choice = None if segments is None else Choice.of(segments, self._call.spec.band)
         if choice is None:
             return None
-        return self.whole, self._layer_for(step, (self.whole.token_stride,) * 3), choice
+        return self.whole, self._layer_for(step, self.whole.strides), choice
 
     def _layer_for(self, step: StepState, strides: tuple[int, int, int]) -> PreparedLayer:
         pages, prepared = step.pool.layer(self._call.index), self._prepared
@@ -296,6 +301,8 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
     seen, expected = _stock_pass(layer, config, x, cos, sin)
     if seen is None:
         return None
+    rounds = any(isinstance(module, QuantizedLinear) for module in layer.modules())
+    allowed = (_RELATIVE_ERROR_OF_BYTES if rounds else _RELATIVE_ERROR)[x.dtype]
     wanted = [part[0].transpose(0, 1) for part in (seen.query, seen.key, seen.value)]
     got: list[torch.Tensor] = []
     try:
@@ -308,7 +315,7 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
 
         for fused.rotates in (True, False):
             out = fused.compute(x[0], cos, sin, None, see)  # type: ignore[arg-type]
-            if all(_close(*pair) for pair in zip((*got, out), (*wanted, expected[0]), strict=True)):
+            if all(_error(*pair) <= allowed for pair in zip((*got, out), (*wanted, expected[0]), strict=True)):
                 fused.whole = fused.native_whole()
                 return fused
     except (ValueError, TypeError, RuntimeError, AttributeError):  # its modules are of another kind
@@ -340,8 +347,9 @@ def _stock_pass(
     return (seen[0], out) if len(seen) == 1 and isinstance(out, torch.Tensor) else (None, x)
 
 
-def _close(got: torch.Tensor, expected: torch.Tensor) -> bool:
+def _error(got: torch.Tensor, expected: torch.Tensor) -> float:
+    """Relative to what was expected."""
     if got.shape != expected.shape:
-        return False
-    error = (got.float() - expected.float()).norm()
-    return bool(error <= _RELATIVE_ERROR[expected.dtype] * expected.float().norm())
+        return float("inf")
+    expected = expected.float()
+    return float((got.float() - expected).norm() / expected.norm().clamp(min=1e-30))

@@ -11,11 +11,8 @@ import torch
 from foveate.sparse_attn.ops.native import FinishCall, library
 
 from .glu import NativeGlu
-from .narrow import NarrowProduct
+from .native_product import NativeProduct, call_of, most_rows_of
 from .norm_native import NativeNorm
-
-# More than this, and what a call costs is nothing beside what it does; its scratch memory would be large besides.
-MOST_ROWS = 32
 
 
 class NativeFinish:
@@ -30,23 +27,28 @@ class NativeFinish:
 
     Attributes:
         call: What is the same in all calls.
+        attended: ``H * D``.
+        most_rows: With more, its parts are better called by themselves.
 
     Raises:
         ValueError: their widths do not fit each other.
     """
 
     def __init__(
-        self, output: NarrowProduct, norm: NativeNorm, gates: NarrowProduct, glu: NativeGlu, down: NarrowProduct
+        self, output: NativeProduct, norm: NativeNorm, gates: NativeProduct, glu: NativeGlu, down: NativeProduct
     ) -> None:
         kernels = library()
         assert kernels is not None  # they are all made of it
         self._kernels = kernels
+        norm = norm.widened()
         self._alive = output, norm, gates, glu, down
+        self.attended: int = output.call.in_channels
+        self.most_rows = most_rows_of((output, gates, down))
         width, inner = output.call.out_channels, down.call.in_channels
         widths = (norm.call.width, gates.call.in_channels, gates.call.out_channels, down.call.out_channels)
-        if widths != (width, width, 2 * inner, width) or norm.weight.dtype is not torch.float32:
+        if widths != (width, width, 2 * inner, width):
             raise ValueError(f"widths {widths} do not follow on {width} and {inner}")
-        self.call = FinishCall(output.call, norm.call, gates.call, glu.call, down.call)
+        self.call = FinishCall(call_of(output), norm.call, call_of(gates), glu.call, call_of(down))
         self.call.glu.width = inner
 
     def __call__(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -20,15 +20,17 @@ from foveate.sparse_attn.protocol import StepState
 
 from .decoder_layer import TRIAL, FusedLayer, Read, hooks_of
 from .errors import UnsupportedCall
-from .finish import MOST_ROWS
 from .interface import PackedStep, no_mask
 from .native_decoder import Known, run
+from .quantize import QuantizedLinear
 
 _OUTPUTS = ("output_hidden_states", "output_attentions")
 _PARTS = ("embed_tokens", "rotary_emb", "norm")
 # Tokens on which a model is compared with the original, and how far it may be off behind all of its layers.
 _TOKENS_COMPARED = 4
 _RELATIVE_ERROR = {torch.float32: 1e-4, torch.bfloat16: 2**-5}
+# Where activations are rounded to bytes; 0.1 was measured in bfloat16 (SmolLM2-135M, 30 layers).
+_RELATIVE_ERROR_OF_BYTES = {torch.float32: 2**-5, torch.bfloat16: 2**-2}
 
 
 class FusedModel:
@@ -44,6 +46,9 @@ class FusedModel:
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
         self._hooks = hooks_of(list(inner.modules())[1:])
         self._modules = tuple(inner.layers)
+        wholes = [layer.whole for layer in layers]
+        # Where one of them has none, nothing is prepared: between whole layers rows are float32.
+        self._most_rows = min(0 if whole is None else whole.most_rows for whole in wholes)
 
     def __call__(
         self,
@@ -103,8 +108,9 @@ class FusedModel:
         x = embedded.flatten(0, 1)
         prepared = None
         first = self._layers[0].whole
-        if read is None and first is not None and len(x) <= MOST_ROWS and x.is_contiguous():
-            prepared = PreparedStep.of(step, first.num_heads, x.dtype, cos, sin)
+        if read is None and first is not None and len(x) <= self._most_rows and x.is_contiguous():
+            prepared = PreparedStep.of(step, first.num_heads, cos.dtype, cos, sin)
+            x = x if prepared is None else x.float()
         waiting: list[Known] = []  # layers to be run in one call
         for layer in self._layers:
             known = None if prepared is None else layer.known(step)
@@ -116,7 +122,7 @@ class FusedModel:
             x = layer.compute(x, cos, sin, step, read)
         if waiting and prepared is not None:
             x = run(waiting, prepared, x)
-        out: torch.Tensor = self._inner.norm(x.view(embedded.shape))
+        out: torch.Tensor = self._inner.norm(x.view(embedded.shape).to(embedded.dtype))
         return out
 
 
@@ -155,4 +161,6 @@ def _computes_the_same(fused: FusedModel, inner: Any) -> bool:
         return False
     finally:
         config._attn_implementation_internal = before
-    return bool((got - expected).norm() <= _RELATIVE_ERROR[inner.embed_tokens.weight.dtype] * expected.norm())
+    rounds = any(isinstance(module, QuantizedLinear) for module in inner.modules())
+    allowed = (_RELATIVE_ERROR_OF_BYTES if rounds else _RELATIVE_ERROR)[inner.embed_tokens.weight.dtype]
+    return bool((got - expected).norm() <= allowed * expected.norm())

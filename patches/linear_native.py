@@ -28,6 +28,9 @@ class NativeLinear:
         activation_bits: See ``linear_torch.linear``.
         isa: For tests.
 
+    Attributes:
+        call: What is the same in all calls.
+
     Raises:
         RuntimeError: the kernels were not compiled.
     """
@@ -52,14 +55,23 @@ class NativeLinear:
         else:
             call.weight_bits = 4
             call.groups = weight.groups.data_ptr()
-        self._call = call
+        self.call = call
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    @property
+    def most_rows(self) -> int | None:
+        """As many as the kernels multiply; more are widened."""
+        return None if isinstance(self._weight, Int8Weight) else WIDEN_ROWS - 1
+
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
         """``x [T, K]`` to ``[T, N]``; many rows of a 4-bit layer are not rounded, but multiplied in their type.
+
+        ``residual [T, N]`` is added, and left as it is.
 
         Raises:
             RuntimeError: no memory is left.
         """
+        if residual is not None:
+            return self(x).add_(residual)
         dtype = DTYPES.get(x.dtype)
         if dtype is None:
             return self(x.float()).to(x.dtype)
@@ -72,7 +84,7 @@ class NativeLinear:
         out = x.new_empty((rows, weight.out_channels))
         if not rows:
             return out
-        call = LinearCall.from_buffer_copy(self._call)  # its own: other threads may run the layer too
+        call = LinearCall.from_buffer_copy(self.call)  # its own: other threads may run the layer too
         call.input, call.out = x.data_ptr(), out.data_ptr()
         call.input_stride, call.rows, call.dtype = x.stride(0), rows, dtype
         call.num_threads = torch.get_num_threads()
@@ -84,7 +96,7 @@ class NativeLinear:
         """The weight that a 4-bit layer stands for, ``[N, K]`` in ``dtype``."""
         weight = self._weight
         out = torch.empty((weight.out_channels, weight.in_channels), dtype=dtype)
-        call = LinearCall.from_buffer_copy(self._call)
+        call = LinearCall.from_buffer_copy(self.call)
         call.out, call.dtype, call.num_threads = out.data_ptr(), DTYPES[dtype], torch.get_num_threads()
         self._kernels.widen(call)
         return out

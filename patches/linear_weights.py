@@ -6,7 +6,9 @@ Output channels lie in blocks of 16 and input channels in fours, side by side, p
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -100,6 +102,26 @@ class Int4Weight:
 
 
 Weight = Int8Weight | Int4Weight
+
+# Output channels per entry of a weight's tensors, which lie in the order of the channels.
+_CHANNELS = {Int8Weight: {"values": BLOCK, "scales": 1, "sums": 1}, Int4Weight: {"values": BLOCK, "groups": BLOCK}}
+
+
+def join(weights: Sequence[Weight]) -> Weight:
+    """The output channels of weights of one kind one below the other; each has whole blocks of them."""
+    tensors: dict[str, Any] = {
+        name: torch.cat([getattr(weight, name) for weight in weights]) for name in _CHANNELS[type(weights[0])]
+    }
+    return replace(weights[0], out_channels=sum(weight.out_channels for weight in weights), **tensors)
+
+
+def cut(weight: Weight, first: int, channels: int) -> Weight:
+    """Some of its output channels, whole blocks, as views."""
+    tensors: dict[str, Any] = {
+        name: getattr(weight, name)[first // per : (first + channels) // per]
+        for name, per in _CHANNELS[type(weight)].items()
+    }
+    return replace(weight, out_channels=channels, **tensors)
 
 
 def _as_stored(values: torch.Tensor) -> torch.Tensor:

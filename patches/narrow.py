@@ -63,10 +63,13 @@ class NarrowProduct:
 
     Attributes:
         call: What is the same in all calls.
+        most_rows: It multiplies any number of rows.
 
     Raises:
         RuntimeError: the kernels were not compiled.
     """
+
+    most_rows: int | None = None
 
     def __init__(self, weight: NarrowWeight, *, isa: str | None = None) -> None:
         kernels = library()

@@ -7,83 +7,95 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 
-from foveate.sparse_attn.ops.native import DecoderCall, NormCall, library
+from foveate.sparse_attn.ops.native import DecoderCall, NormCall, ProductCall, library
 from foveate.sparse_attn.ops.whole_native import Choice, PreparedLayer, PreparedStep, check
 
 from .finish import NativeFinish
-from .narrow import NarrowProduct
+from .native_product import NativeProduct, call_of, most_rows_of
 from .norm_native import NativeNorm
-from .products import JoinedHeads
+from .products import ProjectedHeads
 
 
 class NativeDecoder:
-    """Norm, projections, rotation, writing, attention and what follows, in float32.
+    """Norm, projections, rotation, writing, attention and what follows, on float32 rows.
+
+    Keys, values and rotated queries are of the pages' type.
 
     Args:
         norm: Of the attention's input.
-        heads: Joined.
+        heads: The projections, made of products that ``call_of`` takes.
         finish: What follows attention.
 
     Attributes:
         num_heads: H.
-        token_stride: Elements from one token's queries to the next one's, and of keys and values.
+        strides: Elements from one token's queries to the next one's, and of keys and values.
+        most_rows: With more, its parts are better called by themselves.
         call: ``foveate_decoder``.
 
     Raises:
         ValueError: their widths do not fit each other.
     """
 
-    def __init__(self, norm: NativeNorm, heads: JoinedHeads, finish: NativeFinish) -> None:
+    def __init__(self, norm: NativeNorm, heads: ProjectedHeads, finish: NativeFinish) -> None:
         kernels = library()
         assert kernels is not None  # they are all made of it
-        self._kernels, self._alive = kernels, (norm, heads, finish)
-        product: Any = heads.product
-        self.num_heads, self._dim = heads.counts[0], heads.dim
-        self.token_stride = sum(heads.counts) * heads.dim
-        widths = (norm.call.width, product.call.in_channels, product.call.out_channels, finish.call.output.in_channels)
-        width = finish.call.output.out_channels
-        if widths != (width, width, self.token_stride, self.num_heads * self._dim):
-            raise ValueError(f"widths {widths} do not follow on {width}")
-        no_norm = NormCall()
-        of_heads = [no_norm if norm is None else norm.call for norm in heads.norms]
-        self.call = DecoderCall(norm.call, product.call, *of_heads, finish.call)
+        norm, products = norm.widened(), cast(list[NativeProduct], heads.products)
+        norms: Any = [None if one is None else one.widened() for one in heads.norms]  # type: ignore[operator]
+        self._kernels, self._alive = kernels, (norm, products, norms, finish)
+        counts, self._dim = heads.counts, heads.dim
+        self.num_heads, self._num_all = counts[0], sum(counts)
+        whole = self._num_all * heads.dim
+        apart = (counts[0] * heads.dim, counts[1] * heads.dim, counts[2] * heads.dim)
+        self.strides = (whole, whole, whole) if len(products) == 1 else apart
+        made: tuple[int, ...] = (whole,) if len(products) == 1 else apart
+        self.most_rows = min(finish.most_rows, most_rows_of(products))
+        width = finish.call.norm.width
+        inputs = {norm.call.width, *(product.call.in_channels for product in products)}
+        outputs = tuple(product.call.out_channels for product in products)
+        if inputs != {width} or outputs != made or finish.attended != self.num_heads * heads.dim:
+            raise ValueError(f"{inputs} to {outputs}, then {finish.attended}, do not follow on {width}")
+        of_heads = [NormCall() if one is None else one.call for one in norms]
+        projections = (ProductCall * 3)(*map(call_of, products))
+        self.call = DecoderCall(norm.call, projections, *of_heads, finish.call)
 
     @classmethod
     def of(cls, norm: Any, heads: Any, finish: NativeFinish | None) -> NativeDecoder | None:
         """Made of such parts as it knows; ``None`` if others are given."""
-        if finish is None or not isinstance(heads, JoinedHeads) or not isinstance(heads.product, NarrowProduct):
+        if finish is None or not isinstance(heads, ProjectedHeads):
+            return None
+        if not all(isinstance(product, NativeProduct) for product in heads.products):
             return None
         for one, count in ((norm, 0), *zip(heads.norms, heads.counts[:2], strict=True)):
             if one is None and count:
                 continue
-            if not isinstance(one, NativeNorm) or one.weight.dtype is not torch.float32:
+            if not isinstance(one, NativeNorm):
                 return None
             if count and one.call.width not in (heads.dim, count * heads.dim):
                 return None
         return cls(norm, heads, finish)
 
     def begin(self, layer: PreparedLayer, step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
-        """``x [T, E]``, dense, to ``[T, H + 2 G, D]``, in which the H queries are rotated; keys and values are written.
+        """``x [T, E]``, dense float32, to the rotated queries ``[T, H, D]``; keys and values are written.
 
         Raises:
             MemoryError: no memory was left.
             IndexError: a slot lies behind the last page.
         """
-        heads = x.new_empty((len(x), self.token_stride // self._dim, self._dim))
+        heads = torch.empty((len(x), self._num_all, self._dim), dtype=step.dtype)
         check(self._kernels.decoder_begin(self.call, step.call, layer.call, x.data_ptr(), heads.data_ptr()), step)
-        return heads
+        return heads.as_strided((len(x), self.num_heads, self._dim), (self.strides[0], self._dim, 1))
 
     def end(
-        self, layer: PreparedLayer, step: PreparedStep, heads: torch.Tensor, choice: Choice, x: torch.Tensor
+        self, layer: PreparedLayer, step: PreparedStep, query: torch.Tensor, choice: Choice, x: torch.Tensor
     ) -> torch.Tensor:
         """What ``begin`` made, and its ``x``, to ``[T, E]``; what was chosen is read. Books the reads."""
         out = torch.empty_like(x)
         code = self._kernels.decoder_end(
-            self.call, step.call, layer.call, choice.call, heads.data_ptr(), x.data_ptr(), out.data_ptr()
+            self.call, step.call, layer.call, choice.call, query.data_ptr(), x.data_ptr(), out.data_ptr()
         )
         check(code, step)
         return out
@@ -94,7 +106,7 @@ Known = tuple[NativeDecoder, PreparedLayer, Choice]
 
 
 def run(parts: Sequence[Known], step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
-    """``x [T, E]``, dense, through layers of which it is known what they read, to the same. Books the reads.
+    """``x [T, E]``, dense float32, through layers of which it is known what they read, to the same. Books the reads.
 
     Raises:
         MemoryError: no memory was left.

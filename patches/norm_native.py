@@ -46,6 +46,12 @@ class NativeNorm(nn.Module):
             isa=ISAS.index(isa or kernels.isa),
         )
 
+    def widened(self) -> NativeNorm:
+        """The same of float32 rows."""
+        if self._dtype is torch.float32:
+            return self
+        return NativeNorm(self.weight.float(), self.call.epsilon, bool(self.call.from_one))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``[..., K]`` of the weight's type to the same."""
         shape, width = x.shape, x.shape[-1]

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from . import narrow
+from . import narrow, quantize
 from .glu import NativeGlu, name_of, supports
-from .narrow import NarrowLinear
+from .linear_native import NativeLinear
+from .narrow import NarrowLinear, NarrowProduct
 from .packed import GatedMLP, PackedLinear
+from .quantize import QuantizedLinear
 
-# x [T, E] -> query [T, H, D], key [T, G, D], value [T, G, D]
-Heads = Callable[[torch.Tensor], Sequence[torch.Tensor]]
 # x [T, K], residual [T, N] -> [T, N]; the residual is left as it is
 Sum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -27,11 +27,11 @@ _QKV = ("q_proj", "k_proj", "v_proj")
 _MLP = ("gate_proj", "up_proj", "down_proj")
 
 
-class JoinedHeads:
-    """Queries, keys and values by one product, and the norms of heads.
+class ProjectedHeads:
+    """Queries, keys and values, and the norms of heads.
 
     Attributes:
-        product: ``[T, E]`` to ``[T, (H + 2 G) * D]``.
+        products: One, ``[T, E]`` to ``[T, (H + 2 G) * D]``, or one for each of the three.
         counts: H, G and G.
         dim: D.
         norms: Of queries and of keys, over a head or over all of a token's; ``None`` where there is none.
@@ -39,21 +39,23 @@ class JoinedHeads:
 
     def __init__(
         self,
-        product: Callable[[torch.Tensor], torch.Tensor],
+        products: Sequence[Callable[[torch.Tensor], torch.Tensor]],
         counts: Sequence[int],
         dim: int,
         norms: Sequence[nn.Module | None],
     ) -> None:
-        self.product, self.counts, self.dim, self.norms = product, list(counts), dim, norms
+        self.products, self.counts, self.dim, self.norms = list(products), list(counts), dim, norms
         self._by_head = [_by_head(norm, dim) for norm in norms]
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
         """``x [T, E]`` to queries ``[T, H, D]``, keys and values ``[T, G, D]``."""
-        query, key, value = self.product(x).view(x.shape[0], -1, self.dim).split_with_sizes(self.counts, 1)
-        return _normed(query, key, value, self._by_head)
+        rows = [product(x).view(x.shape[0], -1, self.dim) for product in self.products]
+        query, key, value = rows if len(rows) == 3 else rows[0].split_with_sizes(self.counts, 1)
+        of_query, of_key = self._by_head
+        return query if of_query is None else of_query(query), key if of_key is None else of_key(key), value
 
 
-def heads_of(attention: nn.Module) -> Heads:
+def heads_of(attention: nn.Module) -> ProjectedHeads:
     """The projections of an attention module with the norms it has for queries and keys.
 
     Raises:
@@ -64,28 +66,19 @@ def heads_of(attention: nn.Module) -> Heads:
     norms = [getattr(given, name, None) for name in ("q_norm", "k_norm")]
     if hasattr(given, "qkv_proj"):
         kv_heads = given.config.num_key_value_heads
-        return JoinedHeads(given.qkv_proj, [given.config.num_attention_heads, kv_heads, kv_heads], dim, norms)
+        counts = [given.config.num_attention_heads, kv_heads, kv_heads]
+        return ProjectedHeads([product_of(given.qkv_proj)], counts, dim, norms)
     parts = [getattr(given, name) for name in _QKV]
-    if _joinable(parts):
-        return JoinedHeads(joined(parts), [part.out_features // dim for part in parts], dim, norms)
-
-    by_head = [_by_head(norm, dim) for norm in norms]
-
-    def apart(x: torch.Tensor) -> Sequence[torch.Tensor]:
-        query, key, value = (part(x).view(x.shape[0], -1, dim) for part in parts)
-        return _normed(query, key, value, by_head)
-
-    return apart
+    products = [joined(parts)] if _joinable(parts) else [product_of(part) for part in parts]
+    return ProjectedHeads(products, [part.out_features // dim for part in parts], dim, norms)
 
 
-def _normed(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    norms: Sequence[Callable[[torch.Tensor], torch.Tensor] | None],
-) -> Sequence[torch.Tensor]:
-    query_norm, key_norm = norms
-    return query if query_norm is None else query_norm(query), key if key_norm is None else key_norm(key), value
+def product_of(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+    """What a linear layer calls on rows ``[T, K]``; itself, if that is nothing of ours."""
+    product: Callable[[torch.Tensor], torch.Tensor] = linear
+    if isinstance(linear, NarrowLinear | QuantizedLinear):
+        product = linear.product
+    return product
 
 
 def _by_head(norm: Any, dim: int) -> Callable[[torch.Tensor], torch.Tensor] | None:
@@ -105,6 +98,8 @@ def joined(parts: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
     """
     if narrow.joinable(parts):
         return narrow.joined(parts)
+    if quantize.joinable(parts):
+        return quantize.joined(parts)
     weight = _joint(parts, "weight")
     bias = None if parts[0].bias is None else _joint(parts, "bias")
     return lambda x: functional.linear(x, weight, bias)
@@ -112,7 +107,7 @@ def joined(parts: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _joinable(parts: Sequence[Any]) -> bool:
     plain = all(type(part) is nn.Linear for part in parts) and len({part.bias is None for part in parts}) == 1
-    return plain or narrow.joinable(parts)
+    return plain or narrow.joinable(parts) or quantize.joinable(parts)
 
 
 def _joint(parts: Sequence[nn.Linear], name: str) -> torch.Tensor:
@@ -131,8 +126,9 @@ def plus(linear: Any) -> Sum:
         return lambda x, residual: torch.addmm(residual, x, weight)
     if isinstance(linear, PackedLinear):
         return linear.plus
-    if isinstance(linear, NarrowLinear):
-        return linear.product
+    product: Any = product_of(linear)
+    if isinstance(product, NarrowProduct | NativeLinear):
+        return product
     return lambda x, residual: linear(x).add_(residual)
 
 
@@ -161,6 +157,7 @@ def mlp_plus(mlp: Any) -> Sum:
     activation = getattr(mlp, "act_fn", None)
     name = None if activation is None else name_of(activation)
     gates = parts[:2]
-    if name is None or not (narrow.joinable(gates) or (_joinable(gates) and supports(gates[0].weight))):
+    plain = type(gates[0]) is nn.Linear
+    if name is None or not _joinable(gates) or (plain and not supports(gates[0].weight)):
         return lambda x, residual: mlp(x).add_(residual)
     return JoinedMLP(joined(gates), NativeGlu(name), plus(parts[2]))

@@ -10,8 +10,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -20,7 +21,8 @@ from transformers import PreTrainedModel
 from . import linear_native, linear_torch
 from .errors import QuantizationError
 from .fingerprint import fingerprint, keep_fingerprint
-from .linear_weights import BLOCK, Int4Weight, Int8Weight
+from .linear_native import NativeLinear
+from .linear_weights import BLOCK, Int4Weight, Int8Weight, Weight, cut, join
 from .linears import decoder_linears
 
 log = logging.getLogger(__name__)
@@ -45,6 +47,9 @@ class QuantizedLinear(nn.Module):
     Args:
         linear: Not kept.
         kind: A key of ``KINDS``.
+
+    Attributes:
+        product: ``x [T, K]``, and what to add, to ``[T, N]``.
     """
 
     def __init__(self, linear: nn.Linear, kind: str) -> None:
@@ -52,22 +57,23 @@ class QuantizedLinear(nn.Module):
         made, self.activation_bits = KINDS[kind]
         self.kind = kind
         self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantized = made.of(linear.weight)
         self.bias = None if linear.bias is None else _padded(linear.bias)
-        self._linear: Callable[[torch.Tensor], torch.Tensor]
-        if linear_native.supports(self.quantized):
-            self._linear = linear_native.NativeLinear(self.quantized, self.bias, self.activation_bits)
+        self.hold(made.of(linear.weight))
+
+    def hold(self, weight: Weight) -> None:
+        """Takes ``weight`` as its own."""
+        self.quantized = weight
+        self.product: Any
+        if linear_native.supports(weight):
+            self.product = NativeLinear(weight, self.bias, self.activation_bits)
         else:
-            self._linear = partial(
-                linear_torch.linear,
-                weight=self.quantized,
-                bias=self.bias,
-                activation_bits=self.activation_bits,
+            self.product = partial(
+                linear_torch.linear, weight=weight, bias=self.bias, activation_bits=self.activation_bits
             )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., K]`` to ``[..., N]``, in its type."""
-        out = self._linear(x.reshape(-1, self.in_features))
+        out: torch.Tensor = self.product(x.reshape(-1, self.in_features))
         return out.view(*x.shape[:-1], self.out_features)
 
     @property
@@ -79,6 +85,31 @@ class QuantizedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, kind={self.kind}"
+
+
+def joinable(parts: Sequence[Any]) -> bool:
+    """Can ``joined`` take them?"""
+    first = parts[0]
+    return all(
+        isinstance(part, QuantizedLinear)
+        and isinstance(part.product, NativeLinear)
+        and part.kind == first.kind
+        and part.in_features == first.in_features
+        and part.out_features % BLOCK == 0
+        and (part.bias is None) == (first.bias is None)
+        for part in parts
+    )
+
+
+def joined(parts: Sequence[QuantizedLinear]) -> NativeLinear:
+    """Layers of one input as one product; their weights become views of its weight."""
+    whole = join([part.quantized for part in parts])
+    first = 0
+    for part in parts:
+        part.hold(cut(whole, first, part.out_features))
+        first += part.out_features
+    biases = [part.bias for part in parts if part.bias is not None]
+    return NativeLinear(whole, torch.cat(biases) if biases else None, parts[0].activation_bits)
 
 
 def quantize(model: PreTrainedModel, kind: str) -> None:
@@ -103,7 +134,7 @@ def quantize(model: PreTrainedModel, kind: str) -> None:
     while found:  # each is let go before the next is made
         parent, name, linear = found.pop()
         replacement = QuantizedLinear(linear, "int8wo" if kind == "int4wo" and name in SPARED else kind)
-        fallback = fallback or not linear_native.supports(replacement.quantized)
+        fallback = fallback or not isinstance(replacement.product, NativeLinear)
         setattr(parent, name, replacement)
         del linear
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]

@@ -42,6 +42,8 @@ def as_logprobs(
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
     """32-bit tensors on the host, in one transfer."""
+    if tensors[0].device.type == "cpu":
+        return list(tensors)
     flat = torch.cat([tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]).cpu()
     parts = flat.split_with_sizes([tensor.numel() for tensor in tensors])
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

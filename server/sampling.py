@@ -32,6 +32,7 @@ class Sampled(NamedTuple):
     error: EngineError | None = None
 
 
+@torch.inference_mode()
 def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     """Chooses one token per row.
 

@@ -152,7 +152,10 @@ class Stepper:
                 choices = self._choices(chunk.sequence)
                 drawing += choices
                 rows += [row] * len(choices)
-        drawn = sample_contained(result.logits[rows], [sequence.sampler for sequence in drawing])
+        whole = rows == list(range(len(result.logits)))  # as a rule, and then nothing need be gathered
+        drawn = sample_contained(
+            result.logits if whole else result.logits[rows], [sequence.sampler for sequence in drawing]
+        )
         for sequence, token in zip(drawing, drawn, strict=True):
             if sequence in sequence.group.sequences:  # a choice with bad logits ends the others, too
                 with self._alone(sequence.group):

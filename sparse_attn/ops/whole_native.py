@@ -33,6 +33,7 @@ class PreparedStep:
 
     Attributes:
         call: ``foveate_whole_step``.
+        dtype: Of queries, keys and values.
     """
 
     def __init__(self, step: StepState, heads: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
@@ -42,6 +43,7 @@ class PreparedStep:
         owners = group.owner_index(step.keys_read.device)
         lse = torch.empty((rows.num_queries, heads), dtype=torch.float32)
         self._alive = (rows, cos, sin, owners, lse, step.slots)
+        self.dtype = cos.dtype
         dim, threads, dtype = pages.keys.shape[3], torch.get_num_threads(), DTYPES[cos.dtype]
         self.call = WholeStep(owners=owners.data_ptr(), keys_read=step.keys_read.data_ptr())
         write, attention = self.call.write, self.call.attention

@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from foveate.patches.decoder_layer import fused_layers
-from foveate.patches.finish import MOST_ROWS, NativeFinish
+from foveate.patches.finish import NativeFinish
 from foveate.patches.glu import NativeGlu
 from foveate.patches.narrow import NarrowProduct, NarrowWeight
+from foveate.patches.native_product import MOST_ROWS
 from foveate.patches.norm_native import NativeNorm
 from foveate.patches.tune import tune
 from foveate.sparse_attn.ops.native import library

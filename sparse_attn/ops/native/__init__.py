@@ -153,12 +153,18 @@ class NarrowCall(ctypes.Structure):
     )
 
 
+class ProductCall(ctypes.Structure):
+    """``foveate_product`` of product.h, field by field."""
+
+    _fields_ = (("narrow", ctypes.c_void_p), ("linear", ctypes.c_void_p))
+
+
 class FinishCall(ctypes.Structure):
     """``foveate_finish`` of finish.h, field by field."""
 
     _fields_ = (
-        *(("output", NarrowCall), ("norm", NormCall), ("gates", NarrowCall)),
-        *(("glu", GluCall), ("down", NarrowCall)),
+        *(("output", ProductCall), ("norm", NormCall), ("gates", ProductCall)),
+        *(("glu", GluCall), ("down", ProductCall)),
     )
 
 
@@ -218,7 +224,7 @@ class DecoderCall(ctypes.Structure):
     """``foveate_decoder`` of decoder.h, field by field."""
 
     _fields_ = (
-        *(("norm", NormCall), ("heads", NarrowCall)),
+        *(("norm", NormCall), ("projections", ProductCall * 3)),
         *(("query_norm", NormCall), ("key_norm", NormCall), ("finish", FinishCall)),
     )
 

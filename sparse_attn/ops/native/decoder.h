@@ -8,23 +8,25 @@
 
 extern "C" {
 
-// What multiplies in the layer, without rows, inputs and outputs; everything in float32.
+// What multiplies in the layer, without rows, inputs and outputs; everything in float32, but for ``heads`` and pages, which
+// are of the step's type.
 struct foveate_decoder {
     foveate_norm norm;
-    foveate_narrow heads;  // queries, keys and values side by side
+    foveate_product projections[3];  // of queries, keys and values; only the first where it makes them side by side
     foveate_norm query_norm;  // over the channels of a head, or of all heads; no width where there is none
     foveate_norm key_norm;
     foveate_finish finish;
 };
 
-// ``x [T, E]`` to ``heads [T, H + 2 G, D]``, dense, in which the queries are rotated; keys and values are written. The
-// strides of ``layer`` are those of ``heads``. 0, 1 when no memory was left, or 2 when a slot lies behind the last page.
+// ``x [T, E]`` to ``heads``, in which the queries are rotated; keys and values are written. ``[T, H + 2 G, D]`` of one
+// projection, ``[T, H, D]``, ``[T, G, D]`` and ``[T, G, D]`` of three; the strides of ``layer`` say the same. 0, 1 when no
+// memory was left, or 2 when a slot lies behind the last page.
 FOVEATE_API int32_t foveate_decoder_begin(const foveate_decoder* decoder, const foveate_whole_step* step,
-                                          const foveate_whole_layer* layer, const float* x, float* heads);
+                                          const foveate_whole_layer* layer, const float* x, void* heads);
 
 // Reads what ``choice`` names, or every key where it is null, and goes on from ``x`` to ``out``, both ``[T, E]``, dense.
 FOVEATE_API int32_t foveate_decoder_end(const foveate_decoder* decoder, const foveate_whole_step* step,
-                                        const foveate_whole_layer* layer, const foveate_whole_choice* choice, float* heads,
+                                        const foveate_whole_layer* layer, const foveate_whole_choice* choice, void* heads,
                                         const float* x, float* out);
 
 // Both, for layers that follow on each other; what each of them reads is known before.

@@ -13,15 +13,6 @@ Call filled(const Call& given, int64_t rows, int32_t num_threads) {
     return call;
 }
 
-void multiply(foveate_narrow call, const float* input, const float* residual, float* out) {
-    call.input = input;
-    call.input_stride = call.in_channels;
-    call.residual = residual;
-    call.residual_stride = call.out_channels;
-    call.out = out;
-    foveate_narrow_run(&call);
-}
-
 }  // namespace
 
 extern "C" {
@@ -38,20 +29,19 @@ int32_t foveate_finish_run(const foveate_finish* finish, const float* attended, 
     float* gates = normed + rows * width;
     float* gated = gates + rows * 2 * inner;
 
-    multiply(filled(finish->output, rows, num_threads), attended, x, sum);
+    if (multiply(finish->output, attended, x, sum, rows, num_threads)) return 1;
     foveate_norm norm = filled(finish->norm, rows, num_threads);
     norm.input = sum;
     norm.input_stride = width;
     norm.out = normed;
     foveate_norm_run(&norm);
-    multiply(filled(finish->gates, rows, num_threads), normed, nullptr, gates);
+    if (multiply(finish->gates, normed, nullptr, gates, rows, num_threads)) return 1;
     foveate_glu glu = filled(finish->glu, rows, num_threads);
     glu.gate = gates;
     glu.up = gates + inner;
     glu.input_stride = 2 * inner;
     glu.out = gated;
     foveate_glu_run(&glu);
-    multiply(filled(finish->down, rows, num_threads), gated, sum, out);
-    return 0;
+    return multiply(finish->down, gated, sum, out, rows, num_threads);
 }
 }

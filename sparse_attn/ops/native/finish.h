@@ -3,18 +3,18 @@
 #pragma once
 
 #include "glu.h"
-#include "narrow.h"
 #include "norm.h"
+#include "product.h"
 
 extern "C" {
 
 // The five calls without their rows, inputs and outputs; everything in float32.
 struct foveate_finish {
-    foveate_narrow output;
+    foveate_product output;
     foveate_norm norm;
-    foveate_narrow gates;  // both halves side by side
+    foveate_product gates;  // both halves side by side
     foveate_glu glu;
-    foveate_narrow down;
+    foveate_product down;
 };
 
 // sum = x + output(attended); out = sum + down(glu(gates(norm(sum)))). ``attended [M, H * D]``, ``x`` and ``out [M, E]``,
