@@ -117,11 +117,14 @@ class FusedLayer:
     def _whole(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
         """``x [T, E]`` float32 to the same."""
         known = self.known(step)
-        if known is not None:
-            return run([known], prepared, x)
-        layer = self._layer_for(step, whole.strides)
+        return self.choose(whole, prepared, x, step) if known is None else run([known], prepared, x)
+
+    def choose(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
+        """``x [T, E]`` float32 to the same, where ``known`` knows nothing."""
+        layer, group = self._layer_for(step, whole.strides), step.groups[0]
         query = whole.begin(layer, prepared, x)
-        segments = self._segments(query, step)
+        view = PagedView(step.pool.layer(self._call.index), group.rows)
+        segments = attend.choose_segments(query, view, self._call, step, group)
         choice = Choice.of(segments, self._call.spec.band)
         if choice is None:
             attended = self._read_segments(query, segments, step)

@@ -117,9 +117,12 @@ class FusedModel:
             if known is not None:
                 waiting.append(known)
                 continue
-            if waiting and prepared is not None:
+            if prepared is None or layer.whole is None:
+                x = layer.compute(x, cos, sin, step, read)
+                continue
+            if waiting:
                 x, waiting = run(waiting, prepared, x), []
-            x = layer.compute(x, cos, sin, step, read)
+            x = layer.choose(layer.whole, prepared, x, step)
         if waiting and prepared is not None:
             x = run(waiting, prepared, x)
         out: torch.Tensor = self._inner.norm(x.view(embedded.shape).to(embedded.dtype))

@@ -96,8 +96,13 @@ def segments_of(
         group: Keeps what later layers will read.
     """
     known = known_segments(layer, step, group)
-    if known is not None:
-        return known
+    return choose_segments(query, view, layer, step, group) if known is None else known
+
+
+def choose_segments(
+    query: torch.Tensor, view: PagedView, layer: LayerCall, step: StepState, group: StepGroup
+) -> tuple[Segment, ...]:
+    """The same of a layer for which ``known_segments`` knows nothing."""
     scheme = group.scheme
     assert scheme is not None  # then everything is read
     plan = _select(query, view, layer, group, scheme)
@@ -137,15 +142,20 @@ def _is_whole(role: LayerRole, layer: LayerCall) -> bool:
 
 
 def _role(scheme: Scheme, layer: LayerCall, step: StepState) -> LayerRole:
-    if id(scheme) not in step.roles:
+    return _roles(scheme, step)[0][layer.index]
+
+
+def _roles(scheme: Scheme, step: StepState) -> tuple[tuple[LayerRole, ...], frozenset[int | None]]:
+    found = step.roles.get(scheme)
+    if found is None:
         roles = scheme.roles(step.num_layers)
-        step.roles[id(scheme)] = roles, frozenset(role.anchor for role in roles)
-    return step.roles[id(scheme)][0][layer.index]
+        found = step.roles[scheme] = roles, frozenset(role.anchor for role in roles)
+    return found
 
 
 def _is_anchor(scheme: Scheme, layer: LayerCall, step: StepState) -> bool:
     """Whether a later layer reads what this one chooses."""
-    return layer.index in step.roles[id(scheme)][1]
+    return layer.index in _roles(scheme, step)[1]
 
 
 def _select(query: torch.Tensor, view: PagedView, layer: LayerCall, group: StepGroup, scheme: Scheme) -> Plan:

@@ -8,10 +8,11 @@ which model or server it runs in.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 
@@ -286,6 +287,9 @@ class LayerPool(Protocol):
     def layer(self, index: int) -> LayerPages: ...
 
 
+Roles = MutableMapping[Scheme, tuple[tuple[LayerRole, ...], frozenset[int | None]]]
+
+
 @dataclass(slots=True, eq=False)
 class StepState:
     """Everything one forward pass needs beside the model; made per step, passed explicitly.
@@ -298,7 +302,7 @@ class StepState:
         rotary: For schemes that read keys at other positions, or ``None``.
         keys_read: ``[owners, 2]`` float64 on the device: key reads done, and what dense attention
             would have read, summed over queries, heads and layers.
-        roles: Layer roles by scheme (its id), so that they are asked for once per step, and the anchors among them.
+        roles: Layer roles by scheme, and the anchors among them; kept over steps of one model by whoever makes them.
         observer: Called after each group of each layer, or ``None``.
     """
 
@@ -308,7 +312,7 @@ class StepState:
     groups: Sequence[StepGroup]
     rotary: QueryRotator | None
     keys_read: torch.Tensor
-    roles: dict[int, tuple[tuple[LayerRole, ...], frozenset[int | None]]] = field(default_factory=dict)
+    roles: Roles = field(default_factory=WeakKeyDictionary)
     observer: Observer | None = None
 
     @property
