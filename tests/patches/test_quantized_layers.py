@@ -18,7 +18,7 @@ from foveate.sparse_attn.ops.native import library
 if library() is None or library().linear_isa is None:
     pytest.skip("the kernels were not built on this machine", allow_module_level=True)
 
-FAMILIES = ("llama", "qwen2", "qwen3", "smollm3")
+FAMILIES = ("qwen2", "qwen3", "smollm3")
 TOPK = {"scheme": "exact_topk", "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0}
 POLICIES = pytest.mark.parametrize("policy", ["dense", TOPK], ids=["run", "begin-end"])
 

@@ -26,24 +26,27 @@ POLICIES = {
 }
 
 
-@pytest.fixture(params=[False, True], ids=["in-parts", "whole"])
-def path(request, model_dir, tmp_path):
-    """The tiny model, as it is or with values of bfloat16, whose decode steps take one call."""
+@pytest.fixture(params=["in-parts", "whole", "int8", "int4wo"])
+def given(request, model_dir, tmp_path):
+    """The tiny model and its quantization; all but the first take one call in a decode step."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
-    for parameter in model.parameters() if request.param else ():
+    for parameter in model.parameters() if request.param == "whole" else ():
         parameter.data = parameter.bfloat16().float()
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(model_dir).save_pretrained(tmp_path)
-    return str(tmp_path)
+    return str(tmp_path), request.param if request.param.startswith("int") else "none"
 
 
 @pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
 @pytest.mark.parametrize("name", POLICIES)
-def test_answers_are_the_same(name, kv_dtype, path, monkeypatch):
+def test_answers_are_the_same(name, kv_dtype, given, monkeypatch):
     calls, answers = [], []
     compute = FusedModel.compute
-    monkeypatch.setattr(FusedModel, "compute", lambda *given: (calls.append(given[1].shape[1]), compute(*given))[1])
-    options = EngineOptions(path, dtype="float32", max_batch_tokens=16, max_running=2, kv_dtype=kv_dtype)
+    monkeypatch.setattr(FusedModel, "compute", lambda *args: (calls.append(args[1].shape[1]), compute(*args))[1])
+    path, kind = given
+    options = EngineOptions(
+        path, dtype="float32", quantization=kind, max_batch_tokens=16, max_running=2, kv_dtype=kv_dtype
+    )
     for fused in (True, False):
         loaded = load(options)
         inner = loaded.model.model

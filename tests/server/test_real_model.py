@@ -17,7 +17,7 @@ from foveate.server.llm import LLM
 from foveate.server.request import SamplingParams
 
 DOCUMENT = Path(__file__).parents[1] / "bench" / "data" / "gpl-3.0.txt"
-LENGTHS = (10, 11, 15, 16, 17, 31, 47, 64, 65, 100, 127, 128, 150, 200, 256, 333, 512, 777, 1500, 4000)
+LENGTHS = (10, 11, 15, 16, 17, 31, 47, 64, 65, 100, 127, 128, 150, 200, 256, 333, 400, 512, 777, 4000)
 NEW_TOKENS = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True)
 
