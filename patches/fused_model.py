@@ -46,9 +46,7 @@ class FusedModel:
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
         self._hooks = hooks_of(list(inner.modules())[1:])
         self._modules = tuple(inner.layers)
-        wholes = [layer.whole for layer in layers]
-        # Where one of them has none, nothing is prepared: between whole layers rows are float32.
-        self._most_rows = min(0 if whole is None else whole.most_rows for whole in wholes)
+        self._most_rows = min((layer.whole.most_rows for layer in layers if layer.whole is not None), default=0)
 
     def __call__(
         self,
@@ -110,19 +108,22 @@ class FusedModel:
         first = self._layers[0].whole
         if read is None and first is not None and len(x) <= self._most_rows and x.is_contiguous():
             prepared = PreparedStep.of(step, first.num_heads, cos.dtype, cos, sin)
-            x = x if prepared is None else x.float()
+            x = x if prepared is None else x.float()  # so it stays, from layer to layer
         waiting: list[Known] = []  # layers to be run in one call
         for layer in self._layers:
-            known = None if prepared is None else layer.known(step)
+            if prepared is None:
+                x = layer.compute(x, cos, sin, step, read)
+                continue
+            known = layer.known(step)
             if known is not None:
                 waiting.append(known)
                 continue
-            if prepared is None or layer.whole is None:
-                x = layer.compute(x, cos, sin, step, read)
-                continue
             if waiting:
                 x, waiting = run(waiting, prepared, x), []
-            x = layer.choose(layer.whole, prepared, x, step)
+            if layer.whole is None:
+                x = layer.compute(x.to(cos.dtype), cos, sin, step).float()
+            else:
+                x = layer.choose(layer.whole, prepared, x, step)
         if waiting and prepared is not None:
             x = run(waiting, prepared, x)
         out: torch.Tensor = self._inner.norm(x.view(embedded.shape).to(embedded.dtype))

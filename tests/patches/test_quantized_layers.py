@@ -68,6 +68,25 @@ def test_they_equal_their_parts(family, kind, policy, tiny, tokens, monkeypatch)
 
 
 @POLICIES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+def test_a_layer_in_parts_may_stand_between_them(dtype, policy, tiny, tokens):
+    model, ids = quantized(tiny("qwen2"), "int8wo", dtype), tokens(1, 40)
+    layers = list(fused_layers(model))
+    results = []
+    for odd in (None, *layers):
+        wholes = [layer.whole for layer in layers]
+        if odd is not None:
+            odd.whole = None
+        with foveate.attach(model, policy):
+            results.append(steps_of(model, ids, 32).float())
+        for layer, whole in zip(layers, wholes, strict=True):
+            layer.whole = whole
+    for other in results[1:]:
+        error = float((other - results[0]).norm() / results[0].norm())
+        assert error <= (0 if dtype is torch.float32 else 0.1)
+
+
+@POLICIES
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_in_bfloat16_they_are_as_near_to_float32_as_their_parts(family, kind, policy, tiny, tokens):
