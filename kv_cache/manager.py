@@ -37,7 +37,8 @@ class KVCacheManager:
         self.page_size = pool.geometry.page_size
         self.prefix_reuse = prefix_reuse
         self.prefix = PrefixIndex(self.page_size)
-        self.allocator = PageAllocator(pool.geometry.num_pages, on_evict=lambda page: self.prefix.remove(page))
+        # Nothing in here may refer to the manager: a cycle would keep its pages until the next garbage collection.
+        self.allocator = PageAllocator(pool.geometry.num_pages, on_evict=self.prefix.remove)
         self.prefix_queries_tokens = 0
         self.prefix_hit_tokens = 0
 

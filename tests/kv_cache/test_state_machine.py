@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, precondition, rule
 
+from foveate.kv_cache.allocator import PageAllocator
 from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
@@ -65,6 +66,7 @@ class CacheMachine(RuleBasedStateMachine):
         geometry = CacheGeometry(1, 1, head_dim=2, page_size=PAGE, num_pages=NUM_PAGES, dtype=self.dtype)
         self.manager = KVCacheManager(PagePool(geometry, STATS))
         self.manager.prefix = PrefixIndex(PAGE, digest=self.digest)
+        self.manager.allocator = PageAllocator(NUM_PAGES, on_evict=self.manager.prefix.remove)
         self.live: list[Sequence] = []
         self.histories: set[tuple[bytes, tuple[int, ...]]] = set()
 

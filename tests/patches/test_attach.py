@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import weakref
 
 import pytest
 import torch
@@ -309,3 +310,17 @@ def test_models_without_the_attention_interface_are_refused(config):
     with pytest.raises(UnsupportedModel, match="does not let its attention be chosen"):
         attach(model)
     assert model.config._attn_implementation == before
+
+
+@pytest.mark.parametrize("policy", ["dense", {"scheme": "kascade", "uncalibrated": 1, "budget_tokens": 16}], ids=str)
+def test_pages_are_let_go_at_once(policy, tiny_llama, tokens):
+    gc.disable()
+    try:
+        with attach(tiny_llama, policy) as attached, torch.inference_mode():
+            out = tiny_llama(tokens(1, 80), use_cache=True)
+            out = tiny_llama(tokens(1, 1), past_key_values=out.past_key_values, use_cache=True)
+            pages = weakref.ref(out.past_key_values.manager.pool)
+        del out, attached
+        assert pages() is None
+    finally:
+        gc.enable()
