@@ -273,7 +273,7 @@ def test_a_reused_prefix_ends_at_the_multiple_asked_for(make_manager: Make, mult
 
 
 def test_pages_are_let_go_with_their_manager(make_manager):
-    """Not at the next garbage collection: an evaluation that made a pool per prompt of 32K held eight of them, 10 GB."""
+    """Not at the next garbage collection: an evaluation that made a pool per prompt of 32K held 10 GB."""
     manager = make_manager()
     pages = weakref.ref(manager.pool)
     manager.free(manager.open([1, 2, 3], b""))
