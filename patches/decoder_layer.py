@@ -40,8 +40,13 @@ TRIAL = "foveate_trial"
 # Random rows on which a layer is compared with the original, and how far it may be off.
 _ROWS_COMPARED = 4
 _RELATIVE_ERROR = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
-# Where activations are rounded to bytes, one that lies between two steps may go either way.
-_RELATIVE_ERROR_OF_BYTES = {torch.float32: 2**-6, torch.bfloat16: 2**-4}
+# The same by the bits that activations are rounded to: one that lies between two steps may go either way.
+_RELATIVE_ERROR_OF_BITS = {
+    8: {torch.float32: 2**-6, torch.bfloat16: 2**-4},
+    16: {torch.float32: 2**-12, torch.bfloat16: 2**-6},
+}
+# Small rows, beside which what the layer adds is large: its norms make that independent of them.
+_SCALE = 0.01
 
 _EVERYTHING = Choice(None)
 
@@ -120,16 +125,15 @@ class FusedLayer:
         return self.choose(whole, prepared, x, step) if known is None else run([known], prepared, x)
 
     def choose(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
-        """``x [T, E]`` float32 to the same, where ``known`` knows nothing."""
-        layer, group = self._layer_for(step, whole.strides), step.groups[0]
+        """``x [T, E]`` float32 to the same, where ``known`` knows nothing that could be read in one piece."""
+        layer = self._layer_for(step, whole.strides)
         query = whole.begin(layer, prepared, x)
-        view = PagedView(step.pool.layer(self._call.index), group.rows)
-        segments = attend.choose_segments(query, view, self._call, step, group)
+        segments = self._segments(query, step)
         choice = Choice.of(segments, self._call.spec.band)
-        if choice is None:
-            attended = self._read_segments(query, segments, step)
-            return self.finish(attended, x.to(attended.dtype)).float()
-        return whole.end(layer, prepared, query, choice, x)
+        if choice is not None:
+            return whole.end(layer, prepared, query, choice, x)
+        assert self._finish_few is not None  # it is a part of the whole
+        return self._finish_few(self._read_segments(query, segments, step).float(), x)
 
     def _finish(self, attended: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         few = self._finish_few
@@ -298,14 +302,14 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
     if weight is None or config is None:
         return None
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(1, _ROWS_COMPARED, config.hidden_size, generator=generator).to(weight.dtype)
+    x = (_SCALE * torch.randn(1, _ROWS_COMPARED, config.hidden_size, generator=generator)).to(weight.dtype)
     half = torch.randn(2, 1, _ROWS_COMPARED, width // 2, generator=generator).to(weight.dtype)
     cos, sin = half.repeat(1, 1, 1, 2)
     seen, expected = _stock_pass(layer, config, x, cos, sin)
     if seen is None:
         return None
-    rounds = any(isinstance(module, QuantizedLinear) for module in layer.modules())
-    allowed = (_RELATIVE_ERROR_OF_BYTES if rounds else _RELATIVE_ERROR)[x.dtype]
+    bits = [module.activation_bits for module in layer.modules() if isinstance(module, QuantizedLinear)]
+    allowed = (_RELATIVE_ERROR_OF_BITS[min(bits)] if bits else _RELATIVE_ERROR)[x.dtype]
     wanted = [part[0].transpose(0, 1) for part in (seen.query, seen.key, seen.value)]
     got: list[torch.Tensor] = []
     try:

@@ -46,7 +46,9 @@ class FusedModel:
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
         self._hooks = hooks_of(list(inner.modules())[1:])
         self._modules = tuple(inner.layers)
-        self._most_rows = min((layer.whole.most_rows for layer in layers if layer.whole is not None), default=0)
+        wholes = [layer.whole for layer in layers if layer.whole is not None]
+        alike = len({whole.num_heads for whole in wholes}) == 1  # a step is prepared for all of them
+        self._most_rows = min(whole.most_rows for whole in wholes) if alike else 0
 
     def __call__(
         self,

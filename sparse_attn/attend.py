@@ -96,13 +96,8 @@ def segments_of(
         group: Keeps what later layers will read.
     """
     known = known_segments(layer, step, group)
-    return choose_segments(query, view, layer, step, group) if known is None else known
-
-
-def choose_segments(
-    query: torch.Tensor, view: PagedView, layer: LayerCall, step: StepState, group: StepGroup
-) -> tuple[Segment, ...]:
-    """The same of a layer for which ``known_segments`` knows nothing."""
+    if known is not None:
+        return known
     scheme = group.scheme
     assert scheme is not None  # then everything is read
     plan = _select(query, view, layer, group, scheme)

@@ -14,6 +14,7 @@ from foveate.patches.native_decoder import NativeDecoder
 from foveate.patches.quantize import KINDS, QuantizedLinear, quantize
 from foveate.patches.tune import tune
 from foveate.sparse_attn.ops.native import library
+from foveate.sparse_attn.schemes.streaming import Streaming
 
 if library() is None or library().linear_isa is None:
     pytest.skip("the kernels were not built on this machine", allow_module_level=True)
@@ -138,3 +139,26 @@ def test_joint_weights_are_held_once_and_modules_still_work(kind, tiny):
         gate, up = after.mlp.gate_proj.quantized.values, after.mlp.up_proj.quantized.values
         assert gate.untyped_storage().data_ptr() == up.untyped_storage().data_ptr()
         assert gate.untyped_storage().nbytes() == gate.nbytes + up.nbytes
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_layer_that_computes_something_else_is_left_alone(kind, dtype, tiny):
+    """Also where it adds little to rows of common size."""
+    model = copy.deepcopy(tiny("granite"))
+    model.model.layers[1].residual_multiplier = 0.5
+    for layer in model.model.layers:
+        for linear in (layer.self_attn.o_proj, layer.mlp.down_proj):
+            linear.weight.data *= 0.02
+    model = quantized(model, kind, dtype)
+    assert [layer._layer for layer in fused_layers(model)] == [model.model.layers[0], model.model.layers[2]]
+
+
+def test_what_one_layer_chose_for_all_is_chosen_once(tiny, tokens, monkeypatch):
+    chosen = []
+    choose = Streaming.select_decode
+    monkeypatch.setattr(Streaming, "select_decode", lambda *given: (chosen.append(given[-1].index), choose(*given))[1])
+    model = quantized(tiny("qwen2"), "int8")
+    with foveate.attach(model, {"scheme": "streaming", "budget_tokens": 16}):
+        steps_of(model, tokens(1, 40), 32)
+    assert chosen == [0] * 8
