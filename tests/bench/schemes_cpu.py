@@ -128,7 +128,7 @@ def run(pool: PagePool, scheme: Scheme, phase: Phase, queries: torch.Tensor, con
 def choosing() -> Iterator[list[float]]:
     """Thread seconds spent on choosing keys within the block."""
     seconds: list[float] = []
-    choose = attend_module._segments
+    choose = attend_module.segments_of
 
     def timed(*arguments):  # type: ignore[no-untyped-def]
         start = time.thread_time()
@@ -136,11 +136,11 @@ def choosing() -> Iterator[list[float]]:
         seconds.append(time.thread_time() - start)
         return found
 
-    attend_module._segments = timed
+    attend_module.segments_of = timed
     try:
         yield seconds
     finally:
-        attend_module._segments = choose
+        attend_module.segments_of = choose
 
 
 if __name__ == "__main__":
