@@ -63,11 +63,9 @@ class NativeDecoder:
         self.call = DecoderCall(norm.call, projections, *of_heads, finish.call)
 
     @classmethod
-    def of(cls, norm: Any, heads: Any, finish: NativeFinish | None) -> NativeDecoder | None:
+    def of(cls, norm: Any, heads: ProjectedHeads, finish: NativeFinish | None) -> NativeDecoder | None:
         """Made of such parts as it knows; ``None`` if others are given."""
-        if finish is None or not isinstance(heads, ProjectedHeads):
-            return None
-        if not all(isinstance(product, NativeProduct) for product in heads.products):
+        if finish is None or not all(isinstance(product, NativeProduct) for product in heads.products):
             return None
         for one, count in ((norm, 0), *zip(heads.norms, heads.counts[:2], strict=True)):
             if one is None and count:

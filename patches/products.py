@@ -15,8 +15,8 @@ from torch.nn import functional
 
 from . import narrow, quantize
 from .glu import NativeGlu, name_of, supports
-from .linear_native import NativeLinear
-from .narrow import NarrowLinear, NarrowProduct
+from .narrow import NarrowLinear
+from .native_product import NativeProduct
 from .packed import GatedMLP, PackedLinear
 from .quantize import QuantizedLinear
 
@@ -127,7 +127,7 @@ def plus(linear: Any) -> Sum:
     if isinstance(linear, PackedLinear):
         return linear.plus
     product: Any = product_of(linear)
-    if isinstance(product, NarrowProduct | NativeLinear):
+    if isinstance(product, NativeProduct):
         return product
     return lambda x, residual: linear(x).add_(residual)
 
