@@ -28,7 +28,7 @@ class PagePool:
         values: ``[L, P, G, page_size, D]``.
         key_scales: ``[L, P, G, page_size]`` float32 where K and V are int8, else ``None``; see ``stored.py``.
         value_scales: Likewise.
-        stats: Declared statistic -> ``[L, P, G, D]`` float32.
+        stats: Declared statistic -> ``[L, P, G, D]`` float32, or ``[L, P, G, R, D]`` with R runs in a page.
     """
 
     def __init__(self, geometry: CacheGeometry, stats: Iterable[PageStat] = ()) -> None:
@@ -65,13 +65,15 @@ class PagePool:
 
         A page written before is not covered: its statistics stay empty until its first slot is
         written again.
+
+        Raises:
+            ValueError: a page does not hold whole runs of a statistic.
         """
         geometry = self.geometry
-        shape = (geometry.num_layers, geometry.num_pages, geometry.num_kv_heads, geometry.head_dim)
         for stat in stats:
             if stat in self.stats:
                 continue
-            rows = torch.full(shape, stat.fold.empty, dtype=torch.float32, device=geometry.device)
+            rows = torch.full(stat.shape(geometry), stat.fold.empty, dtype=torch.float32, device=geometry.device)
             self.stats[stat] = rows
             self._layers = [
                 replace(pages, stats={**pages.stats, stat: rows[i]}) for i, pages in enumerate(self._layers)

@@ -19,7 +19,7 @@ class LayerPages:
     Attributes:
         keys: ``[P, G, page_size, D]``.
         values: ``[P, G, page_size, D]``.
-        stats: Declared statistic -> ``[P, G, D]`` float32, of the rows as they are read.
+        stats: Declared statistic -> ``[P, G, D]`` float32, or ``[P, G, R, D]``, of the rows as they are read.
         key_scales: ``[P, G, page_size]`` float32 where K and V are int8, else ``None``.
         value_scales: Likewise.
     """

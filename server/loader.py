@@ -22,7 +22,7 @@ from foveate.patches.verify import verify
 from foveate.sparse_attn.profile import Profile
 
 from .exceptions import InvalidRequest
-from .memory import keep_freed_blocks
+from .memory import tune_allocator
 from .options import EngineOptions
 from .packaged import resolve
 from .profiles import profiles_for
@@ -82,7 +82,7 @@ def load(options: EngineOptions) -> LoadedModel:
     device = device_of(options.device)
     check_kv_dtype(options, device)
     if device.type == "cpu":
-        keep_freed_blocks()
+        tune_allocator()
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(path, **common)
     model = transformers.AutoModelForCausalLM.from_pretrained(

@@ -13,7 +13,7 @@ from tqdm import tqdm
 
 from foveate.sparse_attn.ops import native
 
-from ..memory import keep_freed_blocks
+from ..memory import tune_allocator
 from . import ops_attention, ops_linear, ops_selection
 from .arguments import OPS
 from .cases import Case, Limits, Setting, clock_of, take_turns
@@ -47,7 +47,7 @@ def run(given: Namespace) -> int:
         if given.kv_dtype == "int8" and device.type != "cpu":
             raise ValueError("--kv-dtype int8 is for a CPU")
         if device.type == "cpu":
-            keep_freed_blocks()  # as an engine does
+            tune_allocator()  # as an engine does
         torch.manual_seed(given.seed)
         report = Report("ops", given, device)
         rows = measure(given, device, isas)

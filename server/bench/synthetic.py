@@ -23,7 +23,7 @@ from foveate.sparse_attn.profile import Profile
 
 from ..calibrate import calibrate, shape_of
 from ..loader import LoadedModel, check_kv_dtype, device_of, dtype_of, ready
-from ..memory import keep_freed_blocks
+from ..memory import tune_allocator
 from ..options import EngineOptions
 from .shapes import SHAPES
 
@@ -60,7 +60,7 @@ def load_synthetic(shape: str, options: EngineOptions, seed: int, vocab: int | N
     device = device_of(options.device)
     check_kv_dtype(options, device)
     if device.type == "cpu":
-        keep_freed_blocks()
+        tune_allocator()
     dtype = dtype_of(options.dtype, device)
     model = synthetic_model(
         known.model_type,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from foveate.kv_cache.stats import KEY_MAX, KEY_MIN
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM_16
 from foveate.kv_cache.view import PagedView
 
 from .attention_native import opened
@@ -37,6 +37,9 @@ def chunk_sums(view: PagedView, start: torch.Tensor, length: torch.Tensor, *, is
     call = _call(view, isa)
     call.keys, call.start, call.length = pages.keys.data_ptr(), start.data_ptr(), length.data_ptr()
     call.key_scales = None if pages.key_scales is None else pages.key_scales.data_ptr()
+    sums = pages.stats.get(KEY_SUM_16)
+    if sums is not None and sums.is_contiguous():
+        call.sums = sums.data_ptr()
     call.out, call.runs = out.data_ptr(), start.shape[1]
     call.dtype = DTYPES.get(pages.keys.dtype, 0)
     opened().scan_sums(call)

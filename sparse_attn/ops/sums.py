@@ -31,7 +31,8 @@ def tile_sums(query: torch.Tensor, tiles: Tiles) -> torch.Tensor:
 def unit_sums(view: PagedView, size: int, *, backend: Backend | None = None) -> torch.Tensor:
     """Sum of the keys of each run of ``size`` positions.
 
-    Units of whole pages add up page statistics, so no key is read; smaller units read every key.
+    Units of whole pages add up page statistics, so no key is read; smaller units read every key, or on a CPU the sums
+    of 16 where the pages keep ``KEY_SUM_16``.
 
     Args:
         view: Its pages keep ``KEY_SUM`` if a unit holds whole pages.
@@ -61,6 +62,8 @@ def chunk_sums(
     view: PagedView, start: torch.Tensor, length: torch.Tensor, *, backend: Backend | None = None
 ) -> torch.Tensor:
     """Sum of the keys of arbitrary runs of positions, read through the block table.
+
+    On a CPU the keys that stand in whole 16s within a run are not read where the pages keep ``KEY_SUM_16``.
 
     Args:
         view: Keys of this step are written already.

@@ -135,13 +135,15 @@ def _write_kv_torch(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, s
         return
     # The statistics are those of the rows as they will be read.
     read = {"key": pages.key_rows()[page, :, offset], "value": pages.value_rows()[page, :, offset]}
-    touched, run = torch.unique_consecutive(page, return_inverse=True)
-    fresh = page[offset == 0]
     for stat, kept in pages.stats.items():
-        rows = read[stat.source].float()
-        kept[fresh] = stat.fold.empty
-        spread = run[:, None, None].expand_as(rows)
-        kept[touched] = kept[touched].scatter_reduce_(0, spread, rows, _SCATTER[stat.fold])
+        rows, size = read[stat.source].float(), stat.run_tokens or pages.page_size
+        runs = kept.unflatten(1, (-1, 1)) if not stat.run_tokens else kept
+        # A page holds whole runs, so they are numbered through.
+        touched, owner = torch.unique_consecutive(slots // size, return_inverse=True)
+        place = (touched * size // pages.page_size, slice(None), touched * size % pages.page_size // size)
+        fresh = (slots % size == 0).new_zeros(len(touched)).scatter_(0, owner[slots % size == 0], True)
+        held = torch.where(fresh[:, None, None], stat.fold.empty, runs[place])
+        runs[place] = held.scatter_reduce_(0, owner[:, None, None].expand_as(rows), rows, _SCATTER[stat.fold])
 
 
 _SCATTER = {Fold.SUM: "sum", Fold.MIN: "amin", Fold.MAX: "amax"}
@@ -151,7 +153,12 @@ def page_stats(pages: LayerPages, page: int, num_tokens: int) -> Mapping[PageSta
     """Recomputes the statistics of one page from its first ``num_tokens`` rows: the truth for ``write_kv``.
 
     Returns:
-        Declared statistic -> ``[G, D]`` float32.
+        Declared statistic -> ``[G, D]`` float32, or ``[G, R, D]`` of the R runs that hold a token.
     """
     source = {"key": pages.key_rows(), "value": pages.value_rows()}
-    return {stat: stat.fold.reduce(source[stat.source][page, :, :num_tokens].float(), dim=1) for stat in pages.stats}
+    found = {}
+    for stat in pages.stats:
+        rows, size = source[stat.source][page, :, :num_tokens].float(), stat.run_tokens or pages.page_size
+        runs = torch.stack([stat.fold.reduce(run, dim=1) for run in rows.split(size, dim=1)], dim=1)
+        found[stat] = runs if stat.run_tokens else runs[:, 0]
+    return found

@@ -6,13 +6,14 @@ import torch
 
 from foveate.kv_cache.view import LayerPages
 
-from .native import DTYPES, WriteCall, library
+from .native import DTYPES, STATS, WriteCall, library
 
 
 def supports(key: torch.Tensor, value: torch.Tensor, pages: LayerPages) -> bool:
     """Can the kernels compute this call?
 
-    They take float32 and bfloat16 for pages of the same type or of int8, and head dims divisible by 16 up to 512.
+    They take float32 and bfloat16 for pages of the same type or of int8, head dims divisible by 16 up to 512, and the
+    statistics that they know.
     """
     stored = torch.int8 if pages.quantized else key.dtype
     tensors = (pages.keys, pages.values, *pages.stats.values())
@@ -24,6 +25,7 @@ def supports(key: torch.Tensor, value: torch.Tensor, pages: LayerPages) -> bool:
         and key.shape[2] % 16 == 0
         and key.shape[2] <= 512
         and all(tensor.is_contiguous() for tensor in tensors)
+        and all(stat.name in STATS for stat in pages.stats)
         and library() is not None
     )
 

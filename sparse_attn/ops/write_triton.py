@@ -147,7 +147,7 @@ def plan(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch
     """Grid, arguments and compile options of one write.
 
     Raises:
-        ValueError: K and V are laid out differently, or a statistic is not contiguous.
+        ValueError: K and V are laid out differently, or a statistic is not contiguous, or none of whole pages.
     """
     tokens, heads, dim = key.shape
     if pages.quantized:
@@ -156,6 +156,8 @@ def plan(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch
         raise ValueError("K and V pages need equal strides, and 1 between channels")
     if not all(kept.is_contiguous() for kept in pages.stats.values()):
         raise ValueError("page statistics must be contiguous")
+    if not pages.stats.keys() <= set(_STATS):
+        raise ValueError("the Triton kernels keep statistics of whole pages only")
     arguments: dict[str, Any] = {stat.name: pages.stats.get(stat) for stat in _STATS} | {
         "key": key,
         "value": value,

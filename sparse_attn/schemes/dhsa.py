@@ -10,7 +10,7 @@ from typing import ClassVar, Literal, get_args
 import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
-from foveate.kv_cache.stats import KEY_SUM, PageStat
+from foveate.kv_cache.stats import KEY_SUM, KEY_SUM_16, PageStat
 from foveate.kv_cache.view import PagedView
 
 from .. import budget, chunks
@@ -170,8 +170,9 @@ class Dhsa(Scheme):
     **Decode.** Chunks of the prompt stay; all tokens generated since make one chunk, however long; the newest is
     always read. If nobody knows the prompt's length, all tokens but the newest count as prompt.
 
-    **Cost.** ``fixed`` in whole pages reads no key to choose. Every other form reads all keys once per layer and
-    step, decode steps too, because a scheme keeps no state; ``predictor`` runs a network on each of them.
+    **Cost.** ``fixed`` in whole pages, and on a CPU in multiples of 16 tokens, reads no key to choose. Every other form
+    reads all keys once per layer and step, decode steps too, because a scheme keeps no state; ``predictor`` runs a
+    network on each of them.
     Held at a time: one float32 vector per chunk, KV head and sequence, and 64 MiB of scores.
     """
 
@@ -198,8 +199,14 @@ class Dhsa(Scheme):
             self._predictor = BoundaryPredictor(self.profile.tensors, self.profile.options)
 
     def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
-        by_pages = self.options.boundaries in ("fixed", "attn_ratio")
-        return (KEY_SUM,) if by_pages and self.options.chunk_tokens % geometry.page_size == 0 else ()
+        if self.options.boundaries not in ("fixed", "attn_ratio"):
+            return ()
+        if self.options.chunk_tokens % geometry.page_size == 0:
+            return (KEY_SUM,)
+        run = KEY_SUM_16.run_tokens
+        fits = self.options.chunk_tokens % run == 0 and geometry.page_size % run == 0
+        # A GPU sums keys as it reads them.
+        return (KEY_SUM_16,) if fits and geometry.device.type == "cpu" else ()
 
     def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
         options, rows, device = self.options, view.rows, query.device

@@ -89,7 +89,7 @@ class ScanCall(ctypes.Structure):
     """``foveate_scan`` of scan.h, field by field."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("query", "keys", "key_scales", "low", "high")),
+        *((name, ctypes.c_void_p) for name in ("query", "keys", "key_scales", "sums", "low", "high")),
         *((name, ctypes.c_void_p) for name in ("block_tables", "context_lens", "start", "length", "out")),
         *((name, ctypes.c_int64) for name in ("query_token_stride", "query_head_stride", "table_stride")),
         *((name, ctypes.c_int64) for name in ("runs", "pages")),
@@ -168,13 +168,20 @@ class FinishCall(ctypes.Structure):
     )
 
 
+# The statistics that the kernels keep, by name.
+STATS = (
+    *(f"{source}_{fold}" for source in ("key", "value") for fold in ("sum", "min", "max")),
+    "key_sum_16",
+)
+
+
 class WriteCall(ctypes.Structure):
     """``foveate_write`` of write.h, field by field."""
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("key", "value", "slots", "query", "cos", "sin")),
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-        *((f"{source}_{fold}", ctypes.c_void_p) for source in ("key", "value") for fold in ("sum", "min", "max")),
+        *((name, ctypes.c_void_p) for name in STATS),
         *(
             (f"{rows}_{name}_stride", ctypes.c_int64)
             for rows in ("query", "key", "value")
@@ -201,7 +208,7 @@ class WholeLayer(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
-        *((f"{source}_{fold}", ctypes.c_void_p) for source in ("key", "value") for fold in ("sum", "min", "max")),
+        *((name, ctypes.c_void_p) for name in STATS),
         ("sinks", ctypes.c_void_p),
         *((f"{rows}_token_stride", ctypes.c_int64) for rows in ("query", "key", "value")),
         *((name, ctypes.c_int32) for name in ("rotates", "farthest")),

@@ -94,6 +94,7 @@ void decode_item(const foveate_attention& call, const DecodeItem& item, float* p
     int current = 0;
     state.blocks[0].count = 0;
     if (begin < end) cursor.fill(state.blocks[0], kDecodeBlock);
+    Ahead<Row>(state.blocks[0], dim).advance(2 * kDecodeBlock);
     while (state.blocks[current].count > 0) {
         KeyBlock<Row>& block = state.blocks[current];
         block.load_scales();

@@ -11,24 +11,41 @@
 namespace {
 
 constexpr int kDecodeBlock = 128;  // keys; 16 KiB of K and as much of V at 64 channels of bfloat16
+constexpr int kDecodeWords = kDecodeBlock / 64;  // of bits, one per key
 
-// Prefetches the rows of a block to L2, first its keys, then its values, a few at a time: a burst would wait for line
-// buffers while nothing is computed. Into L1, or not at all, decode of one group of three heads ran 10 to 25 % slower.
+// Prefetches rows to L2, evenly over the work that is done meanwhile: a burst would wait for line buffers while nothing
+// is computed. Into L1, or not at all, decode of one group of three heads ran 10 to 25 % slower.
 template <class Row>
 class Ahead {
 public:
-    Ahead(const KeyBlock<Row>& block, int dim) : block_(block), bytes_(dim * int(sizeof(Row))) {}
-    FOVEATE_INLINE void advance(int rows) {
-        for (const int end = smaller(row_ + rows, 2 * block_.count); row_ < end; ++row_) {
-            if (row_ < block_.count) block_.prefetch_scales(row_, row_ + 1);
-            const Row* row = row_ < block_.count ? block_.keys[row_] : block_.values[row_ - block_.count];
+    // The keys of a block, then its values, while the products of another are computed.
+    Ahead(const KeyBlock<Row>& block, int dim) : block_(block), end_(2 * block.count), bytes_(dim * int(sizeof(Row))) {}
+    // ``values``, then the keys of a block. ``work``: rows that the products and others will advance by until then.
+    Ahead(const KeyBlock<Row>& block, int dim, const Row* const* values, int num_values, int work)
+        : block_(block),
+          before_(values + num_values),
+          end_(block.count),
+          bytes_(dim * int(sizeof(Row))),
+          pace_(larger(1, kPace * (num_values + block.count) / work)),
+          due_(-num_values * kPace),
+          row_(-num_values) {}
+    // A share ``1 / parts`` of so many rows is done.
+    FOVEATE_INLINE void advance(int rows, int parts = 1) {
+        due_ += rows * pace_ / parts;
+        for (const int end = smaller(due_ / kPace, end_); row_ < end; ++row_) {
+            if (row_ >= 0 && row_ < block_.count) block_.prefetch_scales(row_, row_ + 1);
+            const Row* row = row_ < 0 ? before_[row_] : row_ < block_.count ? block_.keys[row_] : block_.values[row_ - block_.count];
             for (int at = 0; at < bytes_; at += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + at, _MM_HINT_T1);
         }
     }
 
 private:
+    static constexpr int kPace = 1024;
     const KeyBlock<Row>& block_;
-    const int bytes_;
+    const Row* const* before_ = nullptr;  // end of the rows that come first
+    const int end_, bytes_;
+    const int pace_ = kPace;  // rows to prefetch per row done, times kPace
+    int due_ = 0;             // rows, times kPace
     int row_ = 0;
 };
 
@@ -68,8 +85,9 @@ struct FloatRows {
     using Q = float;
     static constexpr int kStep = S::W;  // channels per vector
     static FOVEATE_INLINE typename S::F load(const Row* key, int) { return S::load(key); }
-    static FOVEATE_INLINE typename S::F mac(typename S::F acc, typename S::F key, const Q* query) {
-        return S::fma(key, S::load(query), acc);
+    static FOVEATE_INLINE typename S::F query(const Q* query) { return S::load(query); }
+    static FOVEATE_INLINE typename S::F mac(typename S::F acc, typename S::F key, typename S::F query) {
+        return S::fma(key, query, acc);
     }
 };
 
@@ -85,17 +103,20 @@ struct DotRows {
         return _mm512_castsi512_ps(channels >= 32 ? _mm512_loadu_si512(key)
                                                   : _mm512_maskz_loadu_epi16((1u << (channels & 31)) - 1, key));
     }
-    static FOVEATE_INLINE __m512 mac(__m512 acc, __m512 key, const Q* query) {
-        return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(key), (__m512bh)_mm512_loadu_si512(query));
+    static FOVEATE_INLINE __m512 query(const Q* query) { return _mm512_castsi512_ps(_mm512_loadu_si512(query)); }
+    static FOVEATE_INLINE __m512 mac(__m512 acc, __m512 key, __m512 query) {
+        return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(key), (__m512bh)_mm512_castps_si512(query));
     }
 };
 #endif
 
-// Calls f with a number of heads, ``most`` at a time, as a constant.
+// Calls f with a number of heads, ``most`` at a time, as a constant; the last two about equal, as one alone would wait
+// for its own sums.
 template <int most, class Function>
 FOVEATE_INLINE void by_heads(int group, Function&& f) {
-    for (int head = 0; head < group; head += most) {
-        const int heads = smaller(most, group - head);
+    for (int head = 0, heads; head < group; head += heads) {
+        const int rest = group - head;
+        heads = rest <= most ? rest : rest < 2 * most ? (rest + 1) / 2 : most;
         if (heads == 1) f(head, std::integral_constant<int, 1>());
         else if (heads == 2) f(head, std::integral_constant<int, 2>());
         else if (heads == 3) f(head, std::integral_constant<int, 3>());
@@ -130,9 +151,17 @@ public:
 
     // weights[h][k] = query h times key k, without its scale.
     void logits(const KeyBlock<Row>& block, Ahead<Row>& ahead, float* weights) {
+        const int passes = (group_ + kHeads - 1) / kHeads;
         for (int at = 0; at < block.count; at += W) {
+            const Row* const* keys = block.keys + at;
+            const Row* last[W];
+            if (at + W > block.count) {
+                for (int i = 0; i < W; ++i) last[i] = block.keys[smaller(at + i, block.count - 1)];
+                keys = last;
+            }
             by_heads<kHeads>(group_, [&](int head, auto heads) {
-                dot_products<decltype(heads)::value>(block, head == 0 ? &ahead : nullptr, at, head, weights);
+                ahead.advance(W, passes);
+                dot_products<decltype(heads)::value>(keys, head, weights + at);
             });
         }
     }
@@ -146,13 +175,20 @@ public:
     // outputs[h] += sum of weights[h][k] times value k.
     void accumulate(const KeyBlock<Row>& block, Ahead<Row>& ahead, const float* weights) {
         by_heads<4>(group_, [&](int head, auto heads) {
-            constexpr int H = decltype(heads)::value, kWide = W == 16 ? 4 : 2;  // 16 of 32 registers, 8 of 16
+            constexpr int H = decltype(heads)::value, kSums = W == 16 ? 16 : 8, kWide = kSums / (H == 3 ? 4 : H);
+            const int passes = (group_ + 3) / 4 * (dim_ / (kWide * W) + dim_ % (kWide * W) / W);
             int d = 0;
-            for (; d + kWide * W <= dim_; d += kWide * W)
-                weighted_sum<H, kWide>(block, head + d == 0 ? &ahead : nullptr, weights, head, d);
-            for (; d < dim_; d += W)
-                weighted_sum<H, 1>(block, head + d == 0 ? &ahead : nullptr, weights, head, d);
+            for (; d + kWide * W <= dim_; d += kWide * W) weighted_sum<H, kWide>(block, ahead, passes, weights, head, d);
+            for (; d < dim_; d += W) weighted_sum<H, 1>(block, ahead, passes, weights, head, d);
         });
+    }
+
+    // outputs[head] += sum of weights[k] times value k, over the keys of a block marked in ``bits``.
+    void accumulate_marked(const KeyBlock<Row>& block, const uint64_t* bits, int head, const float* weights) {
+        constexpr int kWide = 64 / W;
+        int d = 0;
+        for (; d + kWide * W <= dim_; d += kWide * W) marked_sum<kWide>(block, bits, head, weights, d);
+        for (; d < dim_; d += W) marked_sum<1>(block, bits, head, weights, d);
     }
 
     const float* finish() { return outputs_; }
@@ -161,40 +197,47 @@ private:
     using F = typename Simd::F;
     using Q = typename Rows::Q;
     static constexpr int W = Simd::W;
-    static constexpr int kHeads = W == 16 ? 4 : 2;  // with four keys, 16 of 32 registers, 8 of 16, are sums
+    static constexpr int kHeads = W == 16 ? 4 : 3;  // with four keys, 16 of 32 registers, 8 of 16, are sums
 
+    // Of H heads and a vector of keys; with one head all of them at once, as four sums would wait for each other. Not
+    // inlined: in a larger function GCC spills the sums, and took 1.6 times as long.
     template <int H>
-    void dot_products(const KeyBlock<Row>& block, Ahead<Row>* ahead, int at, int head, float* weights) {
+    __attribute__((noinline)) void dot_products(const Row* const* keys, int head, float* weights) {
+        constexpr int kAtOnce = H == 1 ? W / 4 : 1;
         const Q* query = queries_ + int64_t(head) * stride_;
         F quads[H][W / 4];
-        for (int quad = 0; quad < W / 4; ++quad) {
-            const Row* key[4];
-            for (int i = 0; i < 4; ++i) key[i] = block.keys[smaller(at + quad * 4 + i, block.count - 1)];
-            if (ahead) ahead->advance(4);
-            F acc[H][4];
+#pragma GCC unroll 4
+        for (int quad = 0; quad < W / 4; quad += kAtOnce) {
+            F acc[H][kAtOnce][4];
             for (int h = 0; h < H; ++h)
-                for (int i = 0; i < 4; ++i) acc[h][i] = Simd::zero();
+                for (int i = 0; i < kAtOnce; ++i)
+                    for (int j = 0; j < 4; ++j) acc[h][i][j] = Simd::zero();
             for (int d = 0; d < dim_; d += Rows::kStep) {
-                F row[4];
-                for (int i = 0; i < 4; ++i) row[i] = Rows::load(key[i] + d, dim_ - d);
-                for (int h = 0; h < H; ++h)
-                    for (int i = 0; i < 4; ++i) acc[h][i] = Rows::mac(acc[h][i], row[i], query + h * stride_ + d);
+                F channels[H];
+                for (int h = 0; h < H; ++h) channels[h] = Rows::query(query + h * stride_ + d);
+#pragma GCC unroll 16
+                for (int i = 0; i < 4 * kAtOnce; ++i) {
+                    F row = Rows::load(keys[quad * 4 + i] + d, dim_ - d);
+                    asm("" : "+v"(row));  // or GCC loads it anew for each head, and loads are the limit
+                    for (int h = 0; h < H; ++h) acc[h][i / 4][i % 4] = Rows::mac(acc[h][i / 4][i % 4], row, channels[h]);
+                }
             }
-            for (int h = 0; h < H; ++h) quads[h][quad] = sum_quads(acc[h]);
+            for (int h = 0; h < H; ++h)
+                for (int i = 0; i < kAtOnce; ++i) quads[h][quad + i] = sum_quads(acc[h][i]);
         }
-        for (int h = 0; h < H; ++h) Simd::store(weights + (head + h) * kDecodeBlock + at, sum_lanes(quads[h]));
+        for (int h = 0; h < H; ++h) Simd::store(weights + (head + h) * kDecodeBlock, sum_lanes(quads[h]));
     }
 
-    // Of H heads and V vectors of channels.
+    // Of H heads and V vectors of channels, one of several passes over the block.
     template <int H, int V>
-    void weighted_sum(const KeyBlock<Row>& block, Ahead<Row>* ahead, const float* weights, int head, int d) {
+    void weighted_sum(const KeyBlock<Row>& block, Ahead<Row>& ahead, int passes, const float* weights, int head, int d) {
         float* outputs = outputs_ + int64_t(head) * dim_ + d;
         weights += head * kDecodeBlock;
         F acc[H][V];
         for (int h = 0; h < H; ++h)
             for (int v = 0; v < V; ++v) acc[h][v] = Simd::load(outputs + h * dim_ + v * W);
         for (int k = 0; k < block.count; ++k) {
-            if (ahead) ahead->advance(1);
+            if (k % 4 == 0) ahead.advance(4, passes);
             const Row* value = block.values[k] + d;
             F row[V];
             for (int v = 0; v < V; ++v) row[v] = Simd::load(value + v * W);
@@ -205,6 +248,24 @@ private:
         }
         for (int h = 0; h < H; ++h)
             for (int v = 0; v < V; ++v) Simd::store(outputs + h * dim_ + v * W, acc[h][v]);
+    }
+
+    // Of one head and V vectors of channels.
+    template <int V>
+    void marked_sum(const KeyBlock<Row>& block, const uint64_t* bits, int head, const float* weights, int d) {
+        float* output = outputs_ + int64_t(head) * dim_ + d;
+        F acc[V];
+        for (int v = 0; v < V; ++v) acc[v] = Simd::load(output + v * W);
+        for (int word = 0; word * 64 < block.count; ++word)
+            for (uint64_t rest = bits[word]; rest; rest &= rest - 1) {
+                const int k = word * 64 + __builtin_ctzll(rest);
+                float scale = weights[k];
+                if constexpr (KeyBlock<Row>::kScaled) scale *= block.value_scales[k];
+                const F weight = Simd::set(scale);
+                const Row* value = block.values[k] + d;
+                for (int v = 0; v < V; ++v) acc[v] = Simd::fma(weight, Simd::load(value + v * W), acc[v]);
+            }
+        for (int v = 0; v < V; ++v) Simd::store(output + v * W, acc[v]);
     }
 
     const int dim_, group_;

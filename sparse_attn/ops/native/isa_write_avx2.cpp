@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int kMaxHeadDim = 512;
+constexpr int kRun = 16;  // tokens of ``key_sum_16``
 
 using V = Vec8;
 using F = V::F;
@@ -85,7 +86,8 @@ void write_rows(const foveate_write& call, int head, bool values) {
     float* sum = values ? call.value_sum : call.key_sum;
     float* low = values ? call.value_min : call.key_min;
     float* high = values ? call.value_max : call.key_max;
-    const bool keeps = sum || low || high;
+    float* runs = values ? nullptr : call.key_sum_16;
+    const bool keeps = sum || low || high || runs;
     alignas(32) float read[kMaxHeadDim];
     alignas(32) T rotated[kMaxHeadDim];
     for (int64_t t = 0; t < call.num_tokens; ++t) {
@@ -111,6 +113,7 @@ void write_rows(const foveate_write& call, int head, bool values) {
         fold(sum ? sum + at * dim : nullptr, read, dim, offset == 0, 0.0f, V::add);
         fold(low ? low + at * dim : nullptr, read, dim, offset == 0, kInfinity, lesser);
         fold(high ? high + at * dim : nullptr, read, dim, offset == 0, -kInfinity, greater);
+        fold(runs ? runs + place / kRun * dim : nullptr, read, dim, offset % kRun == 0, 0.0f, V::add);
     }
 }
 

@@ -114,6 +114,10 @@ public:
     void fill(KeyBlock<Row>& block, int capacity) {
         int n = 0;
         if constexpr (kScaled) block.num_runs = block.num_zeros = 0;
+        if (granularity_ == 1) {
+            fill_tokens(block, capacity);
+            return;
+        }
         while (n < capacity) {
             if (run_ >= run_end_ && !next_run()) break;
             const int64_t page = run_ / page_size_;
@@ -144,6 +148,26 @@ public:
 
 private:
     static constexpr bool kScaled = KeyBlock<Row>::kScaled;
+
+    // Where units are single tokens, which as runs took as long to find as to multiply.
+    void fill_tokens(KeyBlock<Row>& block, int capacity) {
+        int n = 0;
+        for (; n < capacity && unit_ < unit_end_; ++unit_) {
+            const int32_t token = *unit_;
+            if (token < 0 || token < low_ || token >= high_) continue;
+            const uint32_t page = uint32_t(token) / uint32_t(page_size_), offset = uint32_t(token) - page * uint32_t(page_size_);
+            const int64_t at = table_[page] * page_stride_ + int64_t(offset) * dim_;
+            block.keys[n] = keys_ + at;
+            block.values[n] = values_ + at;
+            block.positions[n] = token;
+            if constexpr (kScaled) {
+                const int64_t row = table_[page] * (page_stride_ / dim_) + offset;
+                block.runs[block.num_runs++] = {key_scales_ + row, value_scales_ + row, n, 1};
+            }
+            ++n;
+        }
+        block.count = n;
+    }
 
     bool next_run() {
         while (unit_ < unit_end_) {

@@ -26,7 +26,8 @@ int32_t foveate_scan_sums(const foveate_scan* call_pointer) {
     const int64_t items = call.num_sequences * call.runs;
     int64_t keys = 0;
     for (int64_t i = 0; i < items; ++i) keys += call.length[i];
-    run_items(items, threads_for(call.num_threads, keys * call.num_kv_heads * call.head_dim * 2), [&](int64_t i) {
+    const int64_t rows = call.sums ? keys / 8 : keys;  // that are read, where most runs are summed up already
+    run_items(items, threads_for(call.num_threads, rows * call.num_kv_heads * call.head_dim * 2), [&](int64_t i) {
         kernels.sums(call, int(i / call.runs), i % call.runs);
     });
     return 0;

@@ -10,6 +10,7 @@ struct foveate_scan {
     const void* query;            // bounds: [S, H, D], the last dimension dense
     const void* keys;             // sums: [P, G, page_size, D], dense
     const float* key_scales;      // [P, G, page_size], dense, where keys are int8; else null
+    const float* sums;            // sums: [P, G, page_size / 16, D] of each 16 keys, dense, or null
     const float* low;             // bounds: [P, G, D] smallest and largest channels of each page
     const float* high;
     const int32_t* block_tables;  // [S, table_stride]

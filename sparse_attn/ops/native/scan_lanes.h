@@ -7,6 +7,7 @@
 namespace {
 
 constexpr int kMostChannels = 512;
+constexpr int kSummed = 16;  // keys of a sum in ``foveate_scan::sums``
 
 // Adds ``count`` rows to ``kVectors`` vectors of ``sum``.
 template <class Vec, int kVectors, class Row>
@@ -37,6 +38,7 @@ struct Scan {
     static constexpr int W = Vec::W;
     using F = typename Vec::F;
 
+    // Where each 16 keys are summed up already, what a run holds whole is read from there.
     static void sums(const foveate_scan& call, int sequence, int64_t run) {
         const int dim = call.head_dim, heads = call.num_kv_heads, size = call.page_size;
         const int64_t at = int64_t(sequence) * call.runs + run;
@@ -45,10 +47,16 @@ struct Scan {
         for (int i = 0; i < heads * dim; ++i) out[i] = 0.0f;
         int64_t position = call.start[at], left = call.length[at];
         while (left > 0) {
-            const int64_t offset = position % size, room = size - offset, take = left < room ? left : room;
+            const int64_t offset = position % size, room = size - offset;
+            int64_t take = left < room ? left : room;
+            const bool summed = call.sums && offset % kSummed == 0 && take >= kSummed;
+            if (summed) take -= take % kSummed;
+            else if (call.sums && take > kSummed - offset % kSummed) take = kSummed - offset % kSummed;
             for (int head = 0; head < heads; ++head) {
                 const int64_t row = (int64_t(table[position / size]) * heads + head) * size + offset;
-                if (call.key_scales)
+                if (summed)
+                    add_rows<Vec>(out + head * dim, call.sums + row / kSummed * dim, nullptr, take / kSummed, dim);
+                else if (call.key_scales)
                     add_rows<Vec>(out + head * dim, static_cast<const int8_t*>(call.keys) + row * dim,
                                   call.key_scales + row, take, dim);
                 else

@@ -1,9 +1,8 @@
 // Keys above a threshold. In decode every key is scored, and only the values of those that are read are loaded; in
 // prefill, where keys that some query of a tile reads are nearly all, their weights become 0.
 //
-// As in decode.h a work item is a part of one sequence's keys for one KV head. A block's survivors, the keys that some
-// head of the group reads, are listed and their values prefetched; they are summed up after the logits of the next
-// block, when they have arrived.
+// As in decode.h a work item is a part of one sequence's keys for one KV head. The values of a block that some head of
+// the group reads are fetched while the next block is scored, and each head sums up its own after that.
 #pragma once
 
 #include "decode.h"
@@ -19,20 +18,25 @@ inline int64_t threshold_partial(const foveate_attention& call) {
     return int64_t(heads_per_kind(call)) * (call.head_dim + kThresholdHead) + sums;
 }
 
+// What a head's choosing and summing up takes per block, in keys of the products.
+constexpr int kHeadWork = 8;
+
 template <class Products>
 struct ThresholdState {
-    static constexpr int kWords = kDecodeBlock / Products::Simd::W;
     using Row = typename Products::Row;
-    DecodeState<Products> decode;
-    KeyBlock<Row>* survivors;  // [2]: of the block before, and none
-    float* kept;             // [group][kDecodeBlock] their weights
-    uint32_t* bits;          // [group][kWords] which keys a head reads
+    Products products;
+    // Of three blocks: the one whose values are arriving, the one that is scored, and the one whose keys are arriving.
+    KeyBlock<Row>* blocks;
+    float* weights;   // [3][group][kDecodeBlock]
+    uint64_t* bits;   // [3][group][kDecodeWords] which keys a head reads
+    const Row** read; // [kDecodeBlock] values that some head reads
 
     ThresholdState(Arena& arena, const foveate_attention& call)
-        : decode(arena, call),
-          survivors(arena.take<KeyBlock<Row>>(2)),
-          kept(arena.take<float>(int64_t(heads_per_kind(call)) * kDecodeBlock)),
-          bits(arena.take<uint32_t>(int64_t(heads_per_kind(call)) * kWords)) {}
+        : products(arena, call),
+          blocks(arena.take<KeyBlock<Row>>(3)),
+          weights(arena.take<float>(int64_t(3) * heads_per_kind(call) * kDecodeBlock)),
+          bits(arena.take<uint64_t>(int64_t(3) * heads_per_kind(call) * kDecodeWords)),
+          read(arena.take<const Row*>(kDecodeBlock)) {}
 };
 
 // Sums of the values at positions [first, last) of a sequence, whole pages by their statistic. ``last`` ends a page or
@@ -64,7 +68,7 @@ void add_values(const foveate_attention& call, int sequence, int kv_head, int64_
 // Marks the keys of a block that one head reads, and brings its logits to exponents of 2. Returns the highest.
 template <class S, class Row>
 float choose(const foveate_attention& call, const KeyBlock<Row>& block, float theta, int64_t position, float* logits,
-             uint32_t* bits) {
+             uint64_t* bits) {
     using F = typename S::F;
     constexpr int W = S::W;
     const bool cap = call.softcap != 0.0f;
@@ -74,6 +78,7 @@ float choose(const foveate_attention& call, const KeyBlock<Row>& block, float th
     const int64_t sinks = call.threshold->sink_tokens - base;
     const int64_t recent = position + 1 - call.threshold->recent_tokens - base;
     F top = S::set(-kInfinity);
+    for (int word = 0; word < kDecodeWords; ++word) bits[word] = 0;
     for (int at = 0; at < block.count; at += W) {
         F x = S::load(logits + at);
         if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + at));
@@ -82,7 +87,7 @@ float choose(const foveate_attention& call, const KeyBlock<Row>& block, float th
         if (at < sinks) read |= first_bits(sinks - at);
         if (at + W > recent) read |= ~first_bits(larger<int64_t>(0, recent - at));
         const int lanes = smaller(W, block.count - at);
-        bits[at / W] = read & first_bits(lanes);
+        bits[at / 64] |= uint64_t(read & first_bits(lanes)) << (at % 64);
         x = S::first_lanes(S::mul(x, unit), lanes);
         S::store(logits + at, x);
         top = S::max(top, x);
@@ -92,19 +97,19 @@ float choose(const foveate_attention& call, const KeyBlock<Row>& block, float th
 
 // Turns the logits of one head, brought to exponents, into weights: 0 for what it does not read.
 template <class S>
-void weigh(int count, const uint32_t* bits, float* weights, float* own) {
+void weigh(int count, const uint64_t* bits, float* weights, float* own) {
     using F = typename S::F;
     constexpr int W = S::W;
     const F reference = S::set(own[kReference]);
     F sum = S::zero(), rest = S::zero();
     int read = 0;
+    for (int word = 0; word < kDecodeWords; ++word) read += __builtin_popcountll(bits[word]);
     for (int at = 0; at < count; at += W) {
         const F weight = S::template exp2<true>(S::sub(S::load(weights + at), reference));
-        const F kept = Lanes<S>::keep(Lanes<S>::from_bits(bits[at / W]), weight);
+        const F kept = Lanes<S>::keep(Lanes<S>::from_bits(uint32_t(bits[at / 64] >> (at % 64)) & first_bits(W)), weight);
         S::store(weights + at, kept);
         sum = S::add(sum, kept);
         rest = S::add(rest, S::sub(weight, kept));
-        read += __builtin_popcount(bits[at / W]);
     }
     own[kSum] += S::sum(sum);
     own[kDropped] += S::sum(rest);
@@ -116,13 +121,11 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
     using S = typename Products::Simd;
     using T = typename Products::T;
     using Row = typename Products::Row;
-    constexpr int W = S::W, kWords = ThresholdState<Products>::kWords;
     const int group = heads_per_kind(call), dim = call.head_dim;
     const foveate_threshold& threshold = *call.threshold;
     Arena arena(scratch);
     ThresholdState<Products> state(arena, call);
-    Products& products = state.decode.products;
-    float* logits = state.decode.weights;
+    Products& products = state.products;
     products.start(static_cast<const T*>(call.query) + item.query * call.query_token_stride +
                        item.kind * group * call.query_head_stride,
                    call.query_head_stride);
@@ -136,29 +139,29 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
         add_values<S, Row>(call, item.sequence, item.kind, item.first, item.last, partial + group * stride);
     const float* theta = threshold.theta + int64_t(item.query) * call.num_heads + item.kind * group;
     KeyCursor<Row> cursor(call, item.sequence, item.kind, item.first, item.last, true);
-    KeyBlock<Row>& survivors = state.survivors[0];
-    survivors.count = state.survivors[1].count = 0;
-    auto sum_survivors = [&] {
-        Ahead<Row> none(state.survivors[1], dim);  // their values were prefetched when they were listed
-        if (survivors.count) products.accumulate(survivors, none, state.kept);
+    auto weights_of = [&](int block, int head) { return state.weights + (block * group + head) * kDecodeBlock; };
+    auto bits_of = [&](int block, int head) { return state.bits + (block * group + head) * kDecodeWords; };
+    auto sum_values = [&](int block, int head) {
+        products.accumulate_marked(state.blocks[block], bits_of(block, head), head, weights_of(block, head));
     };
-    state.decode.blocks[0].count = 0;
-    if (item.first < item.last) cursor.fill(state.decode.blocks[0], kDecodeBlock);
-    int current = 0;
-    while (state.decode.blocks[current].count > 0) {
-        KeyBlock<Row>& block = state.decode.blocks[current];
+    int before = 2, current = 0, next = 1, num_read = 0;
+    state.blocks[before].count = state.blocks[current].count = 0;
+    if (item.first < item.last) cursor.fill(state.blocks[current], kDecodeBlock);
+    while (state.blocks[current].count > 0) {
+        KeyBlock<Row>& block = state.blocks[current];
         block.load_scales();
-        KeyBlock<Row>& next = state.decode.blocks[1 - current];
-        cursor.fill(next, kDecodeBlock);
-        Ahead<Row> ahead(next, dim);
-        products.logits(block, ahead, logits);
-        sum_survivors();
-        uint32_t any[kWords] = {};
+        cursor.fill(state.blocks[next], kDecodeBlock);
+        Ahead<Row> ahead(state.blocks[next], dim, state.read, num_read, kDecodeBlock + group * kHeadWork);
+        products.logits(block, ahead, weights_of(current, 0));
+        uint64_t any[kDecodeWords] = {};
         for (int h = 0; h < group; ++h) {
             float* own = partial + h * stride;
-            uint32_t* bits = state.bits + h * kWords;
-            const float highest = choose<S, Row>(call, block, theta[h], item.position, logits + h * kDecodeBlock, bits);
-            for (int word = 0; word * W < block.count; ++word) any[word] |= bits[word];
+            uint64_t* bits = bits_of(current, h);
+            sum_values(before, h);
+            ahead.advance(kHeadWork / 2);
+            const float highest = choose<S, Row>(call, block, theta[h], item.position, weights_of(current, h), bits);
+            ahead.advance(kHeadWork / 2);
+            for (int word = 0; word < kDecodeWords; ++word) any[word] |= bits[word];
             own[kPeak] = larger(own[kPeak], highest);
             if (highest > own[kReference] + kSlack) {
                 const float ratio = std::exp2(own[kReference] - highest);
@@ -167,28 +170,22 @@ void threshold_item(const foveate_attention& call, const DecodeItem& item, float
                 own[kDropped] *= ratio;
                 products.shrink(h, ratio);
             }
+            if (!threshold.read_together) weigh<S>(block.count, bits, weights_of(current, h), own);
         }
-        for (int h = 0; h < group; ++h)
-            weigh<S>(block.count, threshold.read_together ? any : state.bits + h * kWords, logits + h * kDecodeBlock,
-                     partial + h * stride);
-        int listed = 0;
-        for (int word = 0; word * W < block.count; ++word)
-            for (uint32_t rest = any[word]; rest; rest &= rest - 1) {
-                const int k = word * W + __builtin_ctz(rest);
-                survivors.keys[listed] = block.keys[k];
-                survivors.values[listed] = block.values[k];
-                for (int at = 0; at < dim * int(sizeof(Row)); at += 64)
-                    _mm_prefetch(reinterpret_cast<const char*>(block.values[k]) + at, _MM_HINT_T0);
-                float scale = 1.0f;
-                if constexpr (KeyBlock<Row>::kScaled) scale = block.value_scales[k];
-                for (int h = 0; h < group; ++h)
-                    state.kept[h * kDecodeBlock + listed] = logits[h * kDecodeBlock + k] * scale;
-                ++listed;
-            }
-        survivors.count = listed;
-        current = 1 - current;
+        for (int h = 0; h < group && threshold.read_together; ++h) {
+            for (int word = 0; word < kDecodeWords; ++word) bits_of(current, h)[word] = any[word];
+            weigh<S>(block.count, any, weights_of(current, h), partial + h * stride);
+        }
+        num_read = 0;
+        for (int word = 0; word < kDecodeWords; ++word)
+            for (uint64_t rest = any[word]; rest; rest &= rest - 1)
+                state.read[num_read++] = block.values[word * 64 + __builtin_ctzll(rest)];
+        const int free = before;
+        before = current;
+        current = next;
+        next = free;
     }
-    sum_survivors();
+    for (int h = 0; h < group; ++h) sum_values(before, h);
     const float* outputs = products.finish();
     for (int h = 0; h < group; ++h)
         for (int d = 0; d < dim; ++d) partial[h * stride + kThresholdHead + d] = outputs[int64_t(h) * dim + d];

@@ -24,6 +24,7 @@ bool write_layer(const foveate_whole_step& step, const foveate_whole_layer& laye
     write.value_sum = layer.stats[3];
     write.value_min = layer.stats[4];
     write.value_max = layer.stats[5];
+    write.key_sum_16 = layer.stats[6];
     write.query_token_stride = layer.query_token_stride;
     write.key_token_stride = layer.key_token_stride;
     write.value_token_stride = layer.value_token_stride;

@@ -20,7 +20,7 @@ struct foveate_whole_layer {
     void* values;
     float* key_scales;
     float* value_scales;
-    float* stats[6];        // key sum, min, max, value sum, min, max
+    float* stats[7];        // key sum, min, max, value sum, min, max, and sums of 16 keys
     const float* sinks;
     int64_t query_token_stride;
     int64_t key_token_stride;

@@ -27,6 +27,7 @@ struct foveate_write {
     float* value_sum;
     float* value_min;
     float* value_max;
+    float* key_sum_16;      // of runs of 16 tokens, [P, G, page_size / 16, D] dense, or null
     int64_t query_token_stride;
     int64_t query_head_stride;
     int64_t key_token_stride;
