@@ -137,7 +137,7 @@ def _write_kv_torch(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, s
     read = {"key": pages.key_rows()[page, :, offset], "value": pages.value_rows()[page, :, offset]}
     for stat, kept in pages.stats.items():
         rows, size = read[stat.source].float(), stat.run_tokens or pages.page_size
-        runs = kept.unflatten(1, (-1, 1)) if not stat.run_tokens else kept
+        runs = kept if stat.run_tokens else kept[:, :, None]
         # A page holds whole runs, so they are numbered through.
         touched, owner = torch.unique_consecutive(slots // size, return_inverse=True)
         place = (touched * size // pages.page_size, slice(None), touched * size % pages.page_size // size)
@@ -159,6 +159,6 @@ def page_stats(pages: LayerPages, page: int, num_tokens: int) -> Mapping[PageSta
     found = {}
     for stat in pages.stats:
         rows, size = source[stat.source][page, :, :num_tokens].float(), stat.run_tokens or pages.page_size
-        runs = torch.stack([stat.fold.reduce(run, dim=1) for run in rows.split(size, dim=1)], dim=1)
+        runs = torch.stack([stat.fold.reduce(run, dim=1) for run in torch.split(rows, size, 1)], dim=1)
         found[stat] = runs if stat.run_tokens else runs[:, 0]
     return found

@@ -203,8 +203,7 @@ class Dhsa(Scheme):
             return ()
         if self.options.chunk_tokens % geometry.page_size == 0:
             return (KEY_SUM,)
-        run = KEY_SUM_16.run_tokens
-        fits = self.options.chunk_tokens % run == 0 and geometry.page_size % run == 0
+        fits = self.options.chunk_tokens % KEY_SUM_16.run_tokens == 0
         # A GPU sums keys as it reads them.
         return (KEY_SUM_16,) if fits and geometry.device.type == "cpu" else ()
 

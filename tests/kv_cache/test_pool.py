@@ -1,14 +1,16 @@
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
-from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM, PageStat
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, KEY_SUM_16, VALUE_SUM, PageStat
 
 GEOMETRY = CacheGeometry(num_layers=3, num_kv_heads=2, head_dim=5, page_size=16, num_pages=7, dtype=torch.bfloat16)
-ALL_STATS = (KEY_SUM, KEY_MIN, KEY_MAX, VALUE_SUM)
+ALL_STATS = (KEY_SUM, KEY_MIN, KEY_MAX, VALUE_SUM, KEY_SUM_16)
 
 
 def filled(stats: tuple[PageStat, ...] = ALL_STATS) -> PagePool:
@@ -26,6 +28,13 @@ def test_shapes_and_types_follow_the_geometry() -> None:
     assert pool.keys.dtype == pool.values.dtype == torch.bfloat16
     assert pool.stats[KEY_MIN].shape == (3, 7, 2, 5)
     assert pool.stats[KEY_MIN].dtype == torch.float32
+
+
+def test_a_page_holds_whole_runs_of_a_statistic() -> None:
+    two = CacheGeometry(num_layers=3, num_kv_heads=2, head_dim=5, page_size=32, num_pages=7)
+    assert PagePool(two, [KEY_SUM_16]).stats[KEY_SUM_16].shape == (3, 7, 2, 2, 5)
+    with pytest.raises(ValueError, match="pages of 32 tokens do not hold whole runs of 24"):
+        PagePool(two, [replace(KEY_SUM_16, run_tokens=24)])
 
 
 @pytest.mark.parametrize("stat", ALL_STATS, ids=lambda stat: stat.name)

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from foveate.kv_cache.stats import KEY_SUM
+from foveate.kv_cache.stats import KEY_SUM, KEY_SUM_16
 from foveate.sparse_attn import chunks, registry
 from foveate.sparse_attn.errors import ProfileError, SchemeConfigError
 from foveate.sparse_attn.ops import boundaries, boundary_predictor, key_change_torch, sums, sums_torch
@@ -104,9 +104,10 @@ def test_change_of_keys_equals_reference(window, segment, segments, slab, monkey
 
 
 @pytest.mark.parametrize("scattered", [True, False], ids=["pages-scattered", "pages-side-by-side"])
-@pytest.mark.parametrize(("size", "page"), [(8, 16), (16, 16), (64, 16), (16, 64)], ids=str)
-def test_sums_equal_reference(size, page, scattered):
-    view, _ = make_view([111, 5, 90, 64], [1] * 4, page, stats=[KEY_SUM], scattered=scattered)
+@pytest.mark.parametrize("stats", [[KEY_SUM], [KEY_SUM, KEY_SUM_16]], ids=["pages", "runs"])
+@pytest.mark.parametrize(("size", "page"), [(8, 16), (16, 16), (64, 16), (16, 64), (32, 64), (8, 64)], ids=str)
+def test_sums_equal_reference(size, page, stats, scattered):
+    view, _ = make_view([111, 5, 90, 64], [1] * 4, page, stats=stats, scattered=scattered)
     want = sums.unit_sums(view, size, backend="reference")
     got = sums.unit_sums(view, size)
     for row, context in enumerate(view.rows.host_context_lens):
@@ -118,9 +119,8 @@ def test_sums_equal_reference(size, page, scattered):
     ):
         want = sums.cut_sums(view, size, cuts, ends, backend="reference")
         torch.testing.assert_close(sums.cut_sums(view, size, cuts, ends), want)
-    full, _ = make_view(
-        [128, 64], [1, 1], page, stats=[KEY_SUM], scattered=scattered
-    )  # the cut is where the last page ends
+    # The cut is where the last page ends.
+    full, _ = make_view([128, 64], [1, 1], page, stats=stats, scattered=scattered)
     want = sums.cut_sums(full, size, (128, 64), (128, 64), backend="reference")
     torch.testing.assert_close(sums.cut_sums(full, size, (128, 64), (128, 64)), want)
 

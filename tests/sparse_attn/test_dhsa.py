@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.stats import KEY_SUM, KEY_SUM_16
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import ops, registry
 from foveate.sparse_attn.attend import attend
@@ -77,6 +78,23 @@ def test_vector_of_the_definition():
     indices, counts = walk_chunks(scores[None, None], start[None], free[None], torch.tensor([5 - local]), 3)
     assert sorted({*indices[0, 0].tolist(), 6, 7}) == [0, 1, 2, 6, 7]
     assert counts.tolist() == [[3]]
+
+
+@pytest.mark.parametrize(
+    ("options", "page", "device", "stats"),
+    [
+        ({}, 16, "cpu", (KEY_SUM,)),
+        ({}, 64, "cpu", (KEY_SUM_16,)),
+        ({}, 64, "cuda", ()),
+        ({"chunk_tokens": 32}, 64, "cpu", (KEY_SUM_16,)),
+        ({"chunk_tokens": 8}, 64, "cpu", ()),
+        ({"boundaries": "key_cos"}, 64, "cpu", ()),
+    ],
+    ids=str,
+)
+def test_chunks_are_read_from_the_statistics_that_fit_them(options, page, device, stats):
+    geometry = CacheGeometry(1, 2, DIM, page, 9, device=torch.device(device))
+    assert registry.build("dhsa", **options).page_stats(geometry) == stats
 
 
 def test_vector_of_the_definition_by_the_scheme():

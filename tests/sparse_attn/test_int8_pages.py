@@ -12,7 +12,7 @@ import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
-from foveate.kv_cache.stats import KEY_SUM, VALUE_SUM, Fold, PageStat
+from foveate.kv_cache.stats import KEY_SUM, KEY_SUM_16, VALUE_SUM, Fold, PageStat
 from foveate.kv_cache.stored import dequantize, quantize
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import ops
@@ -24,7 +24,7 @@ from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Band, ScoreThreshold, Selection, Tiles
 
 CPU, NAN = torch.device("cpu"), float("nan")
-EVERY_STAT = tuple(PageStat(source, fold) for source in ("key", "value") for fold in Fold)
+EVERY_STAT = (*(PageStat(source, fold) for source in ("key", "value") for fold in Fold), KEY_SUM_16)
 # RMS error of (out, lse) against the float32 reference over the same int8 pages. Measured: float32 7e-7; bfloat16
 # 4.6e-3 and 4e-4 where rows and weights are rounded to bfloat16 (prompts on dot products and tiles), 1.5e-4 else in
 # prompts; in decode 4e-5, and 1.1e-3 and 3e-5 where tiles of bytes take queries and weights in two planes.

@@ -9,10 +9,10 @@ import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
-from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, KEY_SUM_16, VALUE_SUM
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import ops
-from foveate.sparse_attn.ops import attention_torch
+from foveate.sparse_attn.ops import attention_torch, native
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import CAUSAL, Band, Selection, Tiles
 
@@ -200,6 +200,28 @@ def test_statistics_equal_recomputation_however_tokens_arrive(chunks):
     for page, filled in zip(table, (16, 16, 13), strict=True):
         for stat, want in ops.page_stats(pool.layer(0), page, filled).items():
             torch.testing.assert_close(pool.layer(0).stats[stat][page], want, msg=lambda m, s=stat: f"{s.name}: {m}")
+
+
+@pytest.mark.parametrize("backend", ["torch", "native"])
+@pytest.mark.parametrize(
+    "chunks", [(150,), (1,) * 150, (16, 50, 84), (5, 130, 15)], ids=["whole", "ones", "runs", "odd"]
+)
+def test_sums_of_runs_equal_recomputation_however_tokens_arrive(chunks, backend):
+    """A page of four runs; a run that holds no token yet is nobody's, so only those with tokens are compared."""
+    if backend == "native" and native.library() is None:
+        pytest.skip("the kernels were not built on this machine")
+    pool = PagePool(CacheGeometry(1, 2, 16, 64, 5), (KEY_SUM, KEY_SUM_16))
+    for kept in pool.layer(0).stats.values():
+        kept.fill_(NAN)  # what an earlier owner left
+    table, key = [3, 0, 4], torch.randn(150, 2, 16)
+    slots = torch.tensor([table[i // 64] * 64 + i % 64 for i in range(150)])
+    for start, stop in itertools.pairwise(itertools.accumulate(chunks, initial=0)):
+        ops.write_kv(key[start:stop], key[start:stop], pool.layer(0), slots[start:stop], backend=backend)
+    for page, filled in zip(table, (64, 64, 22), strict=True):
+        want = ops.page_stats(pool.layer(0), page, filled)[KEY_SUM_16]
+        assert want.shape == (2, -(-filled // 16), 16)
+        torch.testing.assert_close(pool.layer(0).stats[KEY_SUM_16][page][:, : want.shape[1]], want)
+        torch.testing.assert_close(pool.layer(0).stats[KEY_SUM][page], want.sum(1))
 
 
 def test_slot_minus_one_writes_nowhere():

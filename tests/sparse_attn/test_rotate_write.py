@@ -7,7 +7,7 @@ import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
-from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, KEY_SUM_16, VALUE_SUM
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import ops
 from foveate.sparse_attn.ops import native
@@ -19,7 +19,7 @@ if native.library() is None:
     pytest.skip("the kernels were not built on this machine", allow_module_level=True)
 
 CPU = torch.device("cpu")
-STATS = (KEY_SUM, KEY_MIN, KEY_MAX, VALUE_SUM)
+STATS = (KEY_SUM, KEY_MIN, KEY_MAX, VALUE_SUM, KEY_SUM_16)
 # Both compute in float32 and round once, in another order of additions: measured 2e-7 and one step of bfloat16.
 CLOSE = {torch.float32: {"rtol": 1e-6, "atol": 1e-6}, torch.bfloat16: {"rtol": 2**-7, "atol": 2**-7}}
 

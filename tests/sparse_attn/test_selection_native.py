@@ -10,7 +10,7 @@ import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
-from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, KEY_SUM_16
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import budget, counts, ops
 from foveate.sparse_attn.ops import keep_native, native, scan_native, sums
@@ -60,6 +60,29 @@ def test_sums_of_runs(isa, dim, dtype, stored):
     got = scan_native.chunk_sums(view, start, length, isa=isa)
     want = sums.chunk_sums(view, start, length, backend="reference")
     torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)  # up to 200 sums, in another order: measured 8e-6
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stored", [None, torch.int8], ids=["float32", "int8"])
+def test_sums_of_runs_read_no_key_that_is_summed_up_already(isa, stored):
+    """NaN stands in every key of the whole 16s within the runs."""
+    pool = PagePool(CacheGeometry(1, 2, 32, 64, 4, stored or torch.float32), (KEY_SUM_16,))
+    rows = random(150, 2, 32)
+    table = [2, 0, 3]
+    slots = torch.tensor([table[at // 64] * 64 + at % 64 for at in range(150)])
+    ops.write_kv(rows, rows, pool.layer(0), slots)
+    view = PagedView(pool.layer(0), Rows.build([table], [150], [1], CPU))
+    start, length = torch.tensor([[0, 16, 5, 40, 47, 150]]), torch.tensor([[150, 16, 11, 100, 2, 0]])
+    want = sums.chunk_sums(view, start, length, backend="reference")
+    torch.testing.assert_close(sums.chunk_sums(view, start, length, backend="native"), want, rtol=1e-5, atol=2e-5)
+    read = {*range(144, 150), *range(5, 16), *range(40, 48), *range(128, 140), 48}
+    hidden = slots[[at for at in range(150) if at not in read]]
+    if stored is None:
+        view.pages.keys[hidden // 64, :, hidden % 64] = float("nan")
+    else:
+        view.pages.key_scales[hidden // 64, :, hidden % 64] = float("nan")
+    got = scan_native.chunk_sums(view, start, length, isa=isa)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=2e-5)
 
 
 @pytest.mark.parametrize("isa", ISAS)

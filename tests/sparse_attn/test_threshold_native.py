@@ -92,6 +92,21 @@ def test_parts_of_a_long_sequence_agree(threads, isa):
         torch.set_num_threads(before)
 
 
+@pytest.mark.parametrize("rising", [True, False], ids=["rising", "falling"])
+@pytest.mark.parametrize("union", [False, True], ids=["independent", "union"])
+def test_decode_where_each_block_has_higher_logits_than_the_one_before(rising, union, isa):
+    """Weights are kept relative to a reference that moves, those of a block whose values are on their way too."""
+    view = make_view((900,), (1,))
+    query = make_query(view, 6)
+    slope = torch.arange(900.0) / 20 if rising else torch.arange(900.0, 0, -1) / 20
+    for page, first in zip(view.rows.host_block_tables[0], range(0, 900, 16), strict=True):
+        rows = slope[first : first + 16]
+        view.pages.keys[page, :, : len(rows), 0] = rows
+    query[..., 0] = query[..., 0].abs() + 1
+    plan = replace(make_plan(query), theta=torch.linspace(2, 60, 6)[None], union=union)
+    assert_same(*both(view, query, plan, SPECS["causal"], isa), 2e-5)
+
+
 def test_decode_reads_no_values_that_no_head_keeps(isa):
     view = make_view((300,), (1,))
     query = make_query(view, 6)
