@@ -76,7 +76,8 @@ def _read(
             raise RuntimeError("this scheme moves positions, but the model's rotary embedding is unknown")
         positions = step.positions[group.start : group.start + group.rows.num_queries]
         query = step.rotary.cap(query, positions, segment.position_cap, layer.index)
-    spec = replace(spec, band=segment.band)
+    if segment.band != spec.band:
+        spec = replace(spec, band=segment.band)
     if isinstance(segment.keys, ScoreThreshold):
         return ops.thresholded(query, view, segment.keys, spec)
     kernel = ops.prefill if group.phase is Phase.PREFILL else ops.decode

@@ -6,8 +6,6 @@ window first found 0 of 6 planted facts where the same free budget found 5.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 
 from .ops import keep_native
@@ -25,7 +23,7 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
     options = scheme.options
     if not isinstance(plan, Selection):
         own = bool(options.window_tokens) or _keeps_own(scheme, phase)
-        return replace(plan, sink_tokens=options.sink_tokens, recent_tokens=options.window_tokens + own)
+        return plan.keeping(options.sink_tokens, options.window_tokens + own)
     selection = plan
     size = selection.granularity
     tiles = selection.tiles

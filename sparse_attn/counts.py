@@ -10,7 +10,7 @@ from foveate.kv_cache.view import Rows
 
 from .ops import keep_native
 from .protocol import LayerCall, StepGroup, StepState
-from .selection import Band, Plan, Segment, Selection
+from .selection import Band, Segment, Selection
 
 
 def book(
@@ -34,27 +34,39 @@ def book(
         group: Which sequences.
         heads: Query heads.
     """
-    plan = ("keys_read", layer.spec.band, *((id(part.keys), part.band) for part in segments))
-    booked = group.rows.plans.get(plan)
-    if booked is None:
-        device = step.keys_read.device
-        dense = _band_pairs(group.rows, layer.spec.band, heads, device)
+    owners = group.owner_index(step.keys_read.device)
+    step.keys_read.index_add_(0, owners, _fixed_pairs(segments, layer.spec.band, group.rows, heads, owners.device))
+    read = step.keys_read[:, 0]
+    for part, count in zip(segments, kept, strict=True):
+        if count is not None:
+            read.index_add_(0, owners, _by_sequence(count, group.rows), alpha=0.5)
+        elif isinstance(part.keys, Selection):
+            read.index_add_(0, owners, _carried_pairs(part.keys, group, part.band, heads))
+
+
+def _fixed_pairs(segments: Sequence[Segment], band: Band, rows: Rows, heads: int, device: torch.device) -> torch.Tensor:
+    """``[S, 2]``: what is read whatever was chosen, and what dense attention reads; worked out once per step."""
+    whole = tuple((part.band, part.keys is None) for part in segments if not isinstance(part.keys, Selection))
+    key = ("fixed_pairs", band, whole, heads)
+    if key not in rows.plans:
+        dense = _band_pairs(rows, band, heads, device)
         read = torch.zeros_like(dense)
-        for part, count in zip(segments, kept, strict=True):
-            if isinstance(part.keys, Selection):
-                read += selected_pairs(part.keys, group.rows, part.band, heads)
-            else:
-                scored = _band_pairs(group.rows, part.band, heads, device)
-                read += scored if count is None else (scored + _by_sequence(count, group.rows)) / 2
-        booked = torch.stack([read, dense], dim=1)
-        # Only what several layers read is kept. An anchor's plan lives as long as the group, so its id stays its own.
-        if all(part.keys is None or _is_carried(part.keys, group) for part in segments):
-            group.rows.plans[plan] = booked
-    step.keys_read.index_add_(0, group.owner_index(step.keys_read.device), booked)
+        for within, every in whole:
+            read += _band_pairs(rows, within, heads, device) * (1.0 if every else 0.5)
+        rows.plans[key] = torch.stack([read, dense], dim=1)
+    found: torch.Tensor = rows.plans[key]
+    return found
 
 
-def _is_carried(plan: Plan, group: StepGroup) -> bool:
-    return isinstance(plan, Selection) and any(plan is carried for carried in group.carried.values())
+def _carried_pairs(selection: Selection, group: StepGroup, band: Band, heads: int) -> torch.Tensor:
+    """``selected_pairs``, kept for what several layers read: it lives as long as the group, so its id stays its own."""
+    key = ("selected_pairs", id(selection), band)
+    found: torch.Tensor | None = group.rows.plans.get(key)
+    if found is None:
+        found = selected_pairs(selection, group.rows, band, heads)
+        if any(selection is carried for carried in group.carried.values()):
+            group.rows.plans[key] = found
+    return found
 
 
 def selected_pairs(selection: Selection, rows: Rows, band: Band, heads: int) -> torch.Tensor:
@@ -94,7 +106,10 @@ def _pairs_behind(selection: Selection, distance: int) -> torch.Tensor:
 
 def _by_sequence(counts: torch.Tensor, rows: Rows) -> torch.Tensor:
     """``[S]`` float64 sums of ``counts`` ``[T, H]``."""
-    ends = torch.cumsum(counts.double().sum(1), 0)
+    of_query = counts.sum(1, dtype=torch.float64)
+    if rows.num_queries == rows.num_sequences and 0 not in rows.host_query_lens:  # decode: one each
+        return of_query
+    ends = torch.cumsum(of_query, 0)
     before = torch.cat([ends.new_zeros(1), ends])
     offsets = rows.query_offsets.long()
     return before[offsets[1:]] - before[offsets[:-1]]

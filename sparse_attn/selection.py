@@ -182,6 +182,11 @@ class ScoreThreshold:
     sink_tokens: int = 0
     recent_tokens: int = 0
 
+    def keeping(self, sink_tokens: int, recent_tokens: int) -> ScoreThreshold:
+        """The same, with other tokens that are always read. (``dataclasses.replace`` takes three times as long.)"""
+        chosen = (self.theta, self.dropped_sum, self.dropped_scale, self.expected, self.value_mean, self.union)
+        return ScoreThreshold(*chosen, sink_tokens, recent_tokens)
+
 
 Plan = Selection | ScoreThreshold
 

@@ -4,8 +4,9 @@
     python tests/bench/schemes_cpu.py --phase prefill --contexts 8192 --share 0.15
 
 One thread, by the time that it ran, which is steadier than the clock where others use the machine; schemes take turns,
-and the table shows medians. A layer stands for the mean of ``LAYERS``, so that an anchor is one of them. Random keys
-attend to everything alike: they show what a scheme costs, not what it keeps.
+and the table shows medians. A layer stands for the mean of ``LAYERS``, of which one in four is an anchor. Random keys
+attend to everything alike: they show what a scheme costs, not what it keeps. The heads of a group agree on nothing, so
+that ``top_theta`` reads about as many values as it ever will: of a group of seven at a tenth each, 52 %.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.view import Rows
 from foveate.sparse_attn import attend as attend_module
 from foveate.sparse_attn import registry
+from foveate.sparse_attn.calibration.threshold_table import VARIANTS, ThresholdTable
+from foveate.sparse_attn.profile import Profile
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, Scheme, StepGroup, StepState
 
-LAYERS = 4
+LAYERS = 12
 CPU = torch.device("cpu")
 
 
@@ -39,12 +42,26 @@ def policies(context: int, share: float) -> dict[str, dict[str, object]]:
     return {
         "dense": {},
         "exact_topk": free | {"dense_first_layers": 0},
-        "kascade": free | {"dense_first_layers": 0, "uncalibrated": 1},
+        "kascade": free | {"dense_first_layers": 0, "uncalibrated": LAYERS // 4},
         "moba": free | {"block_tokens": 128, "sparse_decode": True, "dense_last_layers": 0},
         "dhsa": free,
         "quest": free | {"dense_first_layers": 0},
+        "top_theta": free | {"first_layers_budget_tokens": 0},
         "xattention": free,
     }
+
+
+def thresholds(context: int, heads: int) -> Profile:
+    """Of random keys: the logits of a query as long as the root of its channels are standard normal."""
+    sizes = torch.tensor([context // 4, context, 4 * context])
+    budgets = torch.tensor([1, *(int(context * share) for share in (0.01, 0.03, 0.1, 0.3, 0.9))])
+    share = (budgets / sizes[:, None]).clamp(max=0.99).expand(LAYERS, heads, -1, -1)
+    theta = 2**0.5 * torch.erfinv(1 - 2 * share)
+    table = ThresholdTable(tuple(range(LAYERS)), sizes, budgets, theta, torch.zeros_like(theta))
+    tensors: dict[str, torch.Tensor] = {}
+    for variant in VARIANTS:
+        tensors |= table.tensors(variant, torch.float32)
+    return Profile("top_theta", {}, {}, "", tensors)
 
 
 def main() -> None:
@@ -68,9 +85,9 @@ def measure(given: argparse.Namespace, context: int) -> None:
     """Prints the table of one context length."""
     heads, kv_heads, channels = map(int, given.heads.split(","))
     phase = Phase.PREFILL if given.phase == "prefill" else Phase.DECODE
-    schemes = {}
+    schemes, profiles = {}, {"top_theta": thresholds(context, heads)}
     for name, options in policies(context, given.share).items():
-        scheme = registry.build(name, **options)
+        scheme = registry.build(name, profiles, **options)
         if scheme.for_phase(phase).name == name or phase is Phase.PREFILL:
             schemes[name] = scheme.for_phase(phase)
     dtype, pages = getattr(torch, given.dtype), -(-context // given.page_size)

@@ -18,7 +18,7 @@ def test_it_prints_a_row_per_scheme(phase):
     rows = [line.split() for line in done.stdout.splitlines() if line.count(".") > 2]
     names = [row[0] for row in rows]
     assert names[0] == "dense"
-    assert {"kascade", "dhsa", "moba", "exact_topk"} < set(names)
+    assert {"kascade", "dhsa", "moba", "top_theta", "exact_topk"} < set(names)
     choosing = {row[0]: float(row[3]) for row in rows}
     assert choosing["exact_topk"] > 0
     assert float(rows[names.index("kascade")][1].rstrip("%")) < 60

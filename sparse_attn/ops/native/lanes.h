@@ -6,7 +6,9 @@
 
 namespace {
 
-FOVEATE_INLINE uint32_t first_bits(int64_t count) { return count >= 32 ? ~0u : (1u << count) - 1; }
+FOVEATE_INLINE uint64_t first_bits(int64_t count) {
+    return count >= 64 ? ~uint64_t(0) : count > 0 ? (uint64_t(1) << count) - 1 : 0;
+}
 
 template <class S>
 struct Lanes;

@@ -19,7 +19,7 @@ inline int64_t threshold_partial(const foveate_attention& call) {
 }
 
 // What a head's choosing and summing up takes per block, in keys of the products.
-constexpr int kHeadWork = 8;
+constexpr int kHeadWork = 12;
 
 template <class Products>
 struct ThresholdState {
@@ -74,23 +74,24 @@ float choose(const foveate_attention& call, const KeyBlock<Row>& block, float th
     const bool cap = call.softcap != 0.0f;
     const F scale = S::set(call.scale), unit = S::set(kLog2E), least = S::set(theta);
     // The keys of a block stand side by side: those that are always read are its first and its last ones.
-    const int64_t base = block.positions[0];
-    const int64_t sinks = call.threshold->sink_tokens - base;
-    const int64_t recent = position + 1 - call.threshold->recent_tokens - base;
+    const int64_t sinks = call.threshold->sink_tokens - block.positions[0];
+    const int64_t recent = position + 1 - call.threshold->recent_tokens - block.positions[0];
     F top = S::set(-kInfinity);
-    for (int word = 0; word < kDecodeWords; ++word) bits[word] = 0;
-    for (int at = 0; at < block.count; at += W) {
-        F x = S::load(logits + at);
-        if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + at));
-        x = cap ? capped<S>(x, call.scale, call.softcap) : S::mul(x, scale);
-        uint32_t read = Lanes<S>::bits(Lanes<S>::above(x, least));
-        if (at < sinks) read |= first_bits(sinks - at);
-        if (at + W > recent) read |= ~first_bits(larger<int64_t>(0, recent - at));
-        const int lanes = smaller(W, block.count - at);
-        bits[at / 64] |= uint64_t(read & first_bits(lanes)) << (at % 64);
-        x = S::first_lanes(S::mul(x, unit), lanes);
-        S::store(logits + at, x);
-        top = S::max(top, x);
+    for (int word = 0; word < kDecodeWords; ++word) {
+        const int first = word * 64, end = smaller(first + 64, block.count);
+        uint64_t read = 0;
+        for (int at = first; at < end; at += W) {
+            F x = S::load(logits + at);
+            if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + at));
+            x = cap ? capped<S>(x, call.scale, call.softcap) : S::mul(x, scale);
+            read |= uint64_t(Lanes<S>::bits(Lanes<S>::above(x, least))) << (at - first);
+            x = S::mul(x, unit);
+            if (at + W > end) x = S::first_lanes(x, end - at);
+            S::store(logits + at, x);
+            top = S::max(top, x);
+        }
+        read |= first_bits(sinks - first) | ~first_bits(recent - first);
+        bits[word] = read & first_bits(end - first);
     }
     return S::highest(top);
 }
@@ -106,7 +107,7 @@ void weigh(int count, const uint64_t* bits, float* weights, float* own) {
     for (int word = 0; word < kDecodeWords; ++word) read += __builtin_popcountll(bits[word]);
     for (int at = 0; at < count; at += W) {
         const F weight = S::template exp2<true>(S::sub(S::load(weights + at), reference));
-        const F kept = Lanes<S>::keep(Lanes<S>::from_bits(uint32_t(bits[at / 64] >> (at % 64)) & first_bits(W)), weight);
+        const F kept = Lanes<S>::keep(Lanes<S>::from_bits(uint32_t(bits[at / 64] >> (at % 64))), weight);
         S::store(weights + at, kept);
         sum = S::add(sum, kept);
         rest = S::add(rest, S::sub(weight, kept));
