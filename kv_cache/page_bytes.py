@@ -33,8 +33,8 @@ class PageBytes:
         self._pool = pool
         self._stats = sorted(set(stats), key=lambda stat: stat.name)
         geometry = pool.geometry
-        per_page = geometry.num_layers * geometry.num_kv_heads * geometry.head_dim
-        self.nbytes = geometry.bytes_per_page + len(self._stats) * per_page * torch.float32.itemsize
+        kept = sum(math.prod(stat.shape(geometry)) // geometry.num_pages for stat in self._stats)
+        self.nbytes = geometry.bytes_per_page + kept * torch.float32.itemsize
 
     @property
     def stat_names(self) -> tuple[str, ...]:

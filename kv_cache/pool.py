@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
+import numpy as np
 import torch
 
 from .geometry import CacheGeometry
@@ -73,7 +74,7 @@ class PagePool:
         for stat in stats:
             if stat in self.stats:
                 continue
-            rows = torch.full(stat.shape(geometry), stat.fold.empty, dtype=torch.float32, device=geometry.device)
+            rows = _filled(stat.shape(geometry), stat.fold.empty, geometry.device)
             self.stats[stat] = rows
             self._layers = [
                 replace(pages, stats={**pages.stats, stat: rows[i]}) for i, pages in enumerate(self._layers)
@@ -101,3 +102,9 @@ class PagePool:
         """Everything that belongs to a page; its second axis is the page."""
         scales = (tensor for tensor in (self.key_scales, self.value_scales) if tensor is not None)
         return itertools.chain((self.keys, self.values), scales, self.stats.values())
+
+
+def _filled(shape: tuple[int, ...], value: float, device: torch.device) -> torch.Tensor:
+    if value == 0 and device.type == "cpu":  # zeros of the system, mapped when first written; torch would write them
+        return torch.from_numpy(np.zeros(shape, np.float32))
+    return torch.full(shape, value, dtype=torch.float32, device=device)

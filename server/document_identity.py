@@ -15,6 +15,8 @@ from .options import EngineOptions
 
 # Of a config: where it came from, and what wrote it.
 _IGNORED = ("_name_or_path", "transformers_version")
+# Raised where a scheme keeps other statistics of a page than before, so that pages without them are not found.
+_STATISTICS = 2
 
 
 def identity_of(loaded: LoadedModel, geometry: CacheGeometry, options: EngineOptions) -> bytes:
@@ -36,5 +38,6 @@ def identity_of(loaded: LoadedModel, geometry: CacheGeometry, options: EngineOpt
         "kv_heads": geometry.num_kv_heads,
         "head_dim": geometry.head_dim,
         "page_size": geometry.page_size,
+        "statistics": _STATISTICS,
     }
     return hashlib.sha256(json.dumps(about, sort_keys=True, default=str).encode()).digest()

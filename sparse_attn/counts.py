@@ -41,7 +41,7 @@ def book(
         if count is not None:
             read.index_add_(0, owners, _by_sequence(count, group.rows), alpha=0.5)
         elif isinstance(part.keys, Selection):
-            read.index_add_(0, owners, _carried_pairs(part.keys, group, part.band, heads))
+            read.index_add_(0, owners, _pairs_of(part.keys, group, part.band, heads))
 
 
 def _fixed_pairs(segments: Sequence[Segment], band: Band, rows: Rows, heads: int, device: torch.device) -> torch.Tensor:
@@ -58,8 +58,8 @@ def _fixed_pairs(segments: Sequence[Segment], band: Band, rows: Rows, heads: int
     return found
 
 
-def _carried_pairs(selection: Selection, group: StepGroup, band: Band, heads: int) -> torch.Tensor:
-    """``selected_pairs``, kept for what several layers read: it lives as long as the group, so its id stays its own."""
+def _pairs_of(selection: Selection, group: StepGroup, band: Band, heads: int) -> torch.Tensor:
+    """``selected_pairs``, kept where several layers read it; then its id stays its own as long as the group lives."""
     key = ("selected_pairs", id(selection), band)
     found: torch.Tensor | None = group.rows.plans.get(key)
     if found is None:

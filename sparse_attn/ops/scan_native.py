@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM_16
 from foveate.kv_cache.view import PagedView
 
@@ -29,7 +30,16 @@ def _fits(view: PagedView) -> bool:
     return on_cpu and view.head_dim % 16 == 0 and view.head_dim <= 512 and library() is not None
 
 
-def chunk_sums(view: PagedView, start: torch.Tensor, length: torch.Tensor, *, isa: str | None = None) -> torch.Tensor:
+def keeps_sums(geometry: CacheGeometry) -> bool:
+    """Would ``chunk_sums`` read sums of 16 keys beside pages of this kind?"""
+    known = geometry.quantized or geometry.dtype in DTYPES
+    fits = geometry.head_dim % 16 == 0 and geometry.head_dim <= 512
+    return geometry.device.type == "cpu" and known and fits and library() is not None
+
+
+def chunk_sums(
+    view: PagedView, start: torch.Tensor, length: torch.Tensor, summed: bool = False, *, isa: str | None = None
+) -> torch.Tensor:
     """See ``ops.sums.chunk_sums``; ``isa`` is for tests."""
     start, length = start.long().contiguous(), length.long().contiguous()
     pages = view.pages
@@ -37,9 +47,8 @@ def chunk_sums(view: PagedView, start: torch.Tensor, length: torch.Tensor, *, is
     call = _call(view, isa)
     call.keys, call.start, call.length = pages.keys.data_ptr(), start.data_ptr(), length.data_ptr()
     call.key_scales = None if pages.key_scales is None else pages.key_scales.data_ptr()
-    sums = pages.stats.get(KEY_SUM_16)
-    if sums is not None and sums.is_contiguous():
-        call.sums = sums.data_ptr()
+    if summed:
+        call.sums = pages.stats[KEY_SUM_16].data_ptr()
     call.out, call.runs = out.data_ptr(), start.shape[1]
     call.dtype = DTYPES.get(pages.keys.dtype, 0)
     opened().scan_sums(call)

@@ -28,15 +28,15 @@ def tile_sums(query: torch.Tensor, tiles: Tiles) -> torch.Tensor:
     return sums_torch.tile_sums(query, tiles)
 
 
-def unit_sums(view: PagedView, size: int, *, backend: Backend | None = None) -> torch.Tensor:
+def unit_sums(view: PagedView, size: int, summed: bool = False, *, backend: Backend | None = None) -> torch.Tensor:
     """Sum of the keys of each run of ``size`` positions.
 
-    Units of whole pages add up page statistics, so no key is read; smaller units read every key, or on a CPU the sums
-    of 16 where the pages keep ``KEY_SUM_16``.
+    Units of whole pages add up page statistics, so no key is read; smaller units read every key, or sums of 16.
 
     Args:
         view: Its pages keep ``KEY_SUM`` if a unit holds whole pages.
         size: Positions per unit: a multiple of the page size, or a divisor of it.
+        summed: See ``chunk_sums``.
         backend: For tests.
 
     Returns:
@@ -54,21 +54,22 @@ def unit_sums(view: PagedView, size: int, *, backend: Backend | None = None) -> 
     chosen = backend or _default_backend(view)
     if chosen in ("triton", "native"):
         start, length = sums_torch.regular_ranges(view, size)
-        return chunk_sums(view, start, length, backend=chosen)
+        return chunk_sums(view, start, length, summed, backend=chosen)
     return sums_torch.part_page_sums(view, size)
 
 
 def chunk_sums(
-    view: PagedView, start: torch.Tensor, length: torch.Tensor, *, backend: Backend | None = None
+    view: PagedView, start: torch.Tensor, length: torch.Tensor, summed: bool = False, *, backend: Backend | None = None
 ) -> torch.Tensor:
     """Sum of the keys of arbitrary runs of positions, read through the block table.
-
-    On a CPU the keys that stand in whole 16s within a run are not read where the pages keep ``KEY_SUM_16``.
 
     Args:
         view: Keys of this step are written already.
         start: ``[S, C]`` int32 first position of each run.
         length: ``[S, C]`` int32 keys in it, all within the sequence's context; 0 sums to zero.
+        summed: The caller's scheme has kept ``KEY_SUM_16`` since the first of these pages was written. Then native
+            kernels read it in place of whole 16s of keys. That the pool has it says nothing: another scheme may have
+            asked for it later.
         backend: For tests.
 
     Returns:
@@ -87,14 +88,20 @@ def chunk_sums(
 
         return sums_triton.chunk_sums(view, start, length)
     if chosen == "native":
-        return scan_native.chunk_sums(view, start, length)
+        return scan_native.chunk_sums(view, start, length, summed)
     if chosen == "torch":
         return sums_torch.chunk_sums(view, start, length)
     return reference_sums.chunk_sums(view, start, length)
 
 
 def cut_sums(
-    view: PagedView, size: int, cuts: tuple[int, ...], ends: tuple[int, ...], *, backend: Backend | None = None
+    view: PagedView,
+    size: int,
+    cuts: tuple[int, ...],
+    ends: tuple[int, ...],
+    summed: bool = False,
+    *,
+    backend: Backend | None = None,
 ) -> torch.Tensor:
     """Sums of the units before a cut, the last of them cut short, and of all keys behind it.
 
@@ -106,6 +113,7 @@ def cut_sums(
         size: Positions per unit.
         cuts: Per sequence, the position where units end.
         ends: Per sequence, where the keys behind the cut end; at least ``cuts``.
+        summed: See ``chunk_sums``.
 
     Returns:
         ``[S, U + 1, G, D]`` float32, U units up to the largest cut, at least one; the last row is the sum over
@@ -123,7 +131,7 @@ def cut_sums(
     if chosen == "torch":
         return sums_torch.cut_part_sums(view, size, cuts, ends)
     start, length = sums_torch.cut_ranges(view, size, cuts, ends)
-    return chunk_sums(view, start, length, backend=chosen)
+    return chunk_sums(view, start, length, summed, backend=chosen)
 
 
 def _default_backend(view: PagedView) -> Backend:

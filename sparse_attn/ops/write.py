@@ -33,7 +33,8 @@ def write_kv(
         pages: Changed in place.
         slots: ``[T]`` int64, ``page * page_size + offset``; -1 writes nowhere. The tokens of one
             page stand together and in order, as a sequence appends them. Offset 0 starts the
-            page's statistics afresh, so what an earlier owner left never shows.
+            page's statistics afresh, and the first slot of a run those of the run, so what an
+            earlier owner left shows in no run that holds a token.
         backend: For tests.
 
     Raises:

@@ -147,7 +147,7 @@ def plan(key: torch.Tensor, value: torch.Tensor, pages: LayerPages, slots: torch
     """Grid, arguments and compile options of one write.
 
     Raises:
-        ValueError: K and V are laid out differently, or a statistic is not contiguous, or none of whole pages.
+        ValueError: K and V are laid out differently, or a statistic is not contiguous, or is one of runs.
     """
     tokens, heads, dim = key.shape
     if pages.quantized:

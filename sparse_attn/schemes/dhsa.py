@@ -19,6 +19,7 @@ from ..errors import SchemeConfigError
 from ..ops.boundary_predictor import BoundaryPredictor
 from ..ops.gap_scores import delimiter_scores, predicted_scores, ratio_scores
 from ..ops.key_change import key_change
+from ..ops.scan_native import keeps_sums
 from ..ops.sums import chunk_sums, cut_sums, tile_sums, unit_sums
 from ..ops.walk import walk_chunks
 from ..profile import Profile
@@ -170,9 +171,9 @@ class Dhsa(Scheme):
     **Decode.** Chunks of the prompt stay; all tokens generated since make one chunk, however long; the newest is
     always read. If nobody knows the prompt's length, all tokens but the newest count as prompt.
 
-    **Cost.** ``fixed`` in whole pages, and on a CPU in multiples of 16 tokens, reads no key to choose. Every other form
-    reads all keys once per layer and step, decode steps too, because a scheme keeps no state; ``predictor`` runs a
-    network on each of them.
+    **Cost.** ``fixed`` in whole pages reads no key to choose; nor, with the native kernels of a CPU, in multiples of 16
+    tokens, but those at odd ends of the prompt. Every other form reads all keys once per layer and step, decode steps
+    too, because a scheme keeps no state; ``predictor`` runs a network on each of them.
     Held at a time: one float32 vector per chunk, KV head and sequence, and 64 MiB of scores.
     """
 
@@ -199,13 +200,18 @@ class Dhsa(Scheme):
             self._predictor = BoundaryPredictor(self.profile.tensors, self.profile.options)
 
     def page_stats(self, geometry: CacheGeometry) -> tuple[PageStat, ...]:
-        if self.options.boundaries not in ("fixed", "attn_ratio"):
-            return ()
-        if self.options.chunk_tokens % geometry.page_size == 0:
-            return (KEY_SUM,)
-        fits = self.options.chunk_tokens % KEY_SUM_16.run_tokens == 0
-        # A GPU sums keys as it reads them.
-        return (KEY_SUM_16,) if fits and geometry.device.type == "cpu" else ()
+        if self._sums_runs(geometry.page_size):
+            return (KEY_SUM_16,) if keeps_sums(geometry) else ()
+        by_pages = self.options.boundaries in ("fixed", "attn_ratio")
+        return (KEY_SUM,) if by_pages and self.options.chunk_tokens % geometry.page_size == 0 else ()
+
+    def _sums_runs(self, page_size: int) -> bool:
+        """Are chunks parts of pages, and made of runs whose sums can be kept?"""
+        by_pages, chunk = self.options.boundaries in ("fixed", "attn_ratio"), self.options.chunk_tokens
+        return by_pages and chunk % page_size != 0 and chunk % KEY_SUM_16.run_tokens == 0
+
+    def _summed(self, view: PagedView) -> bool:
+        return self._sums_runs(view.page_size) and KEY_SUM_16 in view.pages.stats
 
     def select_prefill(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
         options, rows, device = self.options, view.rows, query.device
@@ -225,9 +231,9 @@ class Dhsa(Scheme):
 
         offer = self._offer(view, tiles, lay, Phase.PREFILL)
         if options.boundaries == "fixed":
-            sums = unit_sums(view, options.chunk_tokens)[:, : offer.table.start.shape[1]]
+            sums = unit_sums(view, options.chunk_tokens, self._summed(view))[:, : offer.table.start.shape[1]]
         else:
-            sums = chunk_sums(view, offer.table.start, offer.table.length)
+            sums = chunk_sums(view, offer.table.start, offer.table.length, self._summed(view))
         return self._choose(query, view, tiles, offer, sums, Phase.PREFILL)
 
     def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Selection:
@@ -249,7 +255,7 @@ class Dhsa(Scheme):
 
         offer = self._offer(view, tiles, lay, Phase.DECODE)
         if fixed:
-            sums = cut_sums(view, options.chunk_tokens, cuts, newest)
+            sums = cut_sums(view, options.chunk_tokens, cuts, newest, self._summed(view))
         else:
             sums = chunk_sums(view, offer.table.start, offer.table.length)
         return self._choose(query, view, tiles, offer, sums, Phase.DECODE)

@@ -19,7 +19,7 @@ from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.page_bytes import PageBytes
 from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.prefix import page_keys
-from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, KEY_SUM_16
 
 from .disk_runs import NAMESPACE, PAGE, pages_of, read_all, run_of, store_at, tokens_of
 
@@ -326,9 +326,13 @@ def test_documents_share_files_and_go_one_by_one(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)
-@pytest.mark.parametrize("stats", [(), (KEY_MIN, KEY_MAX, KEY_SUM)], ids=["plain", "stats"])
-def test_a_page_of_the_pool_comes_back_as_it_was(dtype, stats):
-    pool = PagePool(CacheGeometry(2, 3, 8, PAGE, 4, dtype), stats)
+@pytest.mark.parametrize(
+    ("stats", "page"),
+    [((), PAGE), ((KEY_MIN, KEY_MAX, KEY_SUM), PAGE), ((KEY_SUM, KEY_SUM_16), 64)],
+    ids=["plain", "stats", "runs"],
+)
+def test_a_page_of_the_pool_comes_back_as_it_was(dtype, stats, page):
+    pool = PagePool(CacheGeometry(2, 3, 8, page, 4, dtype), stats)
     layout = PageBytes(pool, stats)
     for tensor in pool._tensors():
         tensor.copy_(torch.randint(-100, 100, tensor.shape).to(tensor.dtype))

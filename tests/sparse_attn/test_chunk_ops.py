@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.stats import KEY_SUM, KEY_SUM_16
+from foveate.kv_cache.view import PagedView
 from foveate.sparse_attn import chunks, registry
 from foveate.sparse_attn.errors import ProfileError, SchemeConfigError
 from foveate.sparse_attn.ops import boundaries, boundary_predictor, key_change_torch, sums, sums_torch
@@ -108,8 +111,9 @@ def test_change_of_keys_equals_reference(window, segment, segments, slab, monkey
 @pytest.mark.parametrize(("size", "page"), [(8, 16), (16, 16), (64, 16), (16, 64), (32, 64), (8, 64)], ids=str)
 def test_sums_equal_reference(size, page, stats, scattered):
     view, _ = make_view([111, 5, 90, 64], [1] * 4, page, stats=stats, scattered=scattered)
+    summed = KEY_SUM_16 in stats
     want = sums.unit_sums(view, size, backend="reference")
-    got = sums.unit_sums(view, size)
+    got = sums.unit_sums(view, size, summed)
     for row, context in enumerate(view.rows.host_context_lens):
         whole = context // size
         torch.testing.assert_close(got[row, :whole], want[row, :whole])
@@ -118,11 +122,22 @@ def test_sums_equal_reference(size, page, stats, scattered):
         ((17, 3, 16, 0), (111, 4, 70, 0)),
     ):
         want = sums.cut_sums(view, size, cuts, ends, backend="reference")
-        torch.testing.assert_close(sums.cut_sums(view, size, cuts, ends), want)
+        torch.testing.assert_close(sums.cut_sums(view, size, cuts, ends, summed), want)
     # The cut is where the last page ends.
     full, _ = make_view([128, 64], [1, 1], page, stats=stats, scattered=scattered)
     want = sums.cut_sums(full, size, (128, 64), (128, 64), backend="reference")
-    torch.testing.assert_close(sums.cut_sums(full, size, (128, 64), (128, 64)), want)
+    torch.testing.assert_close(sums.cut_sums(full, size, (128, 64), (128, 64), summed), want)
+
+
+def test_sums_that_another_scheme_asked_for_later_are_not_read():
+    """They do not cover pages written before; a scheme says that it has kept them from the start."""
+    view, _ = make_view([111, 90], [1] * 2, 64)
+    late = torch.full((*view.pages.keys.shape[:2], 4, view.head_dim), 7.0)
+    view = PagedView(replace(view.pages, stats={KEY_SUM_16: late}), view.rows)
+    want = sums.unit_sums(view, 16, backend="reference")[:, :5]
+    torch.testing.assert_close(sums.unit_sums(view, 16)[:, :5], want)
+    scheme = registry.build("dhsa_block", key_block_tokens=32)
+    assert scheme.page_stats(CacheGeometry(1, 2, 64, 64, 9)) == ()
 
 
 @pytest.mark.parametrize("slab", [64 << 20, 1000], ids=["one-slab", "many-slabs"])

@@ -34,7 +34,9 @@ public:
         due_ += rows * pace_ / parts;
         for (const int end = smaller(due_ / kPace, end_); row_ < end; ++row_) {
             if (row_ >= 0 && row_ < block_.count) block_.prefetch_scales(row_, row_ + 1);
-            const Row* row = row_ < 0 ? before_[row_] : row_ < block_.count ? block_.keys[row_] : block_.values[row_ - block_.count];
+            const Row* row = row_ < 0                ? before_[row_]
+                             : row_ < block_.count ? block_.keys[row_]
+                                                   : block_.values[row_ - block_.count];
             for (int at = 0; at < bytes_; at += 64) _mm_prefetch(reinterpret_cast<const char*>(row) + at, _MM_HINT_T1);
         }
     }
@@ -119,8 +121,8 @@ FOVEATE_INLINE void by_heads(int group, Function&& f) {
         heads = rest <= most ? rest : rest < 2 * most ? (rest + 1) / 2 : most;
         if (heads == 1) f(head, std::integral_constant<int, 1>());
         else if (heads == 2) f(head, std::integral_constant<int, 2>());
-        else if (heads == 3) f(head, std::integral_constant<int, 3>());
-        else f(head, std::integral_constant<int, 4>());
+        else if (most == 3 || heads == 3) f(head, std::integral_constant<int, 3>());
+        else f(head, std::integral_constant<int, most>());
     }
 }
 
@@ -175,10 +177,13 @@ public:
     // outputs[h] += sum of weights[h][k] times value k.
     void accumulate(const KeyBlock<Row>& block, Ahead<Row>& ahead, const float* weights) {
         by_heads<4>(group_, [&](int head, auto heads) {
-            constexpr int H = decltype(heads)::value, kSums = W == 16 ? 16 : 8, kWide = kSums / (H == 3 ? 4 : H);
+            // 8 of 16 registers are sums, 16 of 32; but no more than 64 channels, since many models have no more.
+            constexpr int H = decltype(heads)::value, kSums = (W == 16 ? 16 : 8) / (H == 3 ? 4 : H);
+            constexpr int kWide = kSums * W > 64 ? 64 / W : kSums;
             const int passes = (group_ + 3) / 4 * (dim_ / (kWide * W) + dim_ % (kWide * W) / W);
             int d = 0;
-            for (; d + kWide * W <= dim_; d += kWide * W) weighted_sum<H, kWide>(block, ahead, passes, weights, head, d);
+            for (; d + kWide * W <= dim_; d += kWide * W)
+                weighted_sum<H, kWide>(block, ahead, passes, weights, head, d);
             for (; d < dim_; d += W) weighted_sum<H, 1>(block, ahead, passes, weights, head, d);
         });
     }
@@ -197,7 +202,7 @@ private:
     using F = typename Simd::F;
     using Q = typename Rows::Q;
     static constexpr int W = Simd::W;
-    static constexpr int kHeads = W == 16 ? 4 : 3;  // with four keys, 16 of 32 registers, 8 of 16, are sums
+    static constexpr int kHeads = W == 16 ? 4 : 3;  // with four keys, 16 of 32 registers, 12 of 16, are sums
 
     // Of H heads and a vector of keys; with one head all of them at once, as four sums would wait for each other. Not
     // inlined: in a larger function GCC spills the sums, and took 1.6 times as long.
@@ -219,7 +224,8 @@ private:
                 for (int i = 0; i < 4 * kAtOnce; ++i) {
                     F row = Rows::load(keys[quad * 4 + i] + d, dim_ - d);
                     asm("" : "+v"(row));  // or GCC loads it anew for each head, and loads are the limit
-                    for (int h = 0; h < H; ++h) acc[h][i / 4][i % 4] = Rows::mac(acc[h][i / 4][i % 4], row, channels[h]);
+                    for (int h = 0; h < H; ++h)
+                        acc[h][i / 4][i % 4] = Rows::mac(acc[h][i / 4][i % 4], row, channels[h]);
                 }
             }
             for (int h = 0; h < H; ++h)

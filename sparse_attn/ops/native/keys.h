@@ -155,7 +155,8 @@ private:
         for (; n < capacity && unit_ < unit_end_; ++unit_) {
             const int32_t token = *unit_;
             if (token < 0 || token < low_ || token >= high_) continue;
-            const uint32_t page = uint32_t(token) / uint32_t(page_size_), offset = uint32_t(token) - page * uint32_t(page_size_);
+            const uint32_t page = uint32_t(token) / uint32_t(page_size_);
+            const uint32_t offset = uint32_t(token) - page * uint32_t(page_size_);
             const int64_t at = table_[page] * page_stride_ + int64_t(offset) * dim_;
             block.keys[n] = keys_ + at;
             block.values[n] = values_ + at;

@@ -20,7 +20,8 @@ struct foveate_write {
     void* values;
     float* key_scales;      // [P, G, page_size], dense, or null
     float* value_scales;
-    // Statistics of the rows as they are read, [P, G, D] dense, or null. Offset 0 starts those of its page afresh.
+    // Statistics of the rows as they are read, [P, G, D] dense, or null. Offset 0 starts those of its page afresh,
+    // and the first slot of a run those of the run.
     float* key_sum;
     float* key_min;
     float* key_max;
