@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import itertools
+import math
+import mmap
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-import numpy as np
 import torch
 
 from .geometry import CacheGeometry
@@ -106,5 +107,6 @@ class PagePool:
 
 def _filled(shape: tuple[int, ...], value: float, device: torch.device) -> torch.Tensor:
     if value == 0 and device.type == "cpu":  # zeros of the system, mapped when first written; torch would write them
-        return torch.from_numpy(np.zeros(shape, np.float32))
+        zeros = mmap.mmap(-1, math.prod(shape) * torch.float32.itemsize, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        return torch.frombuffer(zeros, dtype=torch.float32).view(shape)
     return torch.full(shape, value, dtype=torch.float32, device=device)

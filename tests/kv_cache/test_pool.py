@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -41,6 +42,22 @@ def test_a_page_holds_whole_runs_of_a_statistic() -> None:
 def test_a_statistic_starts_from_its_empty_value(stat: PageStat) -> None:
     rows = PagePool(GEOMETRY, [stat]).stats[stat]
     assert torch.equal(rows, torch.full_like(rows, stat.fold.empty))
+
+
+def test_sums_take_no_memory_before_they_are_written() -> None:
+    """Of a sum's 128 MiB only what is written is mapped."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+    large = CacheGeometry(num_layers=4, num_kv_heads=2, head_dim=64, page_size=64, num_pages=16384)
+    pool = PagePool(large)
+    before = resident()
+    pool.declare([KEY_SUM_16])
+    assert pool.stats[KEY_SUM_16].nbytes == 128 * 2**20
+    pool.stats[KEY_SUM_16][1, 3] += 1
+    assert resident() - before < 16 * 2**20
+    assert pool.stats[KEY_SUM_16][1, 3:5].sum() == 2 * 4 * 64
 
 
 def test_declaring_again_keeps_the_tensor_and_its_contents() -> None:
