@@ -36,10 +36,6 @@ class PageBytes:
         kept = sum(math.prod(stat.shape(geometry)) // geometry.num_pages for stat in self._stats)
         self.nbytes = geometry.bytes_per_page + kept * torch.float32.itemsize
 
-    @property
-    def stat_names(self) -> tuple[str, ...]:
-        return tuple(stat.name for stat in self._stats)
-
     def copy_out(self, page: int, target: torch.Tensor) -> None:
         """Copies a page to ``target``, uint8, at least ``nbytes``; does not wait for a GPU if that is pinned."""
         for rows, place in self._pairs(page, target):
