@@ -16,25 +16,29 @@ def sums_keys(view: PagedView) -> bool:
     """Can the kernels sum these keys? They take float32, bfloat16 and int8, and head dims divisible by 16 up to 512."""
     keys = view.pages.keys
     stored = torch.int8 if view.pages.quantized else keys.dtype
-    return _fits(view) and keys.dtype == stored and keys.is_contiguous() and (view.pages.quantized or stored in DTYPES)
+    return (
+        _fits(keys.device, view.head_dim)
+        and keys.dtype == stored
+        and keys.is_contiguous()
+        and (view.pages.quantized or stored in DTYPES)
+    )
 
 
 def bounds_pages(query: torch.Tensor, view: PagedView) -> bool:
     """Can the kernels bound these pages? They take one query per sequence, in float32 or bfloat16."""
     one_each = query.shape[0] == view.rows.num_sequences == view.rows.num_queries
-    return one_each and query.device.type == "cpu" and query.dtype in DTYPES and _fits(view)
+    on_cpu = query.device.type == "cpu" and query.dtype in DTYPES
+    return one_each and on_cpu and _fits(view.pages.keys.device, view.head_dim)
 
 
-def _fits(view: PagedView) -> bool:
-    on_cpu = view.pages.keys.device.type == "cpu"
-    return on_cpu and view.head_dim % 16 == 0 and view.head_dim <= 512 and library() is not None
+def _fits(device: torch.device, head_dim: int) -> bool:
+    return device.type == "cpu" and head_dim % 16 == 0 and head_dim <= 512 and library() is not None
 
 
 def keeps_sums(geometry: CacheGeometry) -> bool:
     """Would ``chunk_sums`` read sums of 16 keys beside pages of this kind?"""
     known = geometry.quantized or geometry.dtype in DTYPES
-    fits = geometry.head_dim % 16 == 0 and geometry.head_dim <= 512
-    return geometry.device.type == "cpu" and known and fits and library() is not None
+    return known and _fits(geometry.device, geometry.head_dim)
 
 
 def chunk_sums(
