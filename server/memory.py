@@ -22,8 +22,8 @@ def tune_allocator() -> None:
     """Call it before the first tensor is made: torch looks at its environment once.
 
     Lets torch ask for pages of 2 MiB, where the system has them on request: weights, keys and values are walked through
-    once per token, and a CPU looks up an address per 4 KiB otherwise. Decode of 8,192 keys took 5 % longer so (medians of
-    five runs, in turns; the fastest of each 9 %).
+    once per token, and a CPU looks up an address per 4 KiB otherwise. Decode of 8,192 keys took 5 % longer so (medians
+    of five runs, in turns; the fastest of each 9 %).
     ``THP_MEM_ALLOC_ENABLE=0`` in the environment keeps to small ones.
 
     Lets the C library reuse large blocks instead of giving them back to the system. Else the system hands out zeroed
