@@ -82,8 +82,19 @@ def test_the_number_of_threads_changes_nothing(isa):
 
 
 def test_long_contexts_are_pooled_in_parts_of_a_tile(dtype, isa):
-    """The weights that are kept for 20,000 keys are cut to fit in the cache, a few columns at once."""
+    """With many threads each has room for some columns only of the weights that are kept: 24 of 256 at 20,000 keys."""
     query, view = Paged((20_000,), 1, 8, 16, page_size=128, dtype=dtype).view((40,))
+    before = torch.get_num_threads()
+    torch.set_num_threads(32)
+    try:
+        assert_scores(query, view, Tiles.of(view.rows, 32), AttentionSpec(0.5), isa)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_many_weights_are_kept_past_the_caches(dtype, isa):
+    """10,000 keys and 256 columns of 4 bytes: 10 MiB."""
+    query, view = Paged((10_000,), 1, 8, 16, page_size=128, dtype=dtype).view((40,))
     assert_scores(query, view, Tiles.of(view.rows, 32), AttentionSpec(0.5), isa)
 
 

@@ -59,6 +59,7 @@ struct Vec8 {
         return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
     }
     static FOVEATE_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
+    static FOVEATE_INLINE void store_past_caches(float* p, F x) { _mm256_stream_ps(p, x); }  // p: a multiple of W
     static FOVEATE_INLINE void store(bfloat16* p, F x) {  // to nearest even
         const __m256i bits = _mm256_castps_si256(x);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_int(1));
@@ -163,6 +164,7 @@ struct Vec16 {
     }
     static FOVEATE_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
     static FOVEATE_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+    static FOVEATE_INLINE void store_past_caches(float* p, F x) { _mm512_stream_ps(p, x); }
     static FOVEATE_INLINE void store(bfloat16* p, F x) {  // to nearest even
         const __m512i bits = _mm512_castps_si512(x);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_int(1));
