@@ -1,4 +1,9 @@
-#include "linear_dot.h"
 #include "linear_lanes.h"
+#include "linear_words.h"
 
-constexpr LinearKernels kLinearAvx2 = DotLinear<Lanes8<WordDot>>::table();
+namespace {
+using Few = DotLinear<Lanes8<WordDot>>;
+constexpr LinearKernels kTable = {Few::quantize, multiply_words,  Few::widen,  WordPieces::kRowBytes,
+                                  1,             Few::nothing,    Few::nothing};
+}
+constexpr LinearKernels kLinearAvx2 = kTable;
