@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -89,20 +90,18 @@ class Rows:
         prompt_lens: list[int] | None = None,
         token_ids: list[Sequence[int]] | None = None,
     ) -> Rows:
-        """Makes the tensors from host lists (one upload each)."""
+        """Makes the tensors from host lists, in one upload."""
         width = max((len(pages) for pages in block_tables), default=0) or 1
-        padded = [pages + [0] * (width - len(pages)) for pages in block_tables]
-        offsets = [0]
-        for length in query_lens:
-            offsets.append(offsets[-1] + length)
-
-        def upload(data: list[int] | list[list[int]]) -> torch.Tensor:
-            return torch.tensor(data, dtype=torch.int32).to(device, non_blocking=True)
-
+        padded: list[int] = []
+        for pages in block_tables:
+            padded += pages
+            padded += [0] * (width - len(pages))
+        offsets = list(accumulate(query_lens, initial=0))
+        tables, contexts, starts = upload((padded, context_lens, offsets), torch.int32, device)
         return cls(
-            upload(padded),
-            upload(context_lens),
-            upload(offsets),
+            tables.view(len(block_tables), width),
+            contexts,
+            starts,
             tuple(context_lens),
             tuple(query_lens),
             tuple(tuple(pages) for pages in block_tables),
@@ -117,6 +116,24 @@ class Rows:
     @property
     def num_queries(self) -> int:
         return sum(self.host_query_lens)
+
+
+def upload(parts: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device) -> list[torch.Tensor]:
+    """Lists of numbers as tensors ``[len(part)]``, by one copy: each takes as long as a small layer, for few numbers.
+
+    Each begins at a multiple of 16 bytes, since Triton compiles anew for an address that does not.
+    """
+    step = 16 // dtype.itemsize
+    flat: list[int] = []
+    for part in parts:
+        flat += part
+        flat += [0] * (-len(flat) % step)
+    whole = torch.tensor(flat, dtype=dtype).to(device, non_blocking=True)
+    made, first = [], 0
+    for part in parts:
+        made.append(whole[first : first + len(part)])
+        first += (len(part) + step - 1) // step * step
+    return made
 
 
 @dataclass(frozen=True, slots=True, eq=False)

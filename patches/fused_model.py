@@ -23,6 +23,7 @@ from .errors import UnsupportedCall
 from .interface import PackedStep, no_mask
 from .native_decoder import Known, run
 from .quantize import QuantizedLinear
+from .rotary import plain_angles
 
 _OUTPUTS = ("output_hidden_states", "output_attentions")
 _PARTS = ("embed_tokens", "rotary_emb", "norm")
@@ -46,6 +47,7 @@ class FusedModel:
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
         self._hooks = hooks_of(list(inner.modules())[1:])
         self._modules = tuple(inner.layers)
+        self._rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] = plain_angles(inner.rotary_emb)
         wholes = [layer.whole for layer in layers if layer.whole is not None]
         alike = len({whole.num_heads for whole in wholes}) == 1  # a step is prepared for all of them
         self._most_rows = min(whole.most_rows for whole in wholes) if alike else 0
@@ -63,19 +65,9 @@ class FusedModel:
         """As the model's own ``forward``."""
         packed = kwargs.pop("foveate_step", None)
         others = {name for name, value in kwargs.items() if value is not None and (value or name not in _OUTPUTS)}
-        if (
-            others
-            or not isinstance(packed, PackedStep)
-            or packed.token_index is not None
-            or input_ids is None
-            or position_ids is None
-            or packed.step.slots.shape[0] != input_ids.numel()
-            or any(given is not None for given in (attention_mask, inputs_embeds, past_key_values))
-            or use_cache
-            or self._inner.training
-            or any(self._hooks)
-            or self._is_changed()
-        ):
+        known = self.known(input_ids, position_ids, packed)
+        unknown = others or any(given is not None for given in (attention_mask, inputs_embeds, past_key_values))
+        if known is None or unknown or use_cache:
             return self._stock(
                 input_ids=input_ids,
                 attention_mask=attention_mask,
@@ -86,7 +78,17 @@ class FusedModel:
                 **({} if packed is None else {"foveate_step": packed}),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.compute(input_ids, position_ids, packed.step))
+        return BaseModelOutputWithPast(last_hidden_state=self.compute(*known))
+
+    def known(
+        self, ids: torch.Tensor | None, positions: torch.Tensor | None, packed: Any
+    ) -> tuple[torch.Tensor, torch.Tensor, StepState] | None:
+        """What ``compute`` takes, if these are a packed step, in a model that is as it was."""
+        if ids is None or positions is None or not isinstance(packed, PackedStep) or packed.token_index is not None:
+            return None
+        if packed.step.slots.shape[0] != ids.numel() or self._inner.training:
+            return None
+        return None if any(self._hooks) or self._is_changed() else (ids, positions, packed.step)
 
     def _is_changed(self) -> bool:
         """Has somebody replaced or cut off layers, or asked for outputs by the config?"""
@@ -104,7 +106,7 @@ class FusedModel:
     ) -> torch.Tensor:
         """``ids`` and ``positions [B, L]`` to ``[B, L, E]``; ``read`` attends in the layers' place."""
         embedded = self._inner.embed_tokens(ids)
-        cos, sin = self._inner.rotary_emb(embedded, position_ids=positions)
+        cos, sin = self._rotate(embedded, position_ids=positions)
         x = embedded.flatten(0, 1)
         prepared = None
         first = self._layers[0].whole

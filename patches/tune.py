@@ -6,7 +6,7 @@ from transformers import PreTrainedModel
 
 from foveate.sparse_attn.ops.native import library
 
-from . import decoder_layer, fused_model, narrow, norm_native, packed
+from . import decoder_layer, fused_causal, fused_model, narrow, norm_native, packed
 from .fingerprint import fingerprint, keep_fingerprint
 
 
@@ -27,3 +27,4 @@ def tune(model: PreTrainedModel) -> None:
     if library() is not None:
         decoder_layer.fuse(model)
         fused_model.fuse_model(model)
+        fused_causal.fuse_causal(model)

@@ -41,9 +41,10 @@ def as_logprobs(
 
 
 def fetch(*tensors: Tensor) -> list[Tensor]:
-    """32-bit tensors on the host, in one transfer."""
+    """Tensors on the host, in one transfer; from a device those that are not of 32 bits come as int32."""
     if tensors[0].device.type == "cpu":
         return list(tensors)
+    tensors = tuple(tensor if tensor.element_size() == 4 else tensor.int() for tensor in tensors)
     flat = torch.cat([tensor.contiguous().view(torch.int32).flatten() for tensor in tensors]).cpu()
     parts = flat.split_with_sizes([tensor.numel() for tensor in tensors])
     return [part.view(tensor.dtype).view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]

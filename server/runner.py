@@ -9,7 +9,7 @@ from weakref import WeakKeyDictionary
 import torch
 
 from foveate.kv_cache.manager import KVCacheManager
-from foveate.kv_cache.view import Rows
+from foveate.kv_cache.view import Rows, upload
 from foveate.patches.interface import PackedStep
 from foveate.sparse_attn import budget
 from foveate.sparse_attn.audit import Audit
@@ -52,6 +52,7 @@ class Runner:
     def __init__(self, loaded: LoadedModel, cache: KVCacheManager, audit_rate: float = 0.0) -> None:
         self.loaded = loaded
         self.cache = cache
+        self._device = loaded.device  # a model looks for a parameter to tell
         self.audit = Audit(audit_rate, loaded.attached.facts.windows)
         self._roles: Roles = WeakKeyDictionary()  # asking for them anew took 0.2 ms of each step
 
@@ -61,7 +62,7 @@ class Runner:
 
         K and V go to the reserved pages, and the sequences' ``num_computed`` move on.
         """
-        device = self.loaded.device
+        device = self._device
         groups, parts = self._pack(chunks)
         ids: list[int] = []
         positions: list[int] = []
@@ -77,15 +78,14 @@ class Runner:
             slots += self.cache.slots(table, part.start, part.start + part.count)
             last_row[part.owner] = len(ids) - 1
         wanted = [last_row[owner] for owner, chunk in enumerate(chunks) if chunk.ends_sequence]
-
-        def upload(data: list[int]) -> torch.Tensor:
-            return torch.tensor(data, dtype=torch.int64).to(device, non_blocking=True)
-
-        row = upload(positions)
+        # Logits of the last tokens only; a step in the middle of a prompt still needs one row.
+        row, slot_row, id_row, logit_rows = upload(
+            (positions, slots, ids, wanted or [len(ids) - 1]), torch.int64, device
+        )
         audit = self.audit.begin(groups, len(chunks), device)
         step = StepState(
             pool=self.cache.pool,
-            slots=upload(slots),
+            slots=slot_row,
             positions=row,
             groups=groups,
             rotary=self.loaded.rotary,
@@ -95,11 +95,10 @@ class Runner:
         )
         with scorer.watching() as more_logits:
             output = self.loaded.model(
-                input_ids=upload(ids)[None],
+                input_ids=id_row[None],
                 position_ids=row[None],
                 use_cache=False,
-                # Logits of the last tokens only; a step in the middle of a prompt still needs one row.
-                logits_to_keep=upload(wanted or [len(ids) - 1]),
+                logits_to_keep=logit_rows,
                 foveate_step=PackedStep(step),
             )
             scores = scorer.scores(more_logits)
@@ -112,7 +111,8 @@ class Runner:
         mass: list[float | None] = [None] * len(chunks)
         if audit is not None:
             mass = [kept / layers if layers else None for kept, layers in audit.kept.tolist()]
-        return StepResult(output.logits[0, : len(wanted)], reads, mass, scores)
+        logits = output.logits[0]
+        return StepResult(logits if wanted else logits[:0], reads, mass, scores)
 
     def _pack(self, chunks: list[Chunk]) -> tuple[list[StepGroup], list[_Part]]:
         """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row."""
@@ -147,7 +147,7 @@ class Runner:
                 [_pages(part) for part in group],
                 [part.start + part.count for part in group],
                 [part.count for part in group],
-                self.loaded.device,
+                self._device,
                 [len(part.chunk.sequence.group.request.prompt_token_ids) for part in group],
                 [part.chunk.sequence.tokens for part in group] if policy and policy.needs_token_ids else None,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import isfinite
 from typing import NamedTuple
 
 import torch
@@ -44,6 +45,9 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
         rows: S rows. Only the random streams and token counts they own are changed.
     """
     edited = edit_logits(logits, rows)
+    plain = all(row.greedy and row.params.logprobs is None for row in rows)
+    if edited is logits and plain and logits.device.type == "cpu":
+        return _greedy(logits)
     best, tokens = edited.max(dim=-1)
     # NaN and +inf carry through a maximum, and only a row of nothing but -inf has -inf as its maximum.
     left = best.isfinite()
@@ -59,18 +63,33 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
             tokens.index_copy_(0, where, drawn)
     reporting = {index: row.params.logprobs for index, row in enumerate(rows) if row.params.logprobs is not None}
     report = log_probabilities(logits, tokens, reporting) if reporting else []
-    ids, is_sound, is_left, *reported = fetch(tokens.int(), sound.int(), left.int(), *report)
+    ids, is_sound, is_left, *reported = fetch(tokens, sound, left, *report)
     logprobs = as_logprobs(ids, reporting, *reported) if reporting else {}
     result = []
     for index, (token, ok, any_left) in enumerate(zip(ids.tolist(), is_sound.tolist(), is_left.tolist(), strict=True)):
         if not ok:
-            error = BadLogits("the model gave logits that are not finite")
-            result.append(Sampled(-1, error=error))
+            result.append(Sampled(-1, error=_bad()))
         elif not any_left:
             result.append(Sampled(-1, error=_none_left(rows[index])))
         else:
             result.append(Sampled(token, logprobs.get(index)))
     return result
+
+
+def _greedy(logits: Tensor) -> list[Sampled]:
+    """The best tokens of logits ``[S, V]`` on a CPU.
+
+    numpy, since a torch call behind the forward pass takes 15 to 60 us: its maximum of 49,152 took 156 us, numpy's 25.
+    """
+    values = logits.float().numpy()
+    return [
+        Sampled(token) if isfinite(row[token]) else Sampled(-1, error=_bad())
+        for row, token in zip(values, values.argmax(-1).tolist(), strict=True)
+    ]
+
+
+def _bad() -> BadLogits:
+    return BadLogits("the model gave logits that are not finite")
 
 
 def _none_left(row: SamplerRow) -> NoTokenLeft:

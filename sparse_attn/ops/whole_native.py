@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
-from foveate.kv_cache.view import LayerPages, PagedView
+from foveate.kv_cache.view import LayerPages, PagedView, Rows
 
-from ..protocol import AttentionSpec, Phase, StepGroup, StepState
+from ..protocol import AttentionSpec, LayerPool, Phase, StepGroup, StepState
 from ..selection import Band, ScoreThreshold, Segment, Selection
 from . import attention_native, write_native
 from .native import DTYPES, ISAS, NO_END, WholeChoice, WholeLayer, WholeStep, library
 
 # What is kept of a step in ``Rows.plans``.
 _PLAN = "whole_native"
+# What the kernels take of a pool, by heads and types.
+_TAKEN: weakref.WeakKeyDictionary[LayerPool, dict[tuple[Any, ...], bool]] = weakref.WeakKeyDictionary()
 
 
 class PreparedStep:
@@ -85,21 +88,36 @@ def _fits(
 ) -> bool:
     if group.phase is not Phase.DECODE or step.observer is not None or cos.device.type != "cpu" or library() is None:
         return False
-    pages = step.pool.layer(0)
-    tokens, dim = group.rows.num_queries, pages.keys.shape[3]
-    query = torch.empty((tokens, heads, dim), dtype=dtype)
-    key = torch.empty((tokens, pages.keys.shape[1], dim), dtype=dtype)
+    tokens = group.rows.num_queries
     return (
         group.start == 0
         and tokens == group.rows.num_sequences
         and step.slots.dtype == torch.int64
         and step.slots.is_contiguous()
         and step.keys_read.device.type == "cpu"
-        and write_native.supports(key, key, pages)
-        and cos.numel() == tokens * cos.shape[-1]
-        and write_native.rotates(query, key, cos.flatten(0, -2), sin.flatten(0, -2))
-        and attention_native.supports(query, PagedView(pages, group.rows), AttentionSpec(1.0))
+        and cos.numel() == sin.numel() == tokens * cos.shape[-1]
+        and cos.dtype == sin.dtype
+        and cos.is_contiguous()
+        and sin.is_contiguous()
+        and _takes(step.pool, group.rows, heads, dtype, cos.dtype, cos.shape[-1])
     )
+
+
+def _takes(pool: LayerPool, rows: Rows, heads: int, dtype: torch.dtype, rotation: torch.dtype, rotary_dim: int) -> bool:
+    """Whether the kernels know heads and pages of these kinds; asked once per pool and its statistics."""
+    pages = pool.layer(0)
+    known = _TAKEN.setdefault(pool, {})
+    name = heads, dtype, rotation, rotary_dim, len(pages.stats)
+    if name not in known:
+        dim = pages.keys.shape[3]
+        query, key = torch.empty((1, heads, dim), dtype=dtype), torch.empty((1, pages.keys.shape[1], dim), dtype=dtype)
+        angles = torch.empty((1, rotary_dim), dtype=rotation)
+        known[name] = (
+            write_native.supports(key, key, pages)
+            and write_native.rotates(query, key, angles, angles)
+            and attention_native.supports(query, PagedView(pages, rows), AttentionSpec(1.0))
+        )
+    return known[name]
 
 
 class PreparedLayer:

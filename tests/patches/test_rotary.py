@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from foveate.patches.errors import UnsupportedRotary
-from foveate.patches.rotary import ModelRotary
+from foveate.patches.rotary import ModelRotary, plain_angles
 
 POSITIONS = torch.tensor([0, 1, 39, 40, 41, 200, 5000, 100_000])
 CAP = 40
@@ -118,3 +118,33 @@ def test_frequencies_follow_the_model(config):
     before = rotary.cap(query, torch.tensor([50, 60]), CAP, 0)
     model.model.rotary_emb.inv_freq *= 0.5
     assert not torch.allclose(rotary.cap(query, torch.tensor([50, 60]), CAP, 0), before)
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn", "dynamic", "longrope"])
+def test_plain_angles_are_those_of_the_model(kind, tiny):
+    facts = {
+        "default": {},
+        "linear": {"factor": 4.0},
+        "llama3": {
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        },
+        "yarn": {"factor": 4.0, "original_max_position_embeddings": 64},
+        "dynamic": {"factor": 4.0},
+        "longrope": {
+            "factor": 4.0,
+            "short_factor": [1.0] * 8,
+            "long_factor": [2.0] * 8,
+            "original_max_position_embeddings": 64,
+        },
+    }[kind]
+    rotary = tiny("llama", rope_parameters={"rope_type": kind, "rope_theta": 1e4, **facts}).model.rotary_emb
+    angles = plain_angles(rotary)
+    assert (angles is rotary) == (kind in ("dynamic", "longrope"))  # their frequencies change with length
+    for dtype in (torch.float32, torch.bfloat16):
+        x, positions = torch.zeros(1, 3, 64, dtype=dtype), torch.tensor([[0, 17, 5000]])
+        for got, want in zip(angles(x, positions), rotary(x, positions), strict=True):
+            assert got.dtype == dtype
+            assert torch.equal(got, want)
