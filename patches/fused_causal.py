@@ -6,12 +6,15 @@ What ``transformers`` does there, its decorators and two output objects, took 0.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+
+from foveate.sparse_attn.protocol import StepState
 
 from .decoder_layer import hooks_of
 from .fused_model import FusedModel
@@ -34,39 +37,40 @@ class FusedCausal:
         self._body: FusedModel = self._inner.forward  # type: ignore[assignment]
         self._stock: Callable[..., Any] = type(model).forward.__get__(model)
         self._hooks = hooks_of([self._inner, self._head])
+        self.__signature__ = inspect.signature(self._stock)  # by which others tell what it takes
 
-    def __call__(
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """As the model's own ``forward``."""
+        known = self._known(*args, **kwargs)
+        if known is None:
+            return self._stock(*args, **kwargs)
+        ids, positions, step, rows = known
+        return CausalLMOutputWithPast(logits=self.logits(self._body.compute(ids, positions, step), rows))
+
+    def _known(
         self,
         input_ids: torch.Tensor | None = None,
-        attention_mask: Any = None,
+        *more: Any,
         position_ids: torch.Tensor | None = None,
-        *,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         foveate_step: PackedStep | None = None,
         **others: Any,
-    ) -> Any:
-        """As the model's own ``forward``."""
-        known = None
-        if self._inner.__dict__.get("forward") is self._body and not any(self._hooks):
-            known = self._body.known(input_ids, position_ids, foveate_step)
-        unknown = others or attention_mask is not None or use_cache is not False
-        if known is None or unknown or not isinstance(logits_to_keep, torch.Tensor):
-            return self._stock(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                position_ids=position_ids,
-                use_cache=use_cache,
-                logits_to_keep=logits_to_keep,
-                **({} if foveate_step is None else {"foveate_step": foveate_step}),
-                **others,
-            )
-        hidden = self._body.compute(*known)
-        return CausalLMOutputWithPast(logits=self.logits(hidden, logits_to_keep))
+    ) -> tuple[torch.Tensor, torch.Tensor, StepState, torch.Tensor] | None:
+        """What is computed here, of a model that is as it was; else ``None``."""
+        if more or use_cache is not False or any(given is not None for given in others.values()):
+            return None
+        if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dim() != 1:
+            return None
+        head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
+        if head is not self._head or self._inner.__dict__.get("forward") is not self._body or any(self._hooks):
+            return None
+        known = self._body.known(input_ids, position_ids, foveate_step)
+        return None if known is None else (*known, logits_to_keep)
 
     def logits(self, hidden: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
         """Of ``rows [N]`` of ``hidden [1, T, E]``, ``[1, N, vocab]``."""
-        made: torch.Tensor = self._head(hidden.index_select(1, rows))
+        made: torch.Tensor = self._head(hidden[:, rows])
         return made
 
 

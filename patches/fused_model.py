@@ -47,7 +47,8 @@ class FusedModel:
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
         self._hooks = hooks_of(list(inner.modules())[1:])
         self._modules = tuple(inner.layers)
-        self._rotate: Callable[..., tuple[torch.Tensor, torch.Tensor]] = plain_angles(inner.rotary_emb)
+        self._rotary = inner.rotary_emb
+        self._angles = plain_angles(inner.rotary_emb)
         wholes = [layer.whole for layer in layers if layer.whole is not None]
         alike = len({whole.num_heads for whole in wholes}) == 1  # a step is prepared for all of them
         self._most_rows = min(whole.most_rows for whole in wholes) if alike else 0
@@ -106,7 +107,9 @@ class FusedModel:
     ) -> torch.Tensor:
         """``ids`` and ``positions [B, L]`` to ``[B, L, E]``; ``read`` attends in the layers' place."""
         embedded = self._inner.embed_tokens(ids)
-        cos, sin = self._rotate(embedded, position_ids=positions)
+        rotary = self._inner.rotary_emb
+        as_it_was = rotary is self._rotary and "forward" not in rotary.__dict__
+        cos, sin = (self._angles if as_it_was else rotary)(embedded, position_ids=positions)
         x = embedded.flatten(0, 1)
         prepared = None
         first = self._layers[0].whole

@@ -123,28 +123,22 @@ def plain_angles(rotary: Any) -> Callable[..., tuple[torch.Tensor, torch.Tensor]
     Takes ``x``, of whose type and device the result is, and ``position_ids [B, L]``; gives cos and sin ``[B, L, R]``.
     """
     kind, frequencies = getattr(rotary, "rope_type", None), getattr(rotary, "inv_freq", None)
-    scaling = getattr(rotary, "attention_scaling", None)
-    if (
-        not isinstance(kind, str)
-        or kind not in FIXED_KINDS
-        or not isinstance(frequencies, torch.Tensor)
-        or not isinstance(scaling, float | int)
-    ):
+    if not isinstance(kind, str) or kind not in FIXED_KINDS or not isinstance(frequencies, torch.Tensor):
         return rotary  # type: ignore[no-any-return]
 
     def angles(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         half = position_ids[..., None].float() * rotary.inv_freq
         both = torch.cat((half, half), dim=-1)
         cos, sin = both.cos(), both.sin()
-        if scaling != 1:
-            cos, sin = cos * scaling, sin * scaling
+        if rotary.attention_scaling != 1:
+            cos, sin = cos * rotary.attention_scaling, sin * rotary.attention_scaling
         return cos.to(x.dtype), sin.to(x.dtype)
 
     x, positions = frequencies.new_empty(1, 1, 1), torch.tensor([[0, 1, 700, 40_000]], device=frequencies.device)
     try:
         expected = rotary(x, position_ids=positions)
         same = all(torch.equal(*pair) for pair in zip(angles(x, positions), expected, strict=True))
-    except (TypeError, ValueError, RuntimeError, AttributeError):  # it is called in another way
+    except (TypeError, ValueError, RuntimeError, AttributeError, LookupError):  # it is called in another way
         return rotary  # type: ignore[no-any-return]
     return angles if same else rotary
 

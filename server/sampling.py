@@ -38,7 +38,7 @@ def sample(logits: Tensor, rows: Sequence[SamplerRow]) -> list[Sampled]:
     """Chooses one token per row.
 
     Greedy rows take the best token, the lowest id where several are best. A batch of plain greedy rows costs
-    one maximum. The device is waited for once, at the end.
+    one maximum. A device is waited for once, at the end.
 
     Args:
         logits: ``[S, V]``, any floating dtype; not changed.

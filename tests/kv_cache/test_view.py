@@ -5,7 +5,7 @@ import torch
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.pool import PagePool
-from foveate.kv_cache.view import PagedView, Rows
+from foveate.kv_cache.view import PagedView, Rows, upload
 
 CPU = torch.device("cpu")
 
@@ -50,3 +50,14 @@ def test_a_view_tells_the_sizes_of_its_pages() -> None:
     pool = PagePool(CacheGeometry(num_layers=2, num_kv_heads=3, head_dim=80, page_size=32, num_pages=4))
     view = PagedView(pool.layer(1), Rows.build([[3]], [5], [5], CPU))
     assert (view.page_size, view.num_kv_heads, view.head_dim) == (32, 3, 80)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_parts_of_one_upload_begin_at_16_bytes(dtype: torch.dtype) -> None:
+    parts = [[1], [], [2, 3, 4, 5, 6], [7, 8]]
+    made = upload(parts, dtype, CPU)
+    assert [part.tolist() for part in made] == parts
+    assert {part.dtype for part in made} == {dtype}
+    starts = {part.storage_offset() * part.element_size() % 16 for part in made}
+    assert starts == {0}
+    assert len({part.untyped_storage().data_ptr() for part in made}) == 1

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
 
 import pytest
 import torch
 
+import foveate
 from foveate.patches.attach import attach_engine
 from foveate.patches.fused_causal import FusedCausal
 from foveate.patches.interface import PackedStep
@@ -98,6 +100,16 @@ def replace_the_body(model, given):
     model.model.forward = type(model.model).forward.__get__(model.model)
 
 
+def replace_the_head(model, given):
+    head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
+    head.weight.data = model.lm_head.weight.data.clone()
+    model.set_output_embeddings(head)
+
+
+def want_one_row(model, given):
+    given["logits_to_keep"] = 1
+
+
 def want_everything(model, given):
     given["logits_to_keep"] = 0
 
@@ -115,6 +127,8 @@ CHANGES = [
     look_at_the_head,
     look_at_a_layer,
     replace_the_body,
+    replace_the_head,
+    want_one_row,
     want_everything,
     want_hidden_states,
     mask,
@@ -133,7 +147,31 @@ def test_it_makes_way(change, served, tokens, computed):
     change(model, changed)
     got = model(ids, **changed).logits
     assert not computed
-    torch.testing.assert_close(got if got.shape[1] == len(ROWS) else got[:, ROWS], want, rtol=1e-5, atol=1e-5)
+    rows = {12: ROWS, 2: slice(None)}.get(got.shape[1])
+    expected = want if rows is not None else want[:, 1:]  # the last of ROWS is the last of all
+    torch.testing.assert_close(got if rows is None else got[:, rows], expected, rtol=1e-5, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_rows_may_be_counted_from_the_end(served, tokens, computed):
+    (model, given), ids = served("llama"), tokens(1, 12)
+    computed.clear()
+    got, want = (model(ids, **{**given(), "logits_to_keep": torch.tensor([row])}).logits for row in (-1, 11))
+    assert len(computed) == 2
+    assert torch.equal(got, want)
+
+
+@torch.inference_mode()
+def test_arguments_may_be_given_by_place(tiny, tokens):
+    """The hook of an attached model tells by the signature what they are."""
+    model, ids = tuned(tiny("llama")), tokens(1, 12)
+    assert inspect.signature(model.forward) == inspect.signature(tiny("llama").forward)
+    with foveate.attach(model):
+        first = model(ids[:, :8], use_cache=True)
+        by_place = model(ids[:, 8:], None, None, first.past_key_values).logits
+        first = model(ids[:, :8], use_cache=True)
+        by_name = model(ids[:, 8:], past_key_values=first.past_key_values).logits
+    torch.testing.assert_close(by_place, by_name, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()

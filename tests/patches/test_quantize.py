@@ -29,6 +29,8 @@ SHAPES = {
     "chunks": (70, 1536, 48),
     "long": (300, 64, 17),
     "wide": (40, 4864, 32),
+    "thirteen": (13, 600, 33),
+    "fifteen": (15, 1537, 257),
 }
 # Largest error against the reference, of outputs around 1. Sums of many products round in float32; 2^-8 is half a
 # step of bfloat16 at 2 to 4.

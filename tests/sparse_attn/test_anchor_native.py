@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import contextmanager
+
 import pytest
 import torch
 
@@ -29,6 +31,16 @@ SHAPES = {
     "chunks": ((130, 17, 700), (30, 16, 111), 32),
     "tile128": ((300,), (300,), 128),
 }
+
+
+@contextmanager
+def threads(count):
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.fixture(params=DTYPES.values(), ids=DTYPES)
@@ -71,12 +83,10 @@ def test_facts_and_pools(facts, pool_all, queries, tile, dtype, isa):
 
 def test_the_number_of_threads_changes_nothing(isa):
     query, view = Paged((2500, 7, 1100), 2, 3, 64).view((1, 1, 1))
-    tiles, before = Tiles.of(view.rows, 1), torch.get_num_threads()
-    scores = []
-    for threads in (1, 2, 5):
-        torch.set_num_threads(threads)
-        scores.append(anchor_native.scores(query, view, tiles, AttentionSpec(0.25), range(3), False, isa=isa))
-    torch.set_num_threads(before)
+    tiles, scores = Tiles.of(view.rows, 1), []
+    for count in (1, 2, 5):
+        with threads(count):
+            scores.append(anchor_native.scores(query, view, tiles, AttentionSpec(0.25), range(3), False, isa=isa))
     assert torch.equal(scores[0], scores[1])
     assert torch.equal(scores[0], scores[2])
 
@@ -84,18 +94,15 @@ def test_the_number_of_threads_changes_nothing(isa):
 def test_long_contexts_are_pooled_in_parts_of_a_tile(dtype, isa):
     """With many threads each has room for some columns only of the weights that are kept: 24 of 256 at 20,000 keys."""
     query, view = Paged((20_000,), 1, 8, 16, page_size=128, dtype=dtype).view((40,))
-    before = torch.get_num_threads()
-    torch.set_num_threads(32)
-    try:
+    with threads(32):
         assert_scores(query, view, Tiles.of(view.rows, 32), AttentionSpec(0.5), isa)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_many_weights_are_kept_past_the_caches(dtype, isa):
-    """10,000 keys and 256 columns of 4 bytes: 10 MiB."""
+    """10,000 keys and 256 columns of 4 bytes: 10 MiB, of 32 that each of two threads has."""
     query, view = Paged((10_000,), 1, 8, 16, page_size=128, dtype=dtype).view((40,))
-    assert_scores(query, view, Tiles.of(view.rows, 32), AttentionSpec(0.5), isa)
+    with threads(2):
+        assert_scores(query, view, Tiles.of(view.rows, 32), AttentionSpec(0.5), isa)
 
 
 def test_a_peak_far_above_what_came_before_moves_the_reference(dtype, isa):

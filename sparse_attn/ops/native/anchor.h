@@ -17,7 +17,7 @@ namespace {
 
 constexpr int64_t kKeptBytes = 64 << 20;  // of weights at once, by all threads together
 constexpr int64_t kLeastKept = 2 << 20;   // by a thread
-constexpr int64_t kNearKept = 4 << 20;
+constexpr int64_t kNearKept = 4 << 20;    // beyond that, weights are stored past the caches
 
 template <class Engine>
 struct AnchorState {
@@ -25,12 +25,12 @@ struct AnchorState {
     using Kept = std::conditional_t<Engine::kPairs, bfloat16, float>;
     static constexpr int64_t kTile = W * W;  // weights of W keys and a vector of columns
 
-    int columns;          // most query rows at once
-    int64_t blocks;       // of keys
-    Kept* weights;    // [blocks][kBlock / W][vectors][kTile]: keys x columns, pairs of keys if Engine::kPairs
-    float* references;    // [blocks][vectors][W]
+    int columns;        // most query rows at once
+    int64_t blocks;     // of keys
+    Kept* weights;      // [blocks][kBlock / W][vectors][kTile]: keys x columns, pairs of keys if Engine::kPairs
+    float* references;  // [blocks][vectors][W]
     char* pass;
-    bool far;             // weights are stored past the caches, which they would leave before they are read again
+    bool far;           // weights are stored past the caches, which they would leave before they are read again
 
     AnchorState(void* memory, const foveate_anchor& call, int tile, int64_t* bytes = nullptr) {
         const foveate_attention& attention = call.attention;
@@ -66,8 +66,8 @@ int64_t anchor_scratch(const foveate_anchor& call, int tile) {
 // The weights of one block of keys and ``kVectors`` vectors of columns, in ``kept``, zero where a key is hidden.
 template <class Engine>
 FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Engine>& state, Engine& engine,
-                                 const KeyBlock<typename Engine::Row>& block, int v, KeptWeight<Engine>* kept, float* references,
-                                 bool far) {
+                                 const KeyBlock<typename Engine::Row>& block, int v, KeptWeight<Engine>* kept,
+                                 float* references, bool far) {
     using Simd = typename Engine::Simd;
     constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
     constexpr int64_t kTile = AnchorState<Engine>::kTile;
@@ -101,7 +101,8 @@ FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Eng
 
 // Adds up the columns of one block: ``scores[key] += sum over columns of weight * share``.
 template <class Engine>
-FOVEATE_INLINE void add_columns(const KeptWeight<Engine>* kept, const float* shares, int vectors, int count, float* scores) {
+FOVEATE_INLINE void add_columns(const KeptWeight<Engine>* kept, const float* shares, int vectors, int count,
+                                float* scores) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
     constexpr int W = Simd::W;

@@ -1,9 +1,7 @@
-#include "linear_lanes.h"
 #include "linear_words.h"
 
 namespace {
 using Few = DotLinear<Lanes8<WordDot>>;
-constexpr LinearKernels kTable = {Few::quantize, multiply_words,  Few::widen,  WordPieces::kRowBytes,
-                                  1,             Few::nothing,    Few::nothing};
 }
-constexpr LinearKernels kLinearAvx2 = kTable;
+constexpr LinearKernels kLinearAvx2 = {Few::quantize, multiply_words, Few::widen,  WordPieces::kRowBytes,
+                                       1,             Few::nothing,   Few::nothing};

@@ -9,6 +9,7 @@ namespace {
 constexpr int kBlock = 16;  // output channels of a block of weights
 constexpr int kGroup = 32;  // input channels that share a step in 4 bits
 // Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
+constexpr int64_t kAhead = 1024;  // bytes of weights that are fetched before they are needed
 constexpr float kLevels8 = 127.0f, kLevels16 = 32512.0f;
 
 // What belongs to a vector of output channels of an 8-bit layer.
@@ -141,6 +142,8 @@ struct DotLinear {
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) sums[r][j] = Vec::set_int(0);
         for (int64_t k = 0; k < stride; k += 4) {
+            if constexpr (kRows == 1)  // it waits for memory; blocks follow one another
+                _mm_prefetch(reinterpret_cast<const char*>(w[0] + k * kBlock + kAhead), _MM_HINT_T0);
             typename Isa::Weights weights[kVectors];
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) weights[j] = Isa::weights(w[j] + k * kBlock);

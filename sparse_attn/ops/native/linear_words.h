@@ -5,6 +5,7 @@
 #pragma once
 
 #include "linear_dot.h"
+#include "linear_lanes.h"
 
 namespace {
 

@@ -13,6 +13,9 @@ struct Narrow {
     static constexpr int V = kNarrowPanel / W;  // vectors of a panel
     // Rows and panels at once: as many sums as there are registers for beside a panel and an input.
     static constexpr int kRows = W == 16 ? 12 : 6, kPanels = W == 16 ? 2 : 1;
+    // Input channels of a panel, 1 KiB, that are fetched before they are needed: one core read at 0.85 of what a `sum`
+    // does, where it was 0.75 without, and 0.73 with 4 KiB.
+    static constexpr int64_t kAhead = 32;
     static constexpr int64_t kRun = 512;  // products summed in a row: longer sums lose digits, and leave L1
 
     static FOVEATE_INLINE const bfloat16* panel_of(const foveate_narrow& call, int64_t panel) {
@@ -48,12 +51,16 @@ struct Narrow {
             for (int v = 0; v < V; ++v) sums[s][v] = Vec::zero();
         const int64_t depth = call.in_channels;
         int64_t k = 0;
-        for (; k + kSums <= depth; k += kSums)
+        for (; k + kSums <= depth; k += kSums) {
+#pragma GCC unroll 8
+            for (int s = 0; s < kSums; s += 2)  // 64 bytes; panels follow one another
+                _mm_prefetch(reinterpret_cast<const char*>(w + (k + s + kAhead) * kNarrowPanel), _MM_HINT_T0);
 #pragma GCC unroll 8
             for (int s = 0; s < kSums; ++s)
 #pragma GCC unroll 8
                 for (int v = 0; v < V; ++v)
                     sums[s][v] = Vec::fma(Vec::set(x[k + s]), Vec::load(w + (k + s) * kNarrowPanel + v * W), sums[s][v]);
+        }
         for (; k < depth; ++k)
             for (int v = 0; v < V; ++v)
                 sums[0][v] = Vec::fma(Vec::set(x[k]), Vec::load(w + k * kNarrowPanel + v * W), sums[0][v]);
