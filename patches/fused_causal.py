@@ -63,7 +63,9 @@ class FusedCausal:
         if not isinstance(logits_to_keep, torch.Tensor) or logits_to_keep.dim() != 1:
             return None
         head = self._model.get_output_embeddings()  # type: ignore[no-untyped-call]
-        if head is not self._head or self._inner.__dict__.get("forward") is not self._body or any(self._hooks):
+        if head is not self._head or self._model.base_model is not self._inner:
+            return None
+        if self._inner.__dict__.get("forward") is not self._body or any(self._hooks):
             return None
         known = self._body.known(input_ids, position_ids, foveate_step)
         return None if known is None else (*known, logits_to_keep)

@@ -100,6 +100,19 @@ def replace_the_body(model, given):
     model.model.forward = type(model.model).forward.__get__(model.model)
 
 
+class Around(torch.nn.Module):
+    def __init__(self, body):
+        super().__init__()
+        self.body = body
+
+    def forward(self, *args, **kwargs):
+        return self.body(*args, **kwargs)
+
+
+def wrap_the_body(model, given):
+    model.model = Around(model.model)
+
+
 def replace_the_head(model, given):
     head = torch.nn.Linear(*reversed(model.lm_head.weight.shape), bias=False)
     head.weight.data = model.lm_head.weight.data.clone()
@@ -127,6 +140,7 @@ CHANGES = [
     look_at_the_head,
     look_at_a_layer,
     replace_the_body,
+    wrap_the_body,
     replace_the_head,
     want_one_row,
     want_everything,

@@ -8,8 +8,8 @@ namespace {
 
 constexpr int kBlock = 16;  // output channels of a block of weights
 constexpr int kGroup = 32;  // input channels that share a step in 4 bits
-// Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
 constexpr int64_t kAhead = 1024;  // bytes of weights that are fetched before they are needed
+// Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
 constexpr float kLevels8 = 127.0f, kLevels16 = 32512.0f;
 
 // What belongs to a vector of output channels of an 8-bit layer.
@@ -142,8 +142,9 @@ struct DotLinear {
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) sums[r][j] = Vec::set_int(0);
         for (int64_t k = 0; k < stride; k += 4) {
-            if constexpr (kRows == 1)  // it waits for memory; blocks follow one another
-                _mm_prefetch(reinterpret_cast<const char*>(w[0] + k * kBlock + kAhead), _MM_HINT_T0);
+            if constexpr (kRows == 1)  // it waits for memory; a line is four inputs of a block
+                for (int j = 0; j < kVectors; j += kBlock / W)
+                    _mm_prefetch(reinterpret_cast<const char*>(w[j] + k * kBlock + kAhead), _MM_HINT_T0);
             typename Isa::Weights weights[kVectors];
 #pragma GCC unroll 8
             for (int j = 0; j < kVectors; ++j) weights[j] = Isa::weights(w[j] + k * kBlock);

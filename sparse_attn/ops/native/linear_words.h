@@ -1,4 +1,4 @@
-// Linear layers of 8-bit weights for many rows on AVX2, which multiplies words in pairs 1.6 times as fast as floats.
+// Linear layers of 8-bit weights for many rows on AVX2, which multiplies words in pairs 1.6 times as fast as floats at best.
 //
 // Weights and quantised inputs, of 8 or of 16 bits, are widened to words once per piece of 512 input channels: a sum of
 // 512 products of 127 and 32,512 fits 32 bits. Pieces are added up in float32. AVX2's product of bytes would saturate.

@@ -37,7 +37,7 @@ int32_t foveate_narrow_run(const foveate_narrow* call_pointer) {
     // Narrow enough that the threads end together; one row reads long ways in one piece.
     const int64_t wanted = (call.rows == 1 ? kPiecesPerThread : kBlocksPerThread) * call.num_threads;
     const int64_t width = std::clamp<int64_t>(panels * std::max<int64_t>(row_blocks, 1) / wanted, 1,
-                                              call.rows == 1 ? panels : kPanels);
+                                              call.rows == 1 ? std::max<int64_t>(panels, 1) : kPanels);
     run_items(ceil_div(panels, width) * row_blocks, call.num_threads, [&](int64_t i) {
         const int64_t row = i % row_blocks * kRows, panel = i / row_blocks * width;
         block(call, row, std::min(row + kRows, call.rows), panel, std::min(panel + width, panels));
