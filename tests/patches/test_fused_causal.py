@@ -103,7 +103,7 @@ def replace_the_body(model, given):
 class Around(torch.nn.Module):
     def __init__(self, body):
         super().__init__()
-        self.body = body
+        self.body, self.embed_tokens = body, body.embed_tokens
 
     def forward(self, *args, **kwargs):
         return self.body(*args, **kwargs)
