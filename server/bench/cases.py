@@ -24,6 +24,8 @@ from .shapes import Shape
 WALK_BYTES = 400 * 10**6
 # Layers or copies that one call walks through at most: small ones need no more to leave the caches near the core.
 MOST_STEPS = 256
+# A GPU is kept waiting so long while a call is launched: 5 to 20 ms, by its clock.
+LAUNCH_CYCLES = 20_000_000
 # The product that stands for what the machine multiplies.
 GEMM = (2048, 4096, 4096)
 
@@ -101,28 +103,61 @@ def kernels(
     return found | {"torch": partial(op, backend="torch")}
 
 
-def take_turns(calls: Mapping[str, Call], repeats: int, clock: Callable[[], float]) -> dict[str, float]:
-    """Median seconds of each; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """Seconds of one call.
+
+    Attributes:
+        seconds: Until its work was done; on a GPU the GPU's own, without what launching costs.
+        host_seconds: Until the call returned; on a GPU its work may still be running then.
+    """
+
+    seconds: float
+    host_seconds: float
+
+
+def take_turns(calls: Mapping[str, Call], repeats: int, watch: Callable[[Call], Taken]) -> dict[str, Taken]:
+    """Medians of each; the first round warms up."""
+    times: dict[str, list[Taken]] = {name: [] for name in calls}
     for turn in range(repeats + 1):
         for name, call in calls.items():
-            start = clock()
-            call()
+            taken = watch(call)
             if turn:
-                times[name].append(clock() - start)
-    return {name: statistics.median(taken) for name, taken in times.items()}
+                times[name].append(taken)
+    return {
+        name: Taken(statistics.median(t.seconds for t in taken), statistics.median(t.host_seconds for t in taken))
+        for name, taken in times.items()
+    }
 
 
-def clock_of(device: torch.device, cpu_time: bool) -> Callable[[], float]:
-    """Wall time, or the thread's own; waits for a GPU first."""
+def stopwatch(device: torch.device, cpu_time: bool) -> Callable[[Call], Taken]:
+    """Measures by a GPU's own events; on a CPU by the clock, or by the time that the thread itself ran."""
     if device.type == "cuda":
+        return partial(_on_gpu, device)
+    clock = time.thread_time if cpu_time else time.perf_counter
 
-        def synchronized() -> float:
-            torch.cuda.synchronize(device)
-            return time.perf_counter()
+    def watch(call: Call) -> Taken:
+        start = clock()
+        call()
+        taken = clock() - start
+        return Taken(taken, taken)
 
-        return synchronized
-    return time.thread_time if cpu_time else time.perf_counter
+    return watch
+
+
+def _on_gpu(device: torch.device, call: Call) -> Taken:
+    cuda: Any = torch.cuda  # torch leaves these untyped
+    first, last = (cuda.Event(enable_timing=True) for _ in range(2))
+    with torch.cuda.device(device):
+        cuda.synchronize()
+        cuda._sleep(LAUNCH_CYCLES)  # meanwhile the call's kernels queue up, so that none waits for its launch
+        first.record()
+        start = time.perf_counter()
+        call()
+        host_seconds = time.perf_counter() - start
+        last.record()
+        last.synchronize()
+    return Taken(first.elapsed_time(last) / 1e3, host_seconds)
 
 
 class Limits:

@@ -16,7 +16,7 @@ from foveate.sparse_attn.ops import native
 from ..memory import tune_allocator
 from . import ops_attention, ops_linear, ops_selection
 from .arguments import OPS
-from .cases import Case, Limits, Setting, clock_of, take_turns
+from .cases import Call, Case, Limits, Setting, Taken, stopwatch, take_turns
 from .report import Report, table
 from .shapes import SHAPES
 
@@ -61,7 +61,7 @@ def run(given: Namespace) -> int:
 @torch.inference_mode()
 def measure(given: Namespace, device: torch.device, isas: tuple[str, ...]) -> list[dict[str, Any]]:
     """One row per op, element type, shape, case and kernel."""
-    clock = clock_of(device, given.cpu_time)
+    watch = stopwatch(device, given.cpu_time)
     rows: list[dict[str, Any]] = []
     plan = [(op, dtype, shape) for dtype in given.dtypes for op in given.ops for shape in given.shapes]
     limits: dict[str, Limits] = {}
@@ -76,20 +76,20 @@ def measure(given: Namespace, device: torch.device, isas: tuple[str, ...]) -> li
                 SHAPES[shape], shape, kind, stored, device, given.context, given.queries, given.share, isas
             )
             for case in CASES[op](setting):
-                rows += _rows(op, setting, case, limits[dtype], given.repeats, clock)
+                rows += _rows(op, setting, case, limits[dtype], given.repeats, watch)
             bar.update()
     return rows
 
 
 def _rows(
-    op: str, setting: Setting, case: Case, limits: Limits, repeats: int, clock: Callable[[], float]
+    op: str, setting: Setting, case: Case, limits: Limits, repeats: int, watch: Callable[[Call], Taken]
 ) -> list[dict[str, Any]]:
     limit = limits.names[case.limit]
-    taken = take_turns({**case.calls, limit: limits.calls[case.limit]}, repeats, clock)
-    most = limits.work[case.limit] / taken.pop(limit) / 1e9
+    taken = take_turns({**case.calls, limit: limits.calls[case.limit]}, repeats, watch)
+    most = limits.work[case.limit] / taken.pop(limit).seconds / 1e9
     rows = []
-    for kernel, seconds in taken.items():
-        rate = case.work_of(kernel) / seconds / 1e9
+    for kernel, times in taken.items():
+        rate = case.work_of(kernel) / times.seconds / 1e9
         rows.append(
             {
                 "op": op,
@@ -98,7 +98,8 @@ def _rows(
                 "shape": setting.name,
                 "case": case.name,
                 "kernel": kernel,
-                "milliseconds": seconds / case.steps * 1e3,
+                "milliseconds": times.seconds / case.steps * 1e3,
+                "host_milliseconds": times.host_seconds / case.steps * 1e3,
                 "rate": rate,
                 "unit": UNITS[case.limit],
                 "limit": limit,

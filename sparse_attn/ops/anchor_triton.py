@@ -65,7 +65,7 @@ def _rows(first, count, start, head, FOLD: tl.constexpr, BLOCK_ROWS: tl.constexp
     return (start + local).to(tl.int64), head * FOLD + rows % FOLD, local, valid
 
 
-@triton.jit(do_not_specialize=["blocks", "splits"])
+@triton.jit(do_not_specialize=["blocks", "splits", "table_stride"])
 def anchor_lse_kernel(
     query,
     lse,  # [T, H, splits]
@@ -126,7 +126,7 @@ def anchor_lse_kernel(
     tl.store(lse + (token * (tl.num_programs(1) * FOLD) + row_head) * splits + split, natural, mask=valid)
 
 
-@triton.jit(do_not_specialize=["scores_stride", "scores_head_stride"])
+@triton.jit(do_not_specialize=["scores_stride", "scores_head_stride", "table_stride"])
 def anchor_pool_kernel(
     query,
     lse,  # [T, H]

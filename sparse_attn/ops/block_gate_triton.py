@@ -26,7 +26,7 @@ _LEAST = tl.constexpr(-(2**63))
 _NONE = tl.constexpr(2**31 - 1)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "table_stride"])
 def block_mean_kernel(
     means,  # [S, G, U, D] float32
     rows,  # page sums [P, G, D] float32, or keys [P, G, page_size, D]

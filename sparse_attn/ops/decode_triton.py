@@ -21,7 +21,17 @@ from .tiling import Tiling, decode_tiling, power_of_two, unit_of
 _PROGRAMS, _KEYS_PER_SPLIT, _MOST_SPLITS = 512, 256, 128
 
 
-@triton.jit(do_not_specialize=["splits", "nearest", "farthest"])
+@triton.jit(
+    do_not_specialize=[
+        "splits",
+        "nearest",
+        "farthest",
+        "table_stride",
+        "indices_stride",
+        "indices_head_stride",
+        "counts_stride",
+    ]
+)
 def decode_kernel(
     query,
     out,  # [S, H, splits, D]

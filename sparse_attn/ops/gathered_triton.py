@@ -86,7 +86,7 @@ def list_fill_kernel(
     tl.store(lists + start + rank, entry.to(tl.int32), mask=listed)
 
 
-@triton.jit(do_not_specialize=["units", "columns", "steps", "nearest", "farthest"])
+@triton.jit(do_not_specialize=["units", "columns", "steps", "nearest", "farthest", "table_stride"])
 def gathered_kernel(
     query,  # at the slab's first query
     parts,  # [entries, FOLD, D]

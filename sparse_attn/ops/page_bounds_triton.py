@@ -19,7 +19,7 @@ from .tiling import Tiling, power_of_two
 _PAGES, _ROWS = 32, 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pages", "table_stride"])
 def page_bounds_kernel(
     query,
     bounds,  # [R, H, N] float32

@@ -17,7 +17,17 @@ from .launch import Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, power_of_two, prefill_tiling, unit_of
 
 
-@triton.jit(do_not_specialize=["blocks", "nearest", "farthest"])
+@triton.jit(
+    do_not_specialize=[
+        "blocks",
+        "nearest",
+        "farthest",
+        "table_stride",
+        "indices_stride",
+        "indices_head_stride",
+        "counts_stride",
+    ]
+)
 def prefill_kernel(
     query,
     out,  # [T, H, D]

@@ -19,7 +19,7 @@ from .threshold_common_triton import compensated, read_above, shared_arguments, 
 from .tiling import Tiling, decode_tiling, unit_of
 
 
-@triton.jit(do_not_specialize=["splits", "nearest", "farthest", "sink_tokens", "recent_tokens"])
+@triton.jit(do_not_specialize=["splits", "nearest", "farthest", "sink_tokens", "recent_tokens", "table_stride"])
 def thresholded_decode_kernel(
     query,
     theta,  # [S, H]

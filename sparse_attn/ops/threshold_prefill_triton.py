@@ -18,7 +18,7 @@ from .tiling import Tiling, power_of_two, thresholded_prefill_tiling, unit_of
 from .value_mean import causal_value_mean
 
 
-@triton.jit(do_not_specialize=["blocks", "nearest", "farthest", "sink_tokens", "recent_tokens"])
+@triton.jit(do_not_specialize=["blocks", "nearest", "farthest", "sink_tokens", "recent_tokens", "table_stride"])
 def thresholded_prefill_kernel(
     query,
     theta,  # [T, H]

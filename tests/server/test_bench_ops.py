@@ -10,7 +10,7 @@ import torch
 from foveate.server import cli
 from foveate.server.bench import cases
 from foveate.server.bench.arguments import OPS
-from foveate.server.bench.cases import Setting, causal_pairs, pages_of, take_turns
+from foveate.server.bench.cases import Setting, Taken, causal_pairs, pages_of, stopwatch, take_turns
 from foveate.server.bench.ops import CASES
 from foveate.server.bench.ops_attention import choose
 from foveate.server.bench.shapes import SHAPES
@@ -115,18 +115,20 @@ def test_chosen_units_stand_before_their_tile_and_are_the_share(small):
 
 
 def test_candidates_take_turns_and_the_first_round_does_not_count():
-    order, now = [], [0.0]
+    order = []
 
-    def call(name, seconds):
-        def run():
-            order.append(name)
-            now[0] += 100 if len(order) <= 2 else seconds
+    def watch(call):
+        order.append(call())
+        return Taken(100 if len(order) <= 2 else ord(order[-1]), len(order))
 
-        return run
-
-    found = take_turns({"a": call("a", 1), "b": call("b", 2)}, 3, lambda: now[0])
+    found = take_turns({"a": lambda: "a", "b": lambda: "b"}, 3, watch)
     assert order == ["a", "b"] * 4
-    assert found == {"a": 1, "b": 2}
+    assert found == {"a": Taken(ord("a"), 5), "b": Taken(ord("b"), 6)}
+
+
+def test_a_cpu_is_measured_until_the_call_returns():
+    taken = stopwatch(torch.device("cpu"), cpu_time=True)(lambda: sum(range(100_000)))
+    assert taken.seconds == taken.host_seconds > 0
 
 
 @pytest.mark.parametrize(

@@ -1,15 +1,12 @@
-"""The anchor-score Triton kernels in Triton's interpreter, against the float32 reference.
+"""The Triton kernels of exact scores, against the float32 reference.
 
-As ``test_triton_interpreter.py`` this file is also a script, which runs every case in a process of its own.
+Run by Triton's interpreter, or on a GPU where there is one; see ``script.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -24,9 +21,12 @@ from foveate.sparse_attn.ops.tiling import Tiling
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Tiles
 
+from .interpreter import teach_interpreter
+from .script import DEVICE, INTERPRETED, Measured, measure, on_device, tell_cases
+
 # Largest error of a pooled probability; logits are float32 sums of products of the same rounded inputs on both sides.
 TOLERANCE = 2e-5
-# Few large steps: the interpreter pays per step, not per element.
+# Few large steps for the interpreter, which pays per step, not per element.
 WIDE = Tiling(rows=128, keys=128, num_warps=4, num_stages=1)
 CPU = torch.device("cpu")
 
@@ -92,7 +92,7 @@ def make_view(case: Case) -> PagedView:
         at = torch.tensor([pages[i // size] * size + i % size for i in range(context)])
         rows = torch.randn(2, context, case.kv_heads, case.dim, generator=generator).to(dtype)
         ops.write_kv(rows[0], rows[1], pool.layer(0), at, backend="torch")
-    return PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU))
+    return on_device(PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU)))
 
 
 def run(case: Case) -> dict[str, Any]:
@@ -102,27 +102,22 @@ def run(case: Case) -> dict[str, Any]:
     shape = (view.rows.num_queries, case.kv_heads * case.group, case.dim)
     # A view into a packed row: the kernels take strides as they are.
     query = torch.randn(shape[0], shape[1] + 2, shape[2], generator=torch.Generator().manual_seed(1))
-    query = query.to(view.pages.keys.dtype)[:, : shape[1]]
+    query = query.to(DEVICE, view.pages.keys.dtype)[:, : shape[1]]
     facts = dict(case.facts)
     if "sinks" in facts:
-        facts["sinks"] = torch.tensor(facts["sinks"])
+        facts["sinks"] = torch.tensor(facts["sinks"], device=DEVICE)
     # A scale above D^-0.5 spreads the logits, so that a wrong key shows.
     spec = AttentionSpec(3 * case.dim**-0.5, **facts)
     tiles = Tiles.of(view.rows, case.tile)
     rows = range(case.first, len(tiles))
-    got = anchor_triton.scores(query, view, tiles, spec, rows, case.pool == "all", case.tiling)
+    got = anchor_triton.scores(query, view, tiles, spec, rows, case.pool == "all", case.tiling if INTERPRETED else None)
     want = anchor_scores(query, view, tiles, spec, rows=rows, pool=case.pool, backend="reference")
     return {"shape": got.shape == want.shape, "error": float((got - want).abs().max()), "largest": float(want.max())}
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, Any]]:
-    """What the interpreter made of every case, by name."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {entry.pop("case"): entry for entry in map(json.loads, done.stdout.splitlines())}
+def measured() -> Measured:
+    return measure("test_anchor_triton", seconds=900)
 
 
 pytestmark = pytest.mark.timeout(1000)
@@ -136,11 +131,8 @@ def test_scores_equal_reference(name, measured):
 
 
 def main() -> None:
-    from test_triton_interpreter import teach_bfloat16_products  # beside this script
-
-    teach_bfloat16_products()
-    for name, case in CASES.items():
-        print(json.dumps({"case": name, **run(case)}), flush=True)
+    teach_interpreter()
+    tell_cases({name: partial(run, case) for name, case in CASES.items()})
 
 
 if __name__ == "__main__":

@@ -1,20 +1,17 @@
-"""Triton kernels of chunks, run by the interpreter on a CPU, against their references.
+"""Triton kernels of chunks, against their references.
 
-Triton reads ``TRITON_INTERPRET`` when it is first imported, so this file is also a script: it prints one JSON object
-per case, and the tests below start it once, in its own process.
+Run by Triton's interpreter, or on a GPU where there is one; see ``script.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+
+from .script import DEVICE, Measured, measure, on_device, tell_cases
 
 # KV heads, head dim, page size, type of the pool, contexts.
 VIEWS: dict[str, tuple[int, int, int, str, tuple[int, ...]]] = {
@@ -48,25 +45,27 @@ def make_view(kv_heads: int, dim: int, page: int, dtype: str, contexts: tuple[in
         for place in range(context):
             keys[table[place // page], :, place % page] = torch.randn(kv_heads, dim, generator=generator)
     rows = Rows.build(tables, list(contexts), [1] * len(contexts), torch.device("cpu"))
-    return PagedView(LayerPages(keys, keys, {}), rows)
+    return on_device(PagedView(LayerPages(keys, keys, {}), rows))
 
 
-def run_sums(view: Any) -> float:
+def run_sums(name: str) -> float:
     from foveate.sparse_attn.ops import sums
 
-    generator = torch.Generator().manual_seed(1)
+    view, generator = make_view(*VIEWS[name]), torch.Generator().manual_seed(1)
     lengths = torch.tensor(view.rows.host_context_lens)[:, None]
     start = (torch.rand(len(lengths), 9, generator=generator) * lengths).int()
     length = (torch.rand(len(lengths), 9, generator=generator) * (lengths - start + 1)).int()
     length[:, 3] = 0
     start[:, 0], length[:, 0] = 0, lengths[:, 0]
+    start, length = start.to(DEVICE), length.to(DEVICE)
     want = sums.chunk_sums(view, start, length, backend="reference")
     return float((sums.chunk_sums(view, start, length, backend="triton") - want).abs().max())
 
 
-def run_change(view: Any, window: int, segment: int, segments: int) -> dict[str, Any]:
+def run_change(name: str, window: int, segment: int, segments: int) -> dict[str, Any]:
     from foveate.sparse_attn.ops.key_change import key_change
 
+    view = make_view(*VIEWS[name])
     want = key_change(view, window, segment, segments, backend="reference")
     got = key_change(view, window, segment, segments, backend="triton")
     known = torch.isfinite(want)
@@ -84,20 +83,15 @@ def run_pick(length: int, distance: int, threshold: float) -> dict[str, Any]:
     scores = torch.randn(5, length, generator=generator)
     scores[2] = scores[2].round()  # ties
     scores[3, ::2] = float("-inf")
-    limits = torch.tensor([length, 3, length, 7, 0])
+    scores, limits = scores.to(DEVICE), torch.tensor([length, 3, length, 7, 0], device=DEVICE)
     want = pick_boundaries(scores, limits, threshold, distance, backend="reference")
     got = pick_boundaries(scores, limits, threshold, distance, backend="triton")
     return {"same": bool(torch.equal(got, want)), "picks": int(want.sum())}
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    """What the interpreter made of every case, by name."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", str(Path(__file__))]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=250, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(map(json.loads, done.stdout.splitlines()))
+def measured() -> Measured:
+    return measure("test_chunks_triton", seconds=250)
 
 
 @pytest.mark.parametrize("view", VIEWS)
@@ -120,14 +114,9 @@ def test_picked_boundaries_equal_reference(pick, measured):
 
 
 def main() -> None:
-    for name, arguments in VIEWS.items():
-        view = make_view(*arguments)
-        print(json.dumps([f"sums-{name}", run_sums(view)]), flush=True)
-        for case, (change, of) in CHANGE_CASES.items():
-            if of == name:
-                print(json.dumps([case, run_change(view, *CHANGES[change])]), flush=True)
-    for name, sizes in PICKS.items():
-        print(json.dumps([name, run_pick(*sizes)]), flush=True)
+    sums = {f"sums-{name}": partial(run_sums, name) for name in VIEWS}
+    changes = {case: partial(run_change, view, *CHANGES[change]) for case, (change, view) in CHANGE_CASES.items()}
+    tell_cases(sums | changes | {name: partial(run_pick, *sizes) for name, sizes in PICKS.items()})
 
 
 if __name__ == "__main__":

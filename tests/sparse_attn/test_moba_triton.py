@@ -1,20 +1,18 @@
-"""Triton kernels of MoBA, run by the interpreter on a CPU, against their references.
+"""Triton kernels of MoBA, against their references.
 
-Triton reads ``TRITON_INTERPRET`` when it is first imported, so this file is also a script: it prints one JSON object
-per case, and the tests below start it once, in its own process.
+Run by Triton's interpreter, or on a GPU where there is one; see ``script.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+
+from .interpreter import teach_interpreter
+from .script import DEVICE, Measured, measure, on_device, tell_cases
 
 # Head dim, page size, block, top_k, gates pooled over a group, type; beside them the contexts and queries.
 GATES: dict[str, tuple[int, int, int, int, bool, str, tuple[int, ...], tuple[int, ...]]] = {
@@ -48,7 +46,7 @@ def run_gate(
 
     view, query = make_call(2, 2, dim, page, dtype, contexts, counts, stats=[KEY_SUM], ties=top_k == 3 and dim == 16)
     spans = zip(contexts, counts, strict=True)
-    own = torch.cat([torch.arange(context - count, context) for context, count in spans]).int() // block
+    own = torch.cat([torch.arange(context - count, context) for context, count in spans]).int().to(DEVICE) // block
     candidates = (own > 2).int(), own
     arguments = (query, view, block, top_k, candidates)
     got, want = (ops.gate_blocks(*arguments, pooled=pooled, backend=backend) for backend in ("triton", "reference"))
@@ -95,7 +93,8 @@ def make_call(
         ops.write_kv(rows[0], rows[1], pool.layer(0), slots, backend="torch")
     query = torch.randn(sum(counts), kv_heads * group, dim, generator=generator)
     query = (query.round().clamp(-1, 1) if ties else query).to(kind)
-    return PagedView(pool.layer(0), Rows.build(tables, list(contexts), list(counts), torch.device("cpu"))), query
+    rows = Rows.build(tables, list(contexts), list(counts), torch.device("cpu"))
+    return on_device(PagedView(pool.layer(0), rows)), query.to(DEVICE)
 
 
 def run_attention(
@@ -111,14 +110,14 @@ def run_attention(
     tiles = Tiles.of(view.rows, 1)
     kinds = kv_heads if pooled else kv_heads * group
     mask = torch.rand(len(tiles), kinds, -(-111 // unit), generator=torch.Generator().manual_seed(2)) < 0.5
-    mask &= torch.arange(mask.shape[2]) <= (tiles.position // unit)[:, None, None]
+    mask &= torch.arange(mask.shape[2]) <= (tiles.position // unit).cpu()[:, None, None]
     mask[0, -1] = False
-    selection = Selection.from_mask(mask, unit, tiles)
+    selection = Selection.from_mask(mask.to(DEVICE), unit, tiles)
     known = dict(facts)
     if "band" in known:
         known["band"] = Band(*known["band"])
     if "sinks" in known:
-        known["sinks"] = torch.tensor(known["sinks"])
+        known["sinks"] = torch.tensor(known["sinks"], device=DEVICE)
     spec = AttentionSpec(3 * dim**-0.5, **known)
     gathered_triton._SLAB_BYTES = 20 * query[0].numel() * query.element_size() * selection.indices.shape[2]
     out, lse = gathered_triton.prefill(query, view, selection, spec)
@@ -133,14 +132,8 @@ def run_attention(
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, Any]:
-    """What the interpreter made of every case, by name."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", "-m", "tests.sparse_attn.test_moba_triton"]
-    root = Path(__file__).parents[2]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=800, check=False, cwd=root)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return dict(map(json.loads, done.stdout.splitlines()))
+def measured() -> Measured:
+    return measure("test_moba_triton", seconds=800)
 
 
 pytestmark = pytest.mark.timeout(900)
@@ -164,32 +157,10 @@ def test_gathered_attention_equals_reference(case, measured):
     assert got["unseen_agrees"], "out = 0 and lse = -inf exactly where the reference sees no key"
 
 
-def teach_exclusive_or() -> None:
-    """The interpreter sums by exclusive or, which sorting is made of, element by element in Python: here, at once."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import ReduceOps
-
-    plain = ReduceOps.generic_reduce
-
-    def generic_reduce(self, given):
-        if self.combine_fn is not tl.standard._xor_combine or len(given) != 1 or self.axis is None:
-            return plain(self, given)
-        found = np.bitwise_xor.reduce(given[0].handle.data, axis=self.axis, keepdims=self.keep_dims)
-        return [self.to_tensor(found, given[0].dtype)]
-
-    ReduceOps.generic_reduce = generic_reduce
-
-
 def main() -> None:
-    from .test_triton_interpreter import teach_bfloat16_products
-
-    teach_bfloat16_products()
-    teach_exclusive_or()
-    for name, gate in GATES.items():
-        print(json.dumps([f"gate-{name}", run_gate(*gate)]), flush=True)
-    for name, attention in ATTENTION.items():
-        print(json.dumps([name, run_attention(*attention)]), flush=True)
+    teach_interpreter()
+    gates = {f"gate-{name}": partial(run_gate, *gate) for name, gate in GATES.items()}
+    tell_cases(gates | {name: partial(run_attention, *attention) for name, attention in ATTENTION.items()})
 
 
 if __name__ == "__main__":

@@ -1,20 +1,19 @@
-"""The Triton kernels that score pages and blocks, run by Triton's interpreter, against the float32 reference.
+"""The Triton kernels that score pages and blocks, against the float32 reference.
 
-A script too, for the reason given in ``test_triton_interpreter.py``: it prints one JSON object per case, and the tests
-below start it once, in its own process, and judge those.
+Run by Triton's interpreter, or on a GPU where there is one; see ``script.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+
+from .interpreter import teach_interpreter
+from .script import DEVICE, Measured, measure, on_device, tell_cases
 
 
 @dataclass(frozen=True)
@@ -47,15 +46,16 @@ TOLERANCE = 1e-4
 
 
 def run(name: str, case: Case) -> dict[str, Any]:
-    from paged import Paged
-
     from foveate.kv_cache.stats import KEY_MAX, KEY_MIN
     from foveate.sparse_attn import ops
     from foveate.sparse_attn.selection import Tiles
 
+    from .paged import Paged
+
     shape = (case.kv_heads, case.group, case.dim, case.page_size)
     world = Paged(case.contexts, *shape, stats=(KEY_MIN, KEY_MAX), dtype=getattr(torch, case.dtype))
     query, view = world.view(case.queries)
+    query, view = query.to(DEVICE), on_device(view)
     if "packed" in name:  # a view into a packed QKV row
         query = torch.cat([query, query], dim=1)[:, : query.shape[1]]
     tiles = Tiles.of(view.rows, case.bound_tile)
@@ -77,12 +77,13 @@ def run(name: str, case: Case) -> dict[str, Any]:
 
 def run_slabs() -> bool:
     """Tiles handled a few at a time give what they give together."""
-    from paged import Paged
-
     from foveate.sparse_attn.ops import antidiagonal_triton
     from foveate.sparse_attn.selection import Tiles
 
+    from .paged import Paged
+
     query, view = Paged((150, 40)).view((150, 40))
+    query, view = query.to(DEVICE), on_device(view)
     arguments = (query, view, Tiles.of(view.rows, 32), 8, 1.0)
     whole = antidiagonal_triton.antidiagonal_scores(*arguments)
     antidiagonal_triton._SLAB_SCORES = 3 * 4 * 4 * 5  # three tiles of four heads, four runs, five blocks
@@ -90,12 +91,8 @@ def run_slabs() -> bool:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, Any]]:
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {entry.pop("case"): entry for entry in map(json.loads, done.stdout.splitlines())}
+def measured() -> Measured:
+    return measure("test_scores_triton", seconds=300)
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -115,16 +112,12 @@ def test_antidiagonal_scores_equal_reference(name, measured):
 
 
 def test_slabs_change_nothing(measured):
-    assert measured["slabs"]["same"]
+    assert measured["slabs"]
 
 
 def main() -> None:
-    from test_triton_interpreter import teach_bfloat16_products
-
-    teach_bfloat16_products()
-    for name, case in CASES.items():
-        print(json.dumps({"case": name, **run(name, case)}), flush=True)
-    print(json.dumps({"case": "slabs", "same": run_slabs()}), flush=True)
+    teach_interpreter()
+    tell_cases({name: partial(run, name, case) for name, case in CASES.items()} | {"slabs": run_slabs})
 
 
 if __name__ == "__main__":

@@ -1,15 +1,12 @@
-"""The thresholded Triton kernels in Triton's interpreter, against the float32 reference.
+"""The Triton kernels of score thresholds, against the float32 reference.
 
-As in ``test_triton_interpreter.py`` this file is also a script, which runs every case in a process of its own.
+Run by Triton's interpreter, or on a GPU where there is one; see ``script.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -25,9 +22,12 @@ from foveate.sparse_attn.ops.tiling import Tiling
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Band, ScoreThreshold
 
-# RMS error over RMS of the reference; see test_triton_interpreter.py for what 16 bits cost there.
+from .interpreter import teach_interpreter
+from .script import DEVICE, INTERPRETED, Measured, measure, on_device, tell_cases
+
+# RMS error over RMS of the reference; see test_attention_triton.py for what 16 bits cost there.
 TOLERANCE = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}
-# Few large steps: the interpreter pays per step, not per element.
+# Few large steps for the interpreter, which pays per step, not per element.
 WIDE = Tiling(rows=128, keys=128, num_warps=4, num_stages=1)
 NARROW = Tiling(rows=16, keys=128, num_warps=4, num_stages=1)
 CPU = torch.device("cpu")
@@ -127,7 +127,7 @@ def make_view(case: Case) -> PagedView:
         slots = torch.tensor([pages[i // size] * size + i % size for i in range(context + case.tail)])
         rows = torch.randn(2, len(slots), case.kv_heads, case.dim, generator=generator).to(geometry.dtype)
         ops.write_kv(rows[0], rows[1], pool.layer(0), slots, backend="torch")
-    return PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU))
+    return on_device(PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU)))
 
 
 def make_plan(case: Case, query: torch.Tensor, view: PagedView, spec: AttentionSpec) -> ScoreThreshold:
@@ -135,10 +135,10 @@ def make_plan(case: Case, query: torch.Tensor, view: PagedView, spec: AttentionS
 
     Every seventh query reads all, every eleventh nothing.
     """
-    theta, start = torch.zeros(query.shape[:2]), 0
+    theta, start = torch.zeros(query.shape[:2], device=DEVICE), 0
     for sequence, visible in enumerate(visible_mask(view, None, spec, query.shape[1])):
         count, context = visible.shape[1:]
-        pages = torch.tensor(view.rows.host_block_tables[sequence])
+        pages = torch.tensor(view.rows.host_block_tables[sequence], device=DEVICE)
         keys = view.pages.keys[pages].transpose(0, 1).flatten(1, 2)[:, :context].repeat_interleave(case.group, 0)
         logits = torch.einsum("qhd,hkd->hqk", query[start : start + count].float(), keys.float()) * spec.scale
         if spec.softcap:
@@ -151,7 +151,7 @@ def make_plan(case: Case, query: torch.Tensor, view: PagedView, spec: AttentionS
     if case.dropped_sum != "bound":
         theta[5::11] = 1e4
     theta[::7] = float("-inf") if len(theta) > 7 else theta[::7]
-    given = 3 * torch.rand(theta.shape, generator=torch.Generator().manual_seed(3))
+    given = 3 * torch.rand(theta.shape, generator=torch.Generator().manual_seed(3)).to(DEVICE)
     expected = given if case.dropped_sum == "given" else None
     return ScoreThreshold(theta, case.dropped_sum, case.scale, expected, case.value_mean, **case.plan)
 
@@ -163,17 +163,17 @@ def run(case: Case) -> dict[str, Any]:
     shape = (view.rows.num_queries, case.kv_heads * case.group, case.dim)
     # A view into a packed row: the kernels take strides as they are.
     query = torch.randn(shape[0], shape[1] + 2, shape[2], generator=torch.Generator().manual_seed(1))
-    query = query.to(view.pages.keys.dtype)[:, : shape[1]]
+    query = query.to(DEVICE, view.pages.keys.dtype)[:, : shape[1]]
     facts = dict(case.facts)
     if "sinks" in facts:
-        facts["sinks"] = torch.tensor(facts["sinks"])
+        facts["sinks"] = torch.tensor(facts["sinks"], device=DEVICE)
     # A scale above D^-0.5 spreads the logits, so that a wrong key shows.
     spec = AttentionSpec(3 * case.dim**-0.5, **facts)
     plan = make_plan(case, query, view, spec)
     if all(count == 1 for count in case.queries):
-        got = threshold_decode_triton.decode(query, view, plan, spec, case.tiling, case.splits)
+        got = threshold_decode_triton.decode(query, view, plan, spec, case.tiling if INTERPRETED else None, case.splits)
     else:
-        got = threshold_prefill_triton.prefill(query, view, plan, spec, case.tiling)
+        got = threshold_prefill_triton.prefill(query, view, plan, spec, case.tiling if INTERPRETED else None)
     want = ops.thresholded(query, view, plan, spec, backend="reference")
     nothing = torch.isinf(want[1])
     return {
@@ -193,11 +193,11 @@ def run_unread_values() -> dict[str, Any]:
 
     case = decode(700, group=3, kv_heads=2)
     view = make_view(case)
-    query = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1))
+    query = torch.randn(1, 6, 64, generator=torch.Generator().manual_seed(1)).to(DEVICE)
     spec = AttentionSpec(3 * 64**-0.5)
-    plan = ScoreThreshold(torch.full((1, 6), 6.0), "exact")
+    plan = ScoreThreshold(torch.full((1, 6), 6.0, device=DEVICE), "exact")
     want = ops.thresholded(query, view, plan, spec, backend="reference")
-    pages = torch.tensor(view.rows.host_block_tables[0])
+    pages = torch.tensor(view.rows.host_block_tables[0], device=DEVICE)
     keys = view.pages.keys[pages].transpose(0, 1).flatten(1, 2)[:, :700]
     kept = (torch.einsum("grd,gkd->grk", query.view(2, 3, 64), keys) * spec.scale > 6.0).any(1)
     for head, position in (~kept).nonzero().tolist():
@@ -211,13 +211,8 @@ def rms(tensor: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, Any]]:
-    """What the interpreter made of every case, by name."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {entry.pop("case"): entry for entry in map(json.loads, done.stdout.splitlines())}
+def measured() -> Measured:
+    return measure("test_threshold_triton", seconds=900)
 
 
 pytestmark = pytest.mark.timeout(1000)
@@ -246,12 +241,8 @@ def test_values_that_no_head_keeps_are_not_read(measured):
 
 
 def main() -> None:
-    from test_triton_interpreter import teach_bfloat16_products  # beside this script
-
-    teach_bfloat16_products()
-    for name, case in CASES.items():
-        print(json.dumps({"case": name, **run(case)}), flush=True)
-    print(json.dumps({"case": "unread-values", **run_unread_values()}), flush=True)
+    teach_interpreter()
+    tell_cases({name: partial(run, case) for name, case in CASES.items()} | {"unread-values": run_unread_values})
 
 
 if __name__ == "__main__":

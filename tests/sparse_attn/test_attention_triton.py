@@ -1,17 +1,12 @@
-"""The Triton kernels, run by Triton's interpreter on a CPU, against the float32 reference.
+"""The Triton kernels of attention and of writing pages, against the float32 reference.
 
-Triton reads ``TRITON_INTERPRET`` when it is first imported, and other tests import it for the real compiler. So
-this file is also a script: ``python test_triton_interpreter.py`` runs every case and prints one JSON object per
-case; the tests below start it once, in its own process, and judge what it printed.
+Run by Triton's interpreter, or on a GPU where there is one; see ``script.py``.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import pytest
@@ -26,11 +21,14 @@ from foveate.sparse_attn.ops.tiling import Tiling
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import Band, Selection, Tiles
 
+from .interpreter import teach_interpreter
+from .script import DEVICE, INTERPRETED, Measured, measure, on_device, tell_cases
+
 # RMS error over RMS of the reference, which sees the same rounded inputs. In 16 bits the kernels round weights and
 # output; to bfloat16 the interpreter truncates, which costs up to 2^-7 of a value and 0.0044 here, a GPU half of it.
 TOLERANCE = {"float32": 2e-5, "float16": 1e-3, "bfloat16": 5e-3}
 LSE_TOLERANCE = 1e-4
-# Few large steps: the interpreter pays per step, not per element.
+# Few large steps for the interpreter, which pays per step, not per element.
 WIDE = Tiling(rows=128, keys=128, num_warps=4, num_stages=1)
 CPU = torch.device("cpu")
 
@@ -135,14 +133,14 @@ def make_view(case: Case) -> PagedView:
         at = torch.tensor([pages[i // case.page_size] * case.page_size + i % case.page_size for i in range(context)])
         rows = torch.randn(2, context, case.kv_heads, case.dim, generator=generator).to(dtype)
         ops.write_kv(rows[0], rows[1], pool.layer(0), at, backend="torch")
-    return PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU))
+    return on_device(PagedView(pool.layer(0), Rows.build(tables, list(case.contexts), list(case.queries), CPU)))
 
 
 def make_query(case: Case, view: PagedView) -> torch.Tensor:
     heads = case.kv_heads * case.group
     shape = (view.rows.num_queries, heads + (2 if case.packed else 0), case.dim)
     query = torch.randn(shape, generator=torch.Generator().manual_seed(1)).to(view.pages.keys.dtype)
-    return query[:, :heads]
+    return query.to(DEVICE)[:, :heads]
 
 
 def make_selection(case: Case, view: PagedView) -> Selection | None:
@@ -154,9 +152,10 @@ def make_selection(case: Case, view: PagedView) -> Selection | None:
     heads = case.kv_heads * (case.group if case.per_query_head else 1)
     units = -(-max(case.contexts) // case.granularity)
     mask = torch.rand(len(tiles), heads, units, generator=generator) < 0.4
-    mask &= torch.arange(units) <= ((tiles.position + tiles.query_count - 1) // case.granularity)[:, None, None]
+    last = (tiles.position + tiles.query_count - 1).cpu() // case.granularity
+    mask &= torch.arange(units) <= last[:, None, None]
     mask[0, -1] = False
-    selection = Selection.from_mask(mask, case.granularity, tiles)
+    selection = Selection.from_mask(mask.to(DEVICE), case.granularity, tiles)
     selection.validate(view.rows)
     return selection
 
@@ -168,11 +167,11 @@ def run_attention(case: Case) -> dict[str, Any]:
     query, selection = make_query(case, view), make_selection(case, view)
     facts = dict(case.facts)
     if "sinks" in facts:
-        facts["sinks"] = torch.tensor(facts["sinks"])
+        facts["sinks"] = torch.tensor(facts["sinks"], device=DEVICE)
     # A scale above D^-0.5 spreads the logits, so that a wrong key shows.
     spec = AttentionSpec(3 * case.dim**-0.5, **facts)
     kernel = prefill_triton.prefill if case.phase == "prefill" else decode_triton.decode
-    out, lse = kernel(query, view, selection, spec, case.tiling)
+    out, lse = kernel(query, view, selection, spec, case.tiling if INTERPRETED else None)
     want, want_lse = ops.prefill(query, view, selection, spec, backend="reference")
     unseen = torch.isinf(want_lse)
     return {
@@ -193,10 +192,10 @@ def run_far_page() -> dict[str, Any]:
     from foveate.sparse_attn.ops import decode_triton, write_triton
 
     page = 2**31 // (16 * 64) + 1
-    keys = torch.empty(page + 1, 1, 16, 64, dtype=torch.float16)
-    view = PagedView(LayerPages(keys, keys, {}), Rows.build([[page]], [16], [1], CPU))
-    rows = torch.randn(16, 1, 64, generator=torch.Generator().manual_seed(3)).half()
-    write_triton.write_kv(rows, rows, view.pages, torch.arange(16) + page * 16)
+    keys = torch.empty(page + 1, 1, 16, 64, dtype=torch.float16, device=DEVICE)
+    view = PagedView(LayerPages(keys, keys, {}), Rows.build([[page]], [16], [1], DEVICE))
+    rows = torch.randn(16, 1, 64, generator=torch.Generator().manual_seed(3)).half().to(DEVICE)
+    write_triton.write_kv(rows, rows, view.pages, torch.arange(16, device=DEVICE) + page * 16)
     spec = AttentionSpec(0.1)
     out, _ = decode_triton.decode(rows[:1], view, None, spec)
     want, _ = ops.decode(rows[:1], view, None, spec, backend="reference")
@@ -206,7 +205,7 @@ def run_far_page() -> dict[str, Any]:
 def run_write(dim: int, page_size: int, dtype: torch.dtype, given: torch.dtype) -> dict[str, Any]:
     """Pages of two sequences filled in three steps, with tokens that go nowhere, against the torch path."""
     stats = [PageStat(source, fold) for source in ("key", "value") for fold in Fold]
-    pools = [PagePool(CacheGeometry(1, 3, dim, page_size, 7, dtype), stats) for _ in range(2)]
+    pools = [PagePool(CacheGeometry(1, 3, dim, page_size, 7, dtype, DEVICE), stats) for _ in range(2)]
     for pool in pools:
         pool.keys.fill_(float("nan"))
         pool.values.fill_(float("nan"))
@@ -224,9 +223,11 @@ def run_write(dim: int, page_size: int, dtype: torch.dtype, given: torch.dtype) 
             done[sequence] += count
         # One row wide: the kernels take strides as they are. In the pool's type, since the interpreter rounds
         # float32 to bfloat16 in another way than torch and than a GPU.
-        rows = torch.randn(len(slots), 5, 2, dim, generator=generator).to(dtype)[:, 1:4]
+        rows = torch.randn(len(slots), 5, 2, dim, generator=generator).to(DEVICE, dtype)[:, 1:4]
         for pool, backend in zip(pools, ("triton", "torch"), strict=True):
-            ops.write_kv(rows[:, :, 0], rows[:, :, 1], pool.layer(0), torch.tensor(slots), backend=backend)
+            ops.write_kv(
+                rows[:, :, 0], rows[:, :, 1], pool.layer(0), torch.tensor(slots, device=DEVICE), backend=backend
+            )
     got, want = pools
     written = [page for pages in tables for page in pages]
     return {
@@ -245,13 +246,8 @@ def run_write(dim: int, page_size: int, dtype: torch.dtype, given: torch.dtype) 
 
 
 @pytest.fixture(scope="module")
-def measured() -> dict[str, dict[str, Any]]:
-    """What the interpreter made of every case, by name."""
-    environment = os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "error", __file__]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {entry.pop("case"): entry for entry in map(json.loads, done.stdout.splitlines())}
+def measured() -> Measured:
+    return measure("test_attention_triton", seconds=900)
 
 
 pytestmark = pytest.mark.timeout(1000)
@@ -287,32 +283,11 @@ def test_addresses_beyond_32_bits(measured):
     assert measured["far-page"]["out"] < 1e-3, "out: read from elsewhere"
 
 
-def teach_bfloat16_products() -> None:
-    """Triton 3.9's interpreter keeps bfloat16 as its bits in uint16, and multiplies those; this widens them first."""
-    import numpy as np
-    import triton.language as tl
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    plain = InterpreterBuilder.create_dot
-
-    def widened(operand: TensorHandle) -> TensorHandle:
-        if operand.dtype.scalar != tl.bfloat16:
-            return operand
-        return TensorHandle((operand.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    def create_dot(self, a, b, *rest):
-        return plain(self, widened(a), widened(b), *rest)
-
-    InterpreterBuilder.create_dot = create_dot
-
-
 def main() -> None:
-    teach_bfloat16_products()
-    for name, case in ATTENTION.items():
-        print(json.dumps({"case": name, **run_attention(case)}), flush=True)
-    for name, arguments in WRITES.items():
-        print(json.dumps({"case": name, **run_write(*arguments)}), flush=True)
-    print(json.dumps({"case": "far-page", **run_far_page()}), flush=True)
+    teach_interpreter()
+    attention = {name: partial(run_attention, case) for name, case in ATTENTION.items()}
+    writes = {name: partial(run_write, *arguments) for name, arguments in WRITES.items()}
+    tell_cases(attention | writes | {"far-page": run_far_page})
 
 
 if __name__ == "__main__":
