@@ -110,7 +110,7 @@ class Latency:
         missing = [item for item in self._plan() if not self._is_done(*item)]
         total = sum(length for _, length, _, _ in missing)
         with tqdm(total=total, desc="latency", unit=" tokens", file=sys.stderr, disable=not missing) as bar:
-            warm: set[str] = set()
+            warm: set[tuple[str, int]] = set()
             for kind, length, repeat, policy in missing:
                 bar.set_postfix_str(f"{length} {policy.label}" + (" (parts)" if kind == "parts" else ""))
                 before = bar.n
@@ -135,7 +135,7 @@ class Latency:
             key == (line["kind"], line["length"], line["repeat"], line["digest"]) for line in self._journal.lines
         )
 
-    def _measure(self, kind: str, length: int, repeat: int, policy: Policy, bar: Any, warm: set[str]) -> None:
+    def _measure(self, kind: str, length: int, repeat: int, policy: Policy, bar: Any, warm: set[tuple[str, int]]) -> None:
         limit = self._given.max_seconds
         line: dict[str, Any] = {
             "kind": kind,
@@ -149,10 +149,12 @@ class Latency:
         if reason:
             self._skip(line, limit, reason)
             return
-        if policy.digest not in warm:
-            warm.add(policy.digest)
+        # On a GPU some kernels are compiled for the length.
+        like = length if self._bench.loaded.device.type == "cuda" else min(WARM_PROMPT, length)
+        if (policy.digest, like) not in warm:
+            warm.add((policy.digest, like))
             new = min(WARM_NEW, self._given.new_tokens)
-            time_request(self._bench.engine, self._prompt(min(WARM_PROMPT, length)), new, policy.scheme)
+            time_request(self._bench.engine, self._prompt(like), new, policy.scheme)
         load = load_average()
         watch = watch_parts(self._bench.loaded.model) if kind == "parts" else nullcontext()
         try:

@@ -17,8 +17,9 @@ from .topk import top_units
 Backend = Literal["reference", "torch", "native", "triton"]
 Pool = Literal["group", "all"]
 
-# Scores that `pooled_topk` holds at once. Each takes 4 bytes here and about 28 while `top_units` ranks it: 64 MiB.
-SLAB_SCORES = 1 << 21
+# Scores that `pooled_topk` holds at once. Each takes 4 bytes here and about 28 while `top_units` ranks it: 64 MiB on a
+# CPU. A GPU needs many tiles at a time to fill its processors: 512 MiB.
+SLAB_SCORES = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 
 def anchor_scores(
@@ -122,7 +123,7 @@ def pooled_topk(
         return Selection(indices, counts, 1, tiles)
     indices = torch.full((len(tiles), kinds, max(width, 1)), -1, dtype=torch.int32, device=query.device)
     counts = torch.zeros(len(tiles), kinds, dtype=torch.int32, device=query.device)
-    for rows in _slabs(ends, kinds):
+    for rows in _slabs(ends, kinds, SLAB_SCORES[query.device.type]):
         part = slice(rows.start, rows.stop)
         if all(budgets[row] >= ends[row] for row in rows):  # nothing can be left out, so nothing need be ranked
             scores = torch.zeros(len(rows), kinds, max(ends[part]), device=query.device)
@@ -134,12 +135,12 @@ def pooled_topk(
     return Selection(indices.expand(*shape, -1), counts.expand(*shape), 1, tiles)
 
 
-def _slabs(ends: Sequence[int], kinds: int) -> list[range]:
-    """Runs of tiles, each of at most ``SLAB_SCORES`` scores or of one tile."""
+def _slabs(ends: Sequence[int], kinds: int, most: int) -> list[range]:
+    """Runs of tiles, each of at most ``most`` scores or of one tile."""
     slabs, start, longest = [], 0, 0
     for row, end in enumerate(ends):
         longest = max(longest, end)
-        if row > start and (row + 1 - start) * longest * kinds > SLAB_SCORES:
+        if row > start and (row + 1 - start) * longest * kinds > most:
             slabs.append(range(start, row))
             start, longest = row, end
     return [*slabs, range(start, len(ends))] if ends else []

@@ -23,6 +23,9 @@ from .decode_triton import num_splits
 from .launch import Launch, key_arguments, last_dim_dense
 from .tiling import Tiling, decode_tiling, power_of_two, prefill_tiling, unit_of
 
+# Blocks of keys that one program of the second pass goes through, so that its queries are loaded once for all of them.
+_KEY_BLOCKS = 8
+
 
 @triton.jit
 def _load_keys(
@@ -126,6 +129,31 @@ def anchor_lse_kernel(
     tl.store(lse + (token * (tl.num_programs(1) * FOLD) + row_head) * splits + split, natural, mask=valid)
 
 
+@triton.jit
+def _load_rows(
+    query,
+    lse,
+    first,
+    count,
+    start,
+    head,
+    lse_stride,
+    QUERY_STRIDE: tl.constexpr,
+    QUERY_HEAD_STRIDE: tl.constexpr,
+    FOLD: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
+):
+    """``(queries, their log-sum-exp in units of log 2, query within the tile)`` of a block of rows."""
+    token, row_head, local, valid = _rows(first, count, start, head, FOLD, BLOCK_ROWS)
+    dim = tl.arange(0, BLOCK_DIM)
+    query_at = (token * QUERY_STRIDE + row_head * QUERY_HEAD_STRIDE)[:, None] + dim[None, :]
+    rows = tl.load(query + query_at, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
+    # Rows that are not there are divided by infinity.
+    return rows, tl.load(lse + token * lse_stride + row_head, mask=valid, other=float("inf")) * LOG2E, local
+
+
 @triton.jit(do_not_specialize=["scores_stride", "scores_head_stride", "table_stride"])
 def anchor_pool_kernel(
     query,
@@ -153,34 +181,44 @@ def anchor_pool_kernel(
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_KEYS: tl.constexpr,
+    KEY_BLOCKS: tl.constexpr,
+    ONE_BLOCK: tl.constexpr,  # of rows holds each tile: it is loaded once for all keys of the program
 ):
-    """Program (tile, block of keys, KV head): all rows of the tile against the block's keys, read once."""
+    """Program (tile, run of blocks of keys, KV head): all rows of the tile against each key, which is read once."""
     owner = tl.program_id(0)
-    at = tl.program_id(1) * BLOCK_KEYS
+    first_key = tl.program_id(1) * (KEY_BLOCKS * BLOCK_KEYS)
     head = tl.program_id(2)
     count = tl.load(tile_count + owner)
     start_position = tl.load(tile_position + owner)
     end = start_position + count
-    if at >= end:
+    if first_key >= end:
         return
     start = tl.load(tile_start + owner)
+    lse_stride = tl.num_programs(2) * FOLD
     table = block_tables + tl.load(tile_sequence + owner).to(tl.int64) * table_stride
-    place = at + tl.arange(0, BLOCK_KEYS)
     keys += head.to(tl.int64) * HEAD_STRIDE
-    key = _load_keys(keys, table, place, end, PAGE_STRIDE, ROW_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_DIM)
-    BLOCK_QUERIES: tl.constexpr = BLOCK_ROWS // FOLD
-    dim = tl.arange(0, BLOCK_DIM)
-    pooled = tl.zeros([BLOCK_KEYS], tl.float32)
-    for first in range(0, count, BLOCK_QUERIES):
-        token, row_head, local, valid = _rows(first, count, start, head, FOLD, BLOCK_ROWS)
-        query_at = (token * QUERY_STRIDE + row_head * QUERY_HEAD_STRIDE)[:, None] + dim[None, :]
-        tile = tl.load(query + query_at, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
-        # Rows that are not there are divided by infinity.
-        row_lse = tl.load(lse + token * (tl.num_programs(2) * FOLD) + row_head, mask=valid, other=float("inf"))
-        logits = _logits(tile, key, start_position + local, place, scale, SOFTCAP)
-        pooled += tl.sum(tl.exp2(logits - (row_lse * LOG2E)[:, None]), 0)
-    out = owner.to(tl.int64) * scores_stride + head * scores_head_stride
-    tl.store(scores + out + place, pooled, mask=place < end)
+    scores += owner.to(tl.int64) * scores_stride + head * scores_head_stride
+    if ONE_BLOCK:
+        rows, row_lse, local = _load_rows(
+            query, lse, 0, count, start, head, lse_stride,
+            QUERY_STRIDE, QUERY_HEAD_STRIDE, FOLD, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+        )  # fmt: skip
+    for at in range(first_key, tl.minimum(first_key + KEY_BLOCKS * BLOCK_KEYS, end), BLOCK_KEYS):
+        place = at + tl.arange(0, BLOCK_KEYS)
+        key = _load_keys(keys, table, place, end, PAGE_STRIDE, ROW_STRIDE, PAGE_SIZE, HEAD_DIM, BLOCK_DIM)
+        if ONE_BLOCK:
+            logits = _logits(rows, key, start_position + local, place, scale, SOFTCAP)
+            pooled = tl.sum(tl.exp2(logits - row_lse[:, None]), 0)
+        else:
+            pooled = tl.zeros([BLOCK_KEYS], tl.float32)
+            for first in range(0, count, BLOCK_ROWS // FOLD):
+                some, some_lse, near = _load_rows(
+                    query, lse, first, count, start, head, lse_stride,
+                    QUERY_STRIDE, QUERY_HEAD_STRIDE, FOLD, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+                )  # fmt: skip
+                logits = _logits(some, key, start_position + near, place, scale, SOFTCAP)
+                pooled += tl.sum(tl.exp2(logits - some_lse[:, None]), 0)
+        tl.store(scores + place, pooled, mask=place < end)
 
 
 def plan(
@@ -229,13 +267,14 @@ def plan(
         "scores": scores,
         "scores_stride": scores.stride(0),
         "scores_head_stride": scores.stride(1),
+        "KEY_BLOCKS": _KEY_BLOCKS,
+        "ONE_BLOCK": blocks == 1,
     }
-    key_blocks = -(-scores.shape[2] // tiling.keys)
-    # The loop of the second pass is over rows, mostly once: loads in flight would only take shared memory.
-    pooling = replace(tiling, num_stages=min(tiling.num_stages, blocks, 2))
+    runs = -(-scores.shape[2] // (tiling.keys * _KEY_BLOCKS))
+    pooling = replace(tiling, num_stages=min(tiling.num_stages, 2 if blocks > 1 else 3))
     return (
         Launch(anchor_lse_kernel, (len(rows) * blocks, kv_heads, splits), first, tiling),
-        Launch(anchor_pool_kernel, (len(rows), key_blocks, kv_heads), second, pooling),
+        Launch(anchor_pool_kernel, (len(rows), runs, kv_heads), second, pooling),
     )
 
 
