@@ -135,7 +135,9 @@ class Latency:
             key == (line["kind"], line["length"], line["repeat"], line["digest"]) for line in self._journal.lines
         )
 
-    def _measure(self, kind: str, length: int, repeat: int, policy: Policy, bar: Any, warm: set[tuple[str, int]]) -> None:
+    def _measure(
+        self, kind: str, length: int, repeat: int, policy: Policy, bar: Any, warm: set[tuple[str, int]]
+    ) -> None:
         limit = self._given.max_seconds
         line: dict[str, Any] = {
             "kind": kind,

@@ -21,7 +21,7 @@ from ..selection import Tiles
 from .common_triton import LN2, LOG2E, soft_cap
 from .decode_triton import num_splits
 from .launch import Launch, key_arguments, last_dim_dense
-from .tiling import Tiling, decode_tiling, power_of_two, prefill_tiling, unit_of
+from .tiling import Tiling, decode_tiling, power_of_two, scores_tiling, unit_of
 
 # Blocks of keys that one program of the second pass goes through, so that its queries are loaded once for all of them.
 _KEY_BLOCKS = 8
@@ -238,7 +238,7 @@ def plan(
     longest = max(tiles.host[row][2] for row in rows)
     unit = unit_of(query.device)
     if tiling is None and tiles.size > 1:
-        tiling = prefill_tiling(unit, longest * fold, view.head_dim, query.dtype)
+        tiling = scores_tiling(unit, longest * fold, view.head_dim, query.dtype)
     tiling = tiling or decode_tiling(unit, fold, view.head_dim, query.dtype)
     block_rows = max(tiling.rows, power_of_two(fold))
     blocks, splits = -(-longest // (block_rows // fold)), lse_parts.shape[2]

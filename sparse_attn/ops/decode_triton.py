@@ -190,7 +190,7 @@ def plan(
     elif spec.band.farthest is not None:
         readable = min(readable, spec.band.farthest)
     splits = num_splits(readable, sequences * programs)
-    tiling = tiling or decode_tiling(unit_of(query.device), fold, dim, query.dtype)
+    tiling = tiling or decode_tiling(unit_of(query.device), fold, dim, query.dtype, selection is not None)
     arguments = (
         key_arguments(view, spec)
         | selection_arguments(selection)

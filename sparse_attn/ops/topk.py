@@ -19,12 +19,13 @@ def top_units(
     *,
     most: int | None = None,
     ties: Literal["lower", "higher"] = "lower",
-    backend: Literal["torch", "native"] | None = None,
+    backend: Literal["torch", "native", "triton"] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``k`` candidates with the highest scores of each row, as a ``Selection`` wants them.
 
     ``torch.topk`` takes any of several equal scores. Here score and index make one integer, no two
-    of which are equal, so what is chosen depends on nothing else. Takes 16 bytes per score.
+    of which are equal, so what is chosen depends on nothing else. Takes 16 bytes per score; on a GPU
+    nothing but its result.
 
     Args:
         scores: ``[R, K, U]``, taken as float32.
@@ -46,14 +47,18 @@ def top_units(
         limits = torch.full((rows,), k) if isinstance(k, int) else k
         width = max(min(k if isinstance(k, int) else units if most is None else most, units), 1)
         return pick_native.top_units(scores, candidates, limits, width, ties == "higher")
+    limit = k if isinstance(k, int) else units if most is None else most
+    width = min(limit, units)
+    if width > 0 and (backend == "triton" or (backend is None and scores.is_cuda)):
+        from . import topk_triton
+
+        return topk_triton.top_units(scores, candidates, None if isinstance(k, int) else k, width, ties == "higher")
     index = torch.arange(units, device=device)
     if isinstance(candidates, tuple):
         first, end = (part[:, None] for part in candidates)
         candidates = (index >= first) & (index < end)
     if candidates.dim() == 2:
         candidates = candidates[:, None, :]
-    limit = k if isinstance(k, int) else units if most is None else most
-    width = min(limit, units)
     if width <= 0:
         shape = (rows, kinds)
         return (

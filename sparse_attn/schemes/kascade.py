@@ -15,6 +15,8 @@ from ..protocol import LayerCall, LayerRole, Role, SchemeOptions
 from ..selection import Plan, Selection
 from .exact_topk import ExactTopk, ExactTopkOptions
 
+_CPU = torch.device("cpu")
+
 if TYPE_CHECKING:
     from ..calibration.base import Calibrator, ModelShape
 
@@ -68,13 +70,14 @@ class Kascade(ExactTopk):
             raise CalibrationMissing(self.name)
         self.pool = options.pool if self.profile is not None else "all"
         self._anchors: tuple[int, ...] = ()
-        # One row per layer; ``None`` where every KV head reads its own row.
-        self._head_maps: tuple[torch.Tensor | None, ...] = ()
+        # Per device one row per layer; ``None`` where every KV head reads its own row.
+        self._head_maps: dict[torch.device, tuple[torch.Tensor | None, ...]] = {_CPU: ()}
         if self.profile is not None:
             self._anchors, head_map = _learnt(self.profile, options.anchors)
             if self.pool == "group":
                 identity = torch.arange(head_map.shape[1])
-                self._head_maps = tuple(None if torch.equal(row, identity) else row for row in head_map.long())
+                rows = (None if torch.equal(row, identity) else row for row in head_map.long())
+                self._head_maps[_CPU] = tuple(rows)
 
     @classmethod
     def calibrator(cls, shape: ModelShape, options: Mapping[str, Any]) -> Calibrator:
@@ -102,11 +105,18 @@ class Kascade(ExactTopk):
 
     def remap(self, plan: Plan, layer: LayerCall) -> Plan:
         """Gives each KV head of ``layer`` the row of the anchor's head that its map names."""
-        heads = self._head_maps[layer.index] if layer.index < len(self._head_maps) else None
-        if heads is None or not isinstance(plan, Selection):
+        if not isinstance(plan, Selection) or layer.index >= len(self._head_maps[_CPU]):
             return plan
-        heads = heads.to(plan.indices.device, non_blocking=True)
+        heads = self._maps_on(plan.indices.device)[layer.index]
+        if heads is None:
+            return plan
         return replace(plan, indices=plan.indices.index_select(1, heads), counts=plan.counts.index_select(1, heads))
+
+    def _maps_on(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
+        if device not in self._head_maps:
+            on_host = self._head_maps[_CPU]
+            self._head_maps[device] = tuple(None if row is None else row.to(device) for row in on_host)
+        return self._head_maps[device]
 
 
 def _learnt(profile: Profile, wanted: int) -> tuple[tuple[int, ...], torch.Tensor]:

@@ -56,10 +56,10 @@ def test_the_same_however_it_is_computed(make_llm, name):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-@pytest.mark.parametrize("name", ["dense", *POLICIES])
+@pytest.mark.parametrize("name", ["dense", *(name for name in POLICIES if not name.startswith("top_theta"))])
 def test_sixteen_bits(make_llm, name, dtype):
     """Runs to the end, and most answers begin as in float32: rounding moves tokens of a random model late."""
     policy = POLICIES.get(name)
-    got, want = tokens(make_llm(dtype=dtype), policy), tokens(make_llm(), policy)
+    got, want = tokens(make_llm(dtype=dtype, profile=[]), policy), tokens(make_llm(), policy)
     assert [len(answer) for answer in got] == [12] * 4
     assert sum(a[0] == b[0] for a, b in zip(got, want, strict=True)) >= 3

@@ -37,6 +37,7 @@ from foveate.sparse_attn.ops import (
     sums_triton,
     threshold_decode_triton,
     threshold_prefill_triton,
+    topk_triton,
     write_triton,
 )
 from foveate.sparse_attn.ops.launch import Launch
@@ -153,6 +154,15 @@ def chunking(dim: int, page_size: int) -> list[Launch]:
     ]
 
 
+def choosing(units: int, masked: bool) -> list[Launch]:
+    """The best units of each row, from scores."""
+    scores = torch.empty(64, 8, units, device="meta")
+    indices = torch.empty(64, 8, 2048, dtype=torch.int32, device="meta")
+    row = torch.empty(64, dtype=torch.int32, device="meta")
+    candidates = torch.empty(64, units, dtype=torch.bool, device="meta") if masked else (row, row)
+    return [topk_triton.plan(scores, candidates, None if masked else row, masked, indices, indices[..., 0])]
+
+
 def gating(group: int, dim: int, block: int, top_k: int, pooled: bool = False) -> list[Launch]:
     """MoBA's choice of blocks, and the reading of it with queries gathered per block."""
     view = PagedView(pages(8, dim, 32), rows_of((32768,), (512,), 32))
@@ -202,6 +212,8 @@ def cases() -> Iterator[tuple[str, list[Launch]]]:
     yield "chunks-d64", chunking(64, 32)
     yield "chunks-d80", chunking(80, 64)
     yield "chunks-d256", chunking(256, 64)
+    yield "chosen-of-32768", choosing(32768, False)
+    yield "chosen-of-few-masked", choosing(1000, True)
     yield "gated-d64-g3", gating(3, 64, 64, 16)
     yield "gated-d128-g8-pooled-block128", gating(8, 128, 128, 8, True)
     yield "gated-d256-g4", gating(4, 256, 64, 16)
@@ -212,6 +224,7 @@ DEAREST = {
     "prefill-d128-g8-selected16", "prefill-d256-g4-softcap", "decode-d64-g3-sinks", "decode-d256-g4-selected64-softcap",
     "thresholded-prefill-d256-g4-softcap", "thresholded-decode-d256-g4-softcap", "write-d128", "bounds-d128-g4-prefill",
     "antidiagonal-d128-g8-s4", "anchor-d256-g4-prefill-softcap", "anchor-d64-g3-decode", "chunks-d256", "gated-d256-g4",
+    "chosen-of-32768",
 }  # fmt: skip
 
 
