@@ -17,7 +17,7 @@ from .launch import Launch
 from .tiling import Tiling, power_of_two
 
 # Scores per step of a program, and of these per warp.
-_MOST_SCORES, _WARP_SCORES = 8192, 512
+_MOST_SCORES, _WARP_SCORES = 4096, 256
 _SIGN = tl.constexpr(-(2**31))
 
 
