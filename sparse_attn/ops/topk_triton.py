@@ -16,8 +16,9 @@ import triton.language as tl
 from .launch import Launch
 from .tiling import Tiling, power_of_two
 
-# Scores per step of a program, and of these per warp.
-_MOST_SCORES, _WARP_SCORES = 4096, 256
+# Scores per step of a program, and of these per warp. With twice as many of either, registers spill on one target or
+# another.
+_MOST_SCORES, _WARP_SCORES = 2048, 256
 _SIGN = tl.constexpr(-(2**31))
 
 

@@ -395,7 +395,7 @@ def test_slabs_are_bounded_and_change_nothing(pool, monkeypatch):
         seen.append(scores.numel())
         return plain(scores, *rest, **options)
 
-    monkeypatch.setattr(anchor, "SLAB_SCORES", 700)
+    monkeypatch.setitem(anchor.SLAB_SCORES, "cpu", 700)
     monkeypatch.setattr(anchor, "top_units", note)
     got = choose()
     assert torch.equal(got.indices, want.indices)
