@@ -16,7 +16,7 @@ from transformers import AttentionInterface, PreTrainedModel
 
 from foveate.kv_cache.view import PagedView
 from foveate.sparse_attn import attend, ops
-from foveate.sparse_attn.ops.whole_native import Choice, PreparedLayer, PreparedStep
+from foveate.sparse_attn.ops.whole_native import Choice, PreparedLayer, PreparedStep, in_one_piece
 from foveate.sparse_attn.ops.write import rotate_halves
 from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
 from foveate.sparse_attn.selection import Band, Segment
@@ -121,7 +121,7 @@ class FusedLayer:
 
     def _whole(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
         """``x [T, E]`` float32 to the same."""
-        known = self.known(step)
+        known = self.known(step, prepared)
         return self.choose(whole, prepared, x, step) if known is None else run([known], prepared, x)
 
     def choose(self, whole: NativeDecoder, prepared: PreparedStep, x: torch.Tensor, step: StepState) -> torch.Tensor:
@@ -214,17 +214,27 @@ class FusedLayer:
             ops.write_kv(key, value, pages, step.slots)
         return attend.attend(query, self._call, step).flatten(1)
 
-    def known(self, step: StepState) -> Known | None:
-        """What ``run`` takes, in a step that could be prepared, if what the layer reads is known before its queries."""
+    def known(self, step: StepState, prepared: PreparedStep) -> Known | None:
+        """What ``run`` takes, if the kernels know, or can find out by themselves, what the layer reads."""
         if self.whole is None:
             return None
-        if attend.reads_everything(self._call, step, step.groups[0]):
-            return self.whole, self._layer_for(step, self.whole.strides), _EVERYTHING
-        segments = attend.known_segments(self._call, step, step.groups[0])
-        choice = None if segments is None else Choice.of(segments, self._call.spec.band)
-        if choice is None:
+        choice = self._choice(step, prepared)
+        return None if choice is None else (self.whole, self._layer_for(step, self.whole.strides), choice)
+
+    def _choice(self, step: StepState, prepared: PreparedStep) -> Choice | None:
+        call, (group,) = self._call, step.groups
+        if attend.reads_everything(call, step, group):
+            return _EVERYTHING
+        earlier = attend.carried(call, step, group)
+        if earlier is not None:
+            segments, heads = earlier
+            return Choice.of(segments, call.spec.band, heads)
+        ranking = attend.ranking(call, step, group)
+        if ranking is None:
             return None
-        return self.whole, self._layer_for(step, self.whole.strides), choice
+        choice, plan = Choice.ranked(*ranking, prepared)
+        # A scheme that reads what it ranked in another way chooses by itself.
+        return choice if in_one_piece(attend.promise(plan, call, step, group), call.spec.band) else None
 
     def _layer_for(self, step: StepState, strides: tuple[int, int, int]) -> PreparedLayer:
         pages, prepared = step.pool.layer(self._call.index), self._prepared

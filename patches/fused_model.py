@@ -121,7 +121,7 @@ class FusedModel:
             if prepared is None:
                 x = layer.compute(x, cos, sin, step, read)
                 continue
-            known = layer.known(step)
+            known = layer.known(step, prepared)
             if known is not None:
                 waiting.append(known)
                 continue

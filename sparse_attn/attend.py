@@ -9,8 +9,9 @@ import torch
 from foveate.kv_cache.view import PagedView
 
 from . import budget, counts, ops
+from .ops.keep_native import Runs
 from .protocol import AttentionSpec, LayerCall, LayerRole, Phase, Role, Scheme, StepGroup, StepState
-from .selection import Plan, ScoreThreshold, Segment
+from .selection import Plan, Ranking, ScoreThreshold, Segment, Selection, Tiles
 
 
 def attend(query: torch.Tensor, layer: LayerCall, step: StepState) -> torch.Tensor:
@@ -116,8 +117,55 @@ def known_segments(layer: LayerCall, step: StepState, group: StepGroup) -> tuple
     role = _role(scheme, layer, step)
     if role.anchor is None:
         return None
-    plan = scheme.remap(group.carried[role.anchor], layer)
-    return _everything(layer) if _is_whole(role, layer) else scheme.segments(plan, layer.spec.band)
+    if _is_whole(role, layer):
+        return _everything(layer)
+    plan = group.carried[role.anchor]
+    heads = scheme.head_map(layer, step.slots.device)
+    if isinstance(plan, Selection) and heads is not None:
+        plan = replace(plan, indices=plan.indices.index_select(1, heads), counts=plan.counts.index_select(1, heads))
+    return scheme.segments(plan, layer.spec.band)
+
+
+def carried(
+    layer: LayerCall, step: StepState, group: StepGroup
+) -> tuple[tuple[Segment, ...], torch.Tensor | None] | None:
+    """What a layer reads that an earlier one has chosen, and the row of it for each KV head; ``None`` for others.
+
+    It may not be filled yet: see ``promise``.
+    """
+    scheme = group.scheme
+    role = None if scheme is None else _role(scheme, layer, step)
+    if scheme is None or role is None or role.anchor is None or _is_whole(role, layer):
+        return None
+    segments = scheme.segments(group.carried[role.anchor], layer.spec.band)
+    return segments, scheme.head_map(layer, step.slots.device)
+
+
+def ranking(layer: LayerCall, step: StepState, group: StepGroup) -> tuple[Ranking, Tiles, Runs | None, bool] | None:
+    """How the queries of a decode layer will choose, where exact scores alone decide; ``None`` elsewhere.
+
+    Returns:
+        The choice, the tiles that choose, what is read beside it, and whether the layer itself reads every key all
+        the same.
+    """
+    scheme = group.scheme
+    role = None if scheme is None else _role(scheme, layer, step)
+    if scheme is None or role is None or role.role not in (Role.SELECT, Role.DENSE_ANCHOR):
+        return None
+    tiles = group.tiles_of(1)
+    found = scheme.ranking(tiles, group.phase)
+    if found is None:
+        return None
+    return found, tiles, budget.kept_runs(tiles, scheme, 1, group.phase), _is_whole(role, layer)
+
+
+def promise(plan: Plan, layer: LayerCall, step: StepState, group: StepGroup) -> tuple[Segment, ...]:
+    """What a layer reads of a plan that it will fill when it runs; layers behind it get the plan as it is."""
+    scheme = group.scheme
+    assert scheme is not None
+    if _is_anchor(scheme, layer, step):
+        group.carried[layer.index] = plan
+    return scheme.segments(plan, layer.spec.band)
 
 
 def _everything(layer: LayerCall) -> tuple[Segment, ...]:

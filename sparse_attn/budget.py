@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from .ops import keep_native
+from .ops.keep_native import Runs
 from .protocol import Phase, Scheme, SchemeOptions
 from .selection import Plan, Selection, Tiles
 
@@ -49,10 +50,16 @@ def keep(plan: Plan, scheme: Scheme, phase: Phase) -> Plan:
     return _distinct(torch.cat(parts, dim=2), selection)
 
 
-def _runs(
-    tiles: Tiles, size: int, options: SchemeOptions, own: bool
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-    """What ``keep`` adds to each row, as ``keep_native.keep`` takes it; worked out once per step."""
+def kept_runs(tiles: Tiles, scheme: Scheme, size: int, phase: Phase) -> Runs | None:
+    """What ``keep`` adds to a selection, as ``keep_native.keep`` takes it; ``None`` for nothing."""
+    options, own = scheme.options, _keeps_own(scheme, phase)
+    if not (own or options.window_tokens or options.sink_tokens):
+        return None
+    return _runs(tiles, size, options, own)
+
+
+def _runs(tiles: Tiles, size: int, options: SchemeOptions, own: bool) -> Runs:
+    """What ``keep`` adds to each row; worked out once per step."""
     key = ("kept", size, options.sink_tokens, options.window_tokens, own)
     if key not in tiles.plans:
         runs = []
@@ -64,7 +71,7 @@ def _runs(
         most = max((sinks + max(last - first + 1, 0) for sinks, first, last in runs), default=0)
         columns = torch.tensor(runs, dtype=torch.int32).reshape(-1, 3).unbind(1)
         tiles.plans[key] = *(column.contiguous() for column in columns), most
-    found: tuple[torch.Tensor, torch.Tensor, torch.Tensor, int] = tiles.plans[key]
+    found: Runs = tiles.plans[key]
     return found
 
 

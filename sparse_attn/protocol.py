@@ -22,7 +22,7 @@ from foveate.kv_cache.view import LayerPages, PagedView, Rows
 
 from .errors import CalibrationMissing, SchemeConfigError
 from .profile import Profile
-from .selection import CAUSAL, Band, Plan, Segment, Tiles
+from .selection import CAUSAL, Band, Plan, Ranking, Segment, Tiles
 
 if TYPE_CHECKING:
     from .calibration.base import Calibrator, ModelShape
@@ -201,9 +201,17 @@ class Scheme(ABC):
     def select_decode(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall) -> Plan:
         """Chooses keys for one query per sequence, ``[S, H, D]``; ``tiles`` are of size 1."""
 
-    def remap(self, plan: Plan, layer: LayerCall) -> Plan:
-        """An anchor's plan as a ``REUSE`` layer reads it; identity by default."""
-        return plan
+    def ranking(self, tiles: Tiles, phase: Phase) -> Ranking | None:
+        """How queries choose, in every layer, where exact scores alone decide; otherwise ``None``.
+
+        ``select_prefill`` and ``select_decode`` choose the same. Compiled kernels can choose by it within a call for
+        several layers.
+        """
+        return None
+
+    def head_map(self, layer: LayerCall, device: torch.device) -> torch.Tensor | None:
+        """``[G]`` int64, the row of its anchor's plan for each KV head of a ``REUSE`` layer; ``None``: its own."""
+        return None
 
     def segments(self, plan: Plan, band: Band) -> tuple[Segment, ...]:
         """How the selected keys are read; by default in one piece, positions as the model has them."""

@@ -93,6 +93,21 @@ class Tiles:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Ranking:
+    """A choice of single keys by exact scores alone: what ``ops.pooled_topk`` takes beside queries, for R tiles.
+
+    Attributes:
+        candidates: ``(first, end)`` ``[R]`` int32, as ``budget.free_units`` makes them.
+        budgets: Keys to choose per tile, R numbers on the host.
+        pool: ``group``: each KV head chooses for itself; ``all``: all of them together.
+    """
+
+    candidates: tuple[torch.Tensor, torch.Tensor]
+    budgets: tuple[int, ...]
+    pool: Literal["group", "all"]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Selection:
     """Keys that each tile of queries reads.
 

@@ -14,12 +14,23 @@ def supports(indices: torch.Tensor) -> bool:
     return indices.device.type == "cpu" and library() is not None
 
 
-def keep(selection: Selection, sinks: torch.Tensor, first: torch.Tensor, last: torch.Tensor, most: int) -> Selection:
-    """The units ``0`` to ``sinks - 1`` and ``first`` to ``last`` of each row (``[R]`` int32) beside those selected.
+# The units ``0`` to ``sinks - 1`` and ``first`` to ``last`` of each row (``[R]`` int32), and the most that they are; an
+# empty run has ``last < first``.
+Runs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 
-    ``most`` bounds how many they are; an empty run has ``last < first``.
-    """
+
+def keep(selection: Selection, sinks: torch.Tensor, first: torch.Tensor, last: torch.Tensor, most: int) -> Selection:
+    """Units of ``Runs`` beside those selected."""
     indices = selection.indices.contiguous()
+    call, kept, counts = prepared(indices, sinks, first, last, most)
+    opened().keep(call)
+    return Selection(kept, counts, selection.granularity, selection.tiles)
+
+
+def prepared(
+    indices: torch.Tensor, sinks: torch.Tensor, first: torch.Tensor, last: torch.Tensor, most: int
+) -> tuple[SelectionCall, torch.Tensor, torch.Tensor]:
+    """The call of ``keep`` for dense ``indices``, and the tensors that it will fill."""
     rows, kinds, width = indices.shape
     kept = torch.empty((rows, kinds, width + most), dtype=torch.int32)
     counts = torch.empty((rows, kinds), dtype=torch.int32)
@@ -35,8 +46,7 @@ def keep(selection: Selection, sinks: torch.Tensor, first: torch.Tensor, last: t
         width=width,
         kept_width=width + most,
     )
-    opened().keep(call)
-    return Selection(kept, counts, selection.granularity, selection.tiles)
+    return call, kept, counts
 
 
 def pairs(selection: Selection, sequences: int, band: Band) -> torch.Tensor:

@@ -6,6 +6,7 @@ addresses. Checking shapes, and asking who reads what, cost more than attention 
 
 from __future__ import annotations
 
+import ctypes
 import weakref
 from collections.abc import Sequence
 from typing import Any
@@ -15,9 +16,10 @@ import torch
 from foveate.kv_cache.view import LayerPages, PagedView, Rows
 
 from ..protocol import AttentionSpec, LayerPool, Phase, StepGroup, StepState
-from ..selection import Band, ScoreThreshold, Segment, Selection
-from . import attention_native, write_native
-from .native import DTYPES, ISAS, NO_END, WholeChoice, WholeLayer, WholeStep, library
+from ..selection import Band, Ranking, ScoreThreshold, Segment, Selection, Tiles
+from . import attention_native, keep_native, write_native
+from .keep_native import Runs
+from .native import DTYPES, ISAS, NO_END, AnchorCall, WholeChoice, WholeLayer, WholeStep, library
 
 # What is kept of a step in ``Rows.plans``.
 _PLAN = "whole_native"
@@ -192,36 +194,119 @@ class PreparedLayer:
 class Choice:
     """What the kernels can read in one piece: every key of a layer's band, or a selection of them.
 
+    Args:
+        keys: ``None`` for every key. Its tensors may be filled later, before the layer runs.
+        heads: ``[G]`` int64, the row of ``keys`` for each KV head; ``None`` where each has its own.
+
     Attributes:
         call: ``foveate_whole_choice``; ``None`` for every key.
     """
 
-    def __init__(self, keys: Selection | None) -> None:
+    def __init__(self, keys: Selection | None, heads: torch.Tensor | None = None) -> None:
         self.call: WholeChoice | None = None
-        if keys is None:
-            return
-        indices, counts, tiles = keys.indices.contiguous(), keys.counts.contiguous(), keys.tiles
-        self._alive = indices, counts, tiles
+        self._alive: list[Any] = []
+        if keys is not None:
+            self._begin(keys.tiles, keys.granularity)
+            self._give(keys.indices.contiguous(), keys.counts.contiguous(), heads)
+
+    def _begin(self, tiles: Tiles, granularity: int) -> WholeChoice:
+        self._alive.append(tiles)
         self.call = WholeChoice(
-            indices.data_ptr(),
-            counts.data_ptr(),
-            tiles.sequence.data_ptr(),
-            tiles.query_start.data_ptr(),
-            tiles.query_count.data_ptr(),
-            tiles.position.data_ptr(),
-            indices.shape[2],
-            len(tiles),
-            indices.shape[1],
-            keys.granularity,
+            tile_sequence=tiles.sequence.data_ptr(),
+            tile_start=tiles.query_start.data_ptr(),
+            tile_count=tiles.query_count.data_ptr(),
+            tile_position=tiles.position.data_ptr(),
+            num_tiles=len(tiles),
+            granularity=granularity,
         )
+        return self.call
+
+    def _give(
+        self, indices: torch.Tensor, counts: torch.Tensor, heads: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Rows ``[R, K, M]`` become what is read, one per KV head; returns that."""
+        call = self.call
+        assert call is not None  # `_begin` made it
+        if heads is not None:
+            call.from_indices, call.from_counts = indices.data_ptr(), counts.data_ptr()
+            call.from_heads, call.head_map = indices.shape[1], heads.data_ptr()
+            self._alive += indices, counts, heads
+            shape = (len(indices), len(heads))
+            indices = torch.empty((*shape, indices.shape[2]), dtype=torch.int32)
+            counts = torch.empty(shape, dtype=torch.int32)
+        self._alive += indices, counts
+        call.indices, call.counts = indices.data_ptr(), counts.data_ptr()
+        call.selected_width, call.selected_heads = indices.shape[2], indices.shape[1]
+        return indices, counts
 
     @classmethod
-    def of(cls, segments: Sequence[Segment], band: Band) -> Choice | None:
+    def of(cls, segments: Sequence[Segment], band: Band, heads: torch.Tensor | None = None) -> Choice | None:
         """``None`` for what is read in several pieces, at other positions or behind a threshold."""
         keys = segments[0].keys
-        if segments != (Segment(keys, band),) or isinstance(keys, ScoreThreshold):
+        if not in_one_piece(segments, band) or isinstance(keys, ScoreThreshold):
             return None
-        return cls(keys)
+        return cls(keys, heads)
+
+    @classmethod
+    def ranked(
+        cls, ranking: Ranking, tiles: Tiles, kept: Runs | None, whole: bool, step: PreparedStep
+    ) -> tuple[Choice, Selection]:
+        """What a layer chooses by the exact scores of its own keys, when it runs; and the same as a selection.
+
+        Args:
+            ranking: How it chooses.
+            tiles: Of one query each.
+            kept: What is read beside, as ``keep_native.keep`` takes it; ``None`` for nothing.
+            whole: The layer reads every key all the same.
+            step: Which it is run in.
+        """
+        made = cls(None)
+        choice = made._begin(tiles, 1)
+        choice.whole = whole
+        kv_heads = step.call.attention.num_kv_heads
+        rank, heads = _rank_of(ranking, tiles, step)
+        indices = torch.empty((len(tiles), 1 if rank.pool_all else kv_heads, rank.index_width), dtype=torch.int32)
+        counts = torch.empty(indices.shape[:2], dtype=torch.int32)
+        rank.indices, rank.counts = indices.data_ptr(), counts.data_ptr()
+        choice.rank = ctypes.addressof(rank)
+        made._alive += ranking, rank, indices, counts
+        if kept is not None:
+            keep, indices, counts = keep_native.prepared(indices, *kept)
+            choice.keep = ctypes.addressof(keep)
+            made._alive += keep, kept
+        indices, counts = made._give(indices, counts, heads)
+        return made, Selection(indices, counts, 1, tiles)
+
+
+def in_one_piece(segments: Sequence[Segment], band: Band) -> bool:
+    """Is all read within a layer's band, positions as the model has them?"""
+    return segments == (Segment(segments[0].keys, band),)
+
+
+def _rank_of(ranking: Ranking, tiles: Tiles, step: PreparedStep) -> tuple[AnchorCall, torch.Tensor | None]:
+    """``foveate_anchor`` without what a layer gives, and the row for each KV head where they choose together."""
+    name = _PLAN, ranking, step
+    if name not in tiles.plans:
+        first, end = (bound.to(torch.int32).contiguous() for bound in ranking.candidates)
+        ends = [position + count for _, _, count, position in tiles.host]
+        budgets = [min(pair) for pair in zip(ranking.budgets, ends, strict=True)]
+        wanted = torch.tensor(budgets, dtype=torch.int32)
+        call = AnchorCall(
+            attention=step.call.attention,
+            first=first.data_ptr(),
+            end=end.data_ptr(),
+            budgets=wanted.data_ptr(),
+            index_width=max(max(budgets, default=0), 1),
+            pool_all=ranking.pool == "all",
+        )
+        facts = call.attention
+        facts.tile_sequence, facts.tile_start = tiles.sequence.data_ptr(), tiles.query_start.data_ptr()
+        facts.tile_count, facts.tile_position = tiles.query_count.data_ptr(), tiles.position.data_ptr()
+        facts.num_tiles, facts.farthest = len(tiles), NO_END
+        together = torch.zeros(facts.num_kv_heads, dtype=torch.int64) if call.pool_all else None
+        tiles.plans[name] = call, together, (first, end, wanted)
+    call, together, _ = tiles.plans[name]
+    return AnchorCall.from_buffer_copy(call), together
 
 
 def check(code: int, step: PreparedStep) -> None:

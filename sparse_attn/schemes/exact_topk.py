@@ -15,7 +15,7 @@ from ..errors import SchemeConfigError
 from ..ops.anchor import Pool
 from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Phase, Role, Scheme, SchemeOptions
-from ..selection import CAUSAL, Selection, Tiles
+from ..selection import CAUSAL, Ranking, Selection, Tiles
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,12 +101,19 @@ class ExactTopk(Scheme):
     def _select(self, query: torch.Tensor, view: PagedView, tiles: Tiles, layer: LayerCall, phase: Phase) -> Selection:
         # Layers with a window of their own are read whole, but where one is an anchor it is scored as others are.
         spec = layer.spec if layer.spec.band == CAUSAL else replace(layer.spec, band=CAUSAL)
-        candidates = budget.free_units(tiles, self, 1, phase)
-        budgets = [self._budget(position, phase) for *_, position in tiles.host]
+        ranking = self.ranking(tiles, phase)
         wanted = self.options.scored_queries if phase is Phase.PREFILL else 0
         scored = tiles.last(wanted) if wanted else tiles
-        chosen = ops.pooled_topk(query, view, scored, spec, candidates, budgets, pool=self.pool)
+        chosen = ops.pooled_topk(query, view, scored, spec, ranking.candidates, ranking.budgets, pool=self.pool)
         return chosen if scored is tiles else replace(chosen, tiles=tiles)
+
+    def ranking(self, tiles: Tiles, phase: Phase) -> Ranking:
+        key = ("ranking", self, phase)
+        if key not in tiles.plans:
+            budgets = tuple(self._budget(position, phase) for *_, position in tiles.host)
+            tiles.plans[key] = Ranking(budget.free_units(tiles, self, 1, phase), budgets, self.pool)
+        found: Ranking = tiles.plans[key]
+        return found
 
     def _budget(self, position: int, phase: Phase) -> int:
         options = self.options

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -12,7 +12,6 @@ from ..errors import CalibrationMissing, ProfileError, SchemeConfigError
 from ..ops.anchor import Pool
 from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Role, SchemeOptions
-from ..selection import Plan, Selection
 from .exact_topk import ExactTopk, ExactTopkOptions
 
 _CPU = torch.device("cpu")
@@ -103,14 +102,9 @@ class Kascade(ExactTopk):
                 roles.append(LayerRole(Role.REUSE, earlier[-1]))
         return tuple(roles)
 
-    def remap(self, plan: Plan, layer: LayerCall) -> Plan:
-        """Gives each KV head of ``layer`` the row of the anchor's head that its map names."""
-        if not isinstance(plan, Selection) or layer.index >= len(self._head_maps[_CPU]):
-            return plan
-        heads = self._maps_on(plan.indices.device)[layer.index]
-        if heads is None:
-            return plan
-        return replace(plan, indices=plan.indices.index_select(1, heads), counts=plan.counts.index_select(1, heads))
+    def head_map(self, layer: LayerCall, device: torch.device) -> torch.Tensor | None:
+        maps = self._maps_on(device)
+        return maps[layer.index] if layer.index < len(maps) else None
 
     def _maps_on(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
         if device not in self._head_maps:

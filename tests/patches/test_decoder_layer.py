@@ -121,9 +121,11 @@ def test_schemes_read_the_same_keys(policy, whole, tiny, tokens):
 
 
 TOPK = {"scheme": "exact_topk", "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0}
+MOBA = {"scheme": "moba", "block_tokens": 16, "top_k": 2, "dense_last_layers": 0, "sparse_decode": True}
+POLICIES = pytest.mark.parametrize("policy", ["dense", TOPK, MOBA], ids=["run", "ranked", "begin-end"])
 
 
-@pytest.mark.parametrize("policy", ["dense", TOPK], ids=["run", "begin-end"])
+@POLICIES
 @pytest.mark.parametrize("family", FUSED)
 def test_a_layer_in_one_or_two_calls_equals_its_parts(family, policy, tiny, tokens, monkeypatch):
     model, ids = rounded(tiny(family)), tokens(1, 40)
@@ -141,7 +143,7 @@ def test_a_layer_in_one_or_two_calls_equals_its_parts(family, policy, tiny, toke
     with foveate.attach(faster, policy):
         got = logits_of(faster, ids, 32)
         assert bool(made) == bool(known)
-        choosing = [layer for layer in known if policy != "dense" and layer._call.spec.band.farthest is None]
+        choosing = [layer for layer in known if policy == MOBA and layer._call.spec.band.farthest is None]
         assert ({"begin", "end"} <= set(made)) == bool(choosing), "layers with a window of their own are read whole"
         for layer in layers:
             layer.whole = None
@@ -150,7 +152,7 @@ def test_a_layer_in_one_or_two_calls_equals_its_parts(family, policy, tiny, toke
 
 
 @pytest.mark.parametrize("batches", [(2, 33, 2), (33, 2)], ids=str)
-@pytest.mark.parametrize("policy", ["dense", TOPK], ids=["run", "begin-end"])
+@POLICIES
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_steps_of_few_and_of_many_rows_take_turns(family, policy, batches, tiny, tokens):
     """Above MOST_ROWS a layer is computed in parts, whose rows lie otherwise."""

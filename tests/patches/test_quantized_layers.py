@@ -21,7 +21,8 @@ if library() is None or library().linear_isa is None:
 
 FAMILIES = ("qwen2", "qwen3", "smollm3")
 TOPK = {"scheme": "exact_topk", "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0}
-POLICIES = pytest.mark.parametrize("policy", ["dense", TOPK], ids=["run", "begin-end"])
+MOBA = {"scheme": "moba", "block_tokens": 16, "top_k": 2, "dense_last_layers": 0, "sparse_decode": True}
+POLICIES = pytest.mark.parametrize("policy", ["dense", TOPK, MOBA], ids=["run", "ranked", "begin-end"])
 
 
 @torch.inference_mode()
@@ -63,7 +64,7 @@ def test_they_equal_their_parts(family, kind, policy, tiny, tokens, monkeypatch)
     assert [layer.whole is not None for layer in fused_layers(model)] == [True] * model.config.num_hidden_layers
     with foveate.attach(model, policy):
         got = steps_of(model, ids, 32)
-        assert {"begin", "end"} <= made if policy == TOPK else made == {"run"}
+        assert {"begin", "end"} <= made if policy == MOBA else made == {"run"}
         in_parts(model)
         torch.testing.assert_close(got, steps_of(model, ids, 32), rtol=0, atol=0)
 

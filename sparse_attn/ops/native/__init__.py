@@ -222,8 +222,9 @@ class WholeChoice(ctypes.Structure):
     _fields_ = (
         *((name, ctypes.c_void_p) for name in ("indices", "counts")),
         *((f"tile_{name}", ctypes.c_void_p) for name in ("sequence", "start", "count", "position")),
+        *((name, ctypes.c_void_p) for name in ("rank", "keep", "from_indices", "from_counts", "head_map")),
         ("selected_width", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("num_tiles", "selected_heads", "granularity")),
+        *((name, ctypes.c_int32) for name in ("num_tiles", "selected_heads", "granularity", "from_heads", "whole")),
     )
 
 

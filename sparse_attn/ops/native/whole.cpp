@@ -31,6 +31,39 @@ bool write_layer(const foveate_whole_step& step, const foveate_whole_layer& laye
     return foveate_write_run(&write) == 0;
 }
 
+// Ranks the keys that the layer holds by its queries. False when no memory was left.
+bool rank(const foveate_whole_step& step, const foveate_whole_layer& layer, foveate_anchor call, const void* query) {
+    foveate_attention& facts = call.attention;
+    facts.query = query;
+    facts.query_token_stride = layer.query_token_stride;
+    facts.query_head_stride = step.attention.query_head_stride;
+    facts.keys = facts.values = layer.keys;  // values are never read
+    facts.key_scales = facts.value_scales = layer.key_scales;
+    facts.sinks = layer.sinks;
+    facts.scale = layer.scale;
+    facts.softcap = layer.softcap;
+    return foveate_anchor_run(&call) == 0;
+}
+
+// Each head's row from that of another.
+void give_rows(const foveate_whole_choice& choice) {
+    for (int64_t i = 0; i < int64_t(choice.num_tiles) * choice.selected_heads; ++i) {
+        const int64_t from = i / choice.selected_heads * choice.from_heads + choice.head_map[i % choice.selected_heads];
+        std::copy_n(choice.from_indices + from * choice.selected_width, choice.selected_width,
+                    choice.indices + i * choice.selected_width);
+        choice.counts[i] = choice.from_counts[from];
+    }
+}
+
+// Makes the selection that a layer's own queries decide. False when no memory was left.
+bool choose(const foveate_whole_step& step, const foveate_whole_layer& layer, const foveate_whole_choice& choice,
+            const void* query) {
+    if (choice.rank && !rank(step, layer, *choice.rank, query)) return false;
+    if (choice.keep) foveate_selection_keep(choice.keep);
+    if (choice.head_map) give_rows(choice);
+    return true;
+}
+
 foveate_attention attention_of(const foveate_whole_step& step, const foveate_whole_layer& layer,
                                const foveate_whole_choice* choice, const void* query, void* out) {
     foveate_attention attention = step.attention;
@@ -45,7 +78,7 @@ foveate_attention attention_of(const foveate_whole_step& step, const foveate_who
     attention.farthest = layer.farthest;
     attention.scale = layer.scale;
     attention.softcap = layer.softcap;
-    if (choice) {
+    if (choice && !choice->whole) {
         attention.indices = choice->indices;
         attention.counts = choice->counts;
         attention.tile_sequence = choice->tile_sequence;
@@ -92,6 +125,7 @@ int32_t foveate_whole_run(const foveate_whole_step* step, const foveate_whole_la
                           void* out) {
     if (key && !write_layer(*step, *layer, query, key, value)) return 2;
     if (!out) return 0;
+    if (choice && !choose(*step, *layer, *choice, query)) return 1;
     const foveate_attention attention = attention_of(*step, *layer, choice, query, out);
     book(*step, attention);
     return foveate_decode(&attention);

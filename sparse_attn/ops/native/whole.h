@@ -2,7 +2,9 @@
 // between them. ``native/__init__.py`` mirrors the structures field by field.
 #pragma once
 
+#include "anchor_call.h"
 #include "kernels.h"
+#include "pick.h"
 #include "write.h"
 
 extern "C" {
@@ -31,18 +33,27 @@ struct foveate_whole_layer {
     float softcap;
 };
 
-// What is read instead of every key of the layer's band: a selection, as in ``foveate_attention``.
+// What is read instead of every key of the layer's band: a selection, as in ``foveate_attention``. It may be made first:
+// ranked by the layer's own queries and keys, then completed, then its rows given to heads; each step reads what the one
+// before has written.
 struct foveate_whole_choice {
-    const int32_t* indices;
-    const int32_t* counts;
+    int32_t* indices;
+    int32_t* counts;
     const int32_t* tile_sequence;
     const int32_t* tile_start;
     const int32_t* tile_count;
     const int32_t* tile_position;
+    const foveate_anchor* rank;     // or null; without what the layer gives
+    const foveate_selection* keep;  // or null
+    const int32_t* from_indices;    // rows [R, from_heads] of which ``head_map [selected_heads]`` names one per head,
+    const int32_t* from_counts;     // or null: ``indices`` and ``counts`` hold them already
+    const int64_t* head_map;
     int64_t selected_width;
     int32_t num_tiles;
     int32_t selected_heads;
     int32_t granularity;
+    int32_t from_heads;
+    int32_t whole;  // every key is read all the same: others will read the selection
 };
 
 // ``query [T, H, D]``, ``key`` and ``value [T, G, D]``, the heads of a token dense; ``out [T, H, D]`` dense. Keys and
