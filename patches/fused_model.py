@@ -1,8 +1,8 @@
 """All decoder layers of a model in one loop, for inference on a CPU.
 
 What ``transformers`` does between two layers took 75 us, and around them 1 ms, of the 18 ms that one token takes
-(SmolLM2-135M). In a decode step, layers of which it is known what they read are one call of the compiled kernels. Which
-models can be computed so is found by trying.
+(SmolLM2-135M). In a decode step, layers that know what they read, or choose it by exact scores, are one call of the
+compiled kernels. Which models can be computed so is found by trying.
 """
 
 from __future__ import annotations

@@ -104,7 +104,7 @@ Known = tuple[NativeDecoder, PreparedLayer, Choice]
 
 
 def run(parts: Sequence[Known], step: PreparedStep, x: torch.Tensor) -> torch.Tensor:
-    """``x [T, E]``, dense float32, through layers of which it is known what they read, to the same. Books the reads.
+    """``x [T, E]``, dense float32, through layers that know, or choose in the call, what they read. Books the reads.
 
     Raises:
         MemoryError: no memory was left.

@@ -141,12 +141,14 @@ def carried(
     return segments, scheme.head_map(layer, step.slots.device)
 
 
-def ranking(layer: LayerCall, step: StepState, group: StepGroup) -> tuple[Ranking, Tiles, Runs | None, bool] | None:
+def ranking(
+    layer: LayerCall, step: StepState, group: StepGroup
+) -> tuple[Ranking, Tiles, Runs | None, bool, bool] | None:
     """How the queries of a decode layer will choose, where exact scores alone decide; ``None`` elsewhere.
 
     Returns:
-        The choice, the tiles that choose, what is read beside it, and whether the layer itself reads every key all
-        the same.
+        The choice, the tiles that choose, what is read beside it, whether the layer itself reads every key all the
+        same, and whether later layers read what it chooses.
     """
     scheme = group.scheme
     role = None if scheme is None else _role(scheme, layer, step)
@@ -156,7 +158,8 @@ def ranking(layer: LayerCall, step: StepState, group: StepGroup) -> tuple[Rankin
     found = scheme.ranking(tiles, group.phase)
     if found is None:
         return None
-    return found, tiles, budget.kept_runs(tiles, scheme, 1, group.phase), _is_whole(role, layer)
+    kept = budget.kept_runs(tiles, scheme, 1, group.phase)
+    return found, tiles, kept, _is_whole(role, layer), _is_anchor(scheme, layer, step)
 
 
 def promise(plan: Plan, layer: LayerCall, step: StepState, group: StepGroup) -> tuple[Segment, ...]:

@@ -204,8 +204,8 @@ class Scheme(ABC):
     def ranking(self, tiles: Tiles, phase: Phase) -> Ranking | None:
         """How queries choose, in every layer, where exact scores alone decide; otherwise ``None``.
 
-        ``select_prefill`` and ``select_decode`` choose the same. Compiled kernels can choose by it within a call for
-        several layers.
+        ``select_decode`` chooses the same: compiled kernels choose by this within a call for several layers, so who
+        overrides one of the two overrides both.
         """
         return None
 

@@ -156,7 +156,11 @@ class Latency:
         if (policy.digest, like) not in warm:
             warm.add((policy.digest, like))
             new = min(WARM_NEW, self._given.new_tokens)
-            time_request(self._bench.engine, self._prompt(like), new, policy.scheme)
+            try:
+                time_request(self._bench.engine, self._prompt(like), new, policy.scheme, limit_seconds=limit)
+            except TooLong as error:
+                self._skip(line, limit, str(error))
+                return
         load = load_average()
         watch = watch_parts(self._bench.loaded.model) if kind == "parts" else nullcontext()
         try:

@@ -17,8 +17,8 @@ from .topk import top_units
 Backend = Literal["reference", "torch", "native", "triton"]
 Pool = Literal["group", "all"]
 
-# Scores that `pooled_topk` holds at once. Each takes 4 bytes here and about 28 while `top_units` ranks it: 64 MiB on a
-# CPU. A GPU needs many tiles at a time to fill its processors: 512 MiB.
+# Scores that `pooled_topk` holds at once, by device. Each takes 4 bytes here, and in torch about 28 while `top_units`
+# ranks it: 64 MiB. A GPU needs many tiles at a time to fill its processors, and takes 64 MiB too.
 SLAB_SCORES = {"cpu": 1 << 21, "cuda": 1 << 24}
 
 
@@ -84,7 +84,7 @@ def pooled_topk(
 ) -> Selection:
     """The keys with the highest ``anchor_scores`` of each tile and KV head; of equal ones the earliest.
 
-    Works through the tiles in slabs of at most ``SLAB_SCORES`` scores (one tile at least); the
+    Works through the tiles in slabs of a bounded number of scores (one tile at least); the
     native kernels choose at once and hold the scores of one tile per thread.
 
     Args:
@@ -123,7 +123,9 @@ def pooled_topk(
         return Selection(indices, counts, 1, tiles)
     indices = torch.full((len(tiles), kinds, max(width, 1)), -1, dtype=torch.int32, device=query.device)
     counts = torch.zeros(len(tiles), kinds, dtype=torch.int32, device=query.device)
-    for rows in _slabs(ends, kinds, SLAB_SCORES[query.device.type]):
+    # The Triton kernels hold the scores of every KV head, also where they are pooled.
+    held = view.num_kv_heads if chosen_backend == "triton" else kinds
+    for rows in _slabs(ends, held, SLAB_SCORES.get(query.device.type, SLAB_SCORES["cpu"])):
         part = slice(rows.start, rows.stop)
         if all(budgets[row] >= ends[row] for row in rows):  # nothing can be left out, so nothing need be ranked
             scores = torch.zeros(len(rows), kinds, max(ends[part]), device=query.device)

@@ -20,21 +20,20 @@ Runs = tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]
 
 
 def keep(selection: Selection, sinks: torch.Tensor, first: torch.Tensor, last: torch.Tensor, most: int) -> Selection:
-    """Units of ``Runs`` beside those selected."""
+    """The units of such ``Runs`` beside those selected."""
     indices = selection.indices.contiguous()
-    call, kept, counts = prepared(indices, sinks, first, last, most)
-    opened().keep(call)
-    return Selection(kept, counts, selection.granularity, selection.tiles)
-
-
-def prepared(
-    indices: torch.Tensor, sinks: torch.Tensor, first: torch.Tensor, last: torch.Tensor, most: int
-) -> tuple[SelectionCall, torch.Tensor, torch.Tensor]:
-    """The call of ``keep`` for dense ``indices``, and the tensors that it will fill."""
     rows, kinds, width = indices.shape
     kept = torch.empty((rows, kinds, width + most), dtype=torch.int32)
     counts = torch.empty((rows, kinds), dtype=torch.int32)
-    call = SelectionCall(
+    opened().keep(prepared(indices, (sinks, first, last, most), kept, counts))
+    return Selection(kept, counts, selection.granularity, selection.tiles)
+
+
+def prepared(indices: torch.Tensor, runs: Runs, kept: torch.Tensor, counts: torch.Tensor) -> SelectionCall:
+    """The call of ``keep`` for dense ``indices [R, K, M]``: into ``kept [R, K, M + most]`` and ``counts [R, K]``."""
+    sinks, first, last, _ = runs
+    rows, kinds, width = indices.shape
+    return SelectionCall(
         indices=indices.data_ptr(),
         sinks=sinks.data_ptr(),
         first=first.data_ptr(),
@@ -44,9 +43,8 @@ def prepared(
         rows=rows,
         kinds=kinds,
         width=width,
-        kept_width=width + most,
+        kept_width=kept.shape[2],
     )
-    return call, kept, counts
 
 
 def pairs(selection: Selection, sequences: int, band: Band) -> torch.Tensor:

@@ -91,7 +91,7 @@ def prefill_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> 
 
 
 def scores_tiling(unit: Unit, rows: int, head_dim: int, dtype: torch.dtype) -> Tiling:
-    """The same where only the scores are wanted: with room for a tile's queries, which each key then meets at once.
+    """The same in few wide programs: for scores alone, where a tile's queries should meet each key at once.
 
     Raises:
         ValueError: the head dim is above 256.

@@ -115,9 +115,9 @@ def plan(
     rows, kinds, units = scores.shape
     arguments: dict[str, Any] = {"firsts": None, "ends": None, "mask": None, "mask_stride": 0, "mask_kind_stride": 0}
     if isinstance(candidates, tuple):
-        arguments["firsts"], arguments["ends"] = candidates
+        arguments["firsts"], arguments["ends"] = (bound.contiguous() for bound in candidates)
     else:
-        mask = candidates.contiguous()
+        mask = (candidates if candidates.dim() == 2 else candidates.expand(scores.shape)).contiguous()
         arguments["mask"] = mask.view(torch.uint8)
         arguments["mask_stride"] = mask.stride(0)
         arguments["mask_kind_stride"] = mask.stride(1) if mask.dim() == 3 else 0
@@ -126,7 +126,7 @@ def plan(
         "scores": scores,
         "indices": indices,
         "counts": counts,
-        "limits": limits,
+        "limits": None if limits is None else limits.contiguous(),
         "most": indices.shape[2],
         "units": units,
         "width": indices.shape[2],

@@ -205,12 +205,27 @@ class Choice:
     def __init__(self, keys: Selection | None, heads: torch.Tensor | None = None) -> None:
         self.call: WholeChoice | None = None
         self._alive: list[Any] = []
+        self._tiles: Tiles
+        self._lasts, self._stage = False, 0
         if keys is not None:
             self._begin(keys.tiles, keys.granularity)
             self._give(keys.indices.contiguous(), keys.counts.contiguous(), heads)
 
+    def _room(self, shape: tuple[int, int, int]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Indices and counts of so many rows; the same for each layer of a step, unless later layers will read them.
+
+        Layers that wait for their call would hold megabytes each, where only one runs at a time.
+        """
+        name = _PLAN, self._stage, shape
+        self._stage += 1
+        plans = {} if self._lasts else self._tiles.plans
+        if name not in plans:
+            plans[name] = torch.empty(shape, dtype=torch.int32), torch.empty(shape[:2], dtype=torch.int32)
+        found: tuple[torch.Tensor, torch.Tensor] = plans[name]
+        return found
+
     def _begin(self, tiles: Tiles, granularity: int) -> WholeChoice:
-        self._alive.append(tiles)
+        self._tiles = tiles
         self.call = WholeChoice(
             tile_sequence=tiles.sequence.data_ptr(),
             tile_start=tiles.query_start.data_ptr(),
@@ -231,9 +246,7 @@ class Choice:
             call.from_indices, call.from_counts = indices.data_ptr(), counts.data_ptr()
             call.from_heads, call.head_map = indices.shape[1], heads.data_ptr()
             self._alive += indices, counts, heads
-            shape = (len(indices), len(heads))
-            indices = torch.empty((*shape, indices.shape[2]), dtype=torch.int32)
-            counts = torch.empty(shape, dtype=torch.int32)
+            indices, counts = self._room((len(indices), len(heads), indices.shape[2]))
         self._alive += indices, counts
         call.indices, call.counts = indices.data_ptr(), counts.data_ptr()
         call.selected_width, call.selected_heads = indices.shape[2], indices.shape[1]
@@ -249,7 +262,7 @@ class Choice:
 
     @classmethod
     def ranked(
-        cls, ranking: Ranking, tiles: Tiles, kept: Runs | None, whole: bool, step: PreparedStep
+        cls, ranking: Ranking, tiles: Tiles, kept: Runs | None, whole: bool, lasts: bool, step: PreparedStep
     ) -> tuple[Choice, Selection]:
         """What a layer chooses by the exact scores of its own keys, when it runs; and the same as a selection.
 
@@ -258,20 +271,23 @@ class Choice:
             tiles: Of one query each.
             kept: What is read beside, as ``keep_native.keep`` takes it; ``None`` for nothing.
             whole: The layer reads every key all the same.
+            lasts: Later layers will read the selection.
             step: Which it is run in.
         """
         made = cls(None)
         choice = made._begin(tiles, 1)
-        choice.whole = whole
+        choice.whole, made._lasts = whole, lasts
         kv_heads = step.call.attention.num_kv_heads
         rank, heads = _rank_of(ranking, tiles, step)
-        indices = torch.empty((len(tiles), 1 if rank.pool_all else kv_heads, rank.index_width), dtype=torch.int32)
-        counts = torch.empty(indices.shape[:2], dtype=torch.int32)
+        indices, counts = made._room((len(tiles), 1 if rank.pool_all else kv_heads, rank.index_width))
         rank.indices, rank.counts = indices.data_ptr(), counts.data_ptr()
         choice.rank = ctypes.addressof(rank)
         made._alive += ranking, rank, indices, counts
         if kept is not None:
-            keep, indices, counts = keep_native.prepared(indices, *kept)
+            rows, kinds, width = indices.shape
+            into = made._room((rows, kinds, width + kept[3]))
+            keep = keep_native.prepared(indices, kept, *into)
+            indices, counts = into
             choice.keep = ctypes.addressof(keep)
             made._alive += keep, kept
         indices, counts = made._give(indices, counts, heads)

@@ -14,10 +14,10 @@ from ..profile import Profile
 from ..protocol import LayerCall, LayerRole, Role, SchemeOptions
 from .exact_topk import ExactTopk, ExactTopkOptions
 
-_CPU = torch.device("cpu")
-
 if TYPE_CHECKING:
     from ..calibration.base import Calibrator, ModelShape
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True, slots=True)

@@ -95,7 +95,7 @@ def test_a_layer_that_computes_something_else_is_left_alone(tiny):
     assert [layer._layer for layer in fused_layers(model)] == [model.model.layers[0], model.model.layers[2]]
 
 
-POLICIES = [
+SCHEMES = [
     "dense",
     {"scheme": "streaming", "budget_tokens": 16},
     {"scheme": "quest", "budget_tokens": 16, "sink_tokens": 4, "window_tokens": 8},
@@ -107,7 +107,7 @@ POLICIES = [
 
 
 @pytest.mark.parametrize("whole", [False, True], ids=["in-parts", "whole"])
-@pytest.mark.parametrize("policy", POLICIES, ids=lambda policy: policy if policy == "dense" else policy["scheme"])
+@pytest.mark.parametrize("policy", SCHEMES, ids=lambda policy: policy if policy == "dense" else policy["scheme"])
 def test_schemes_read_the_same_keys(policy, whole, tiny, tokens):
     model, ids = tiny("qwen2"), tokens(1, 90)
     model = rounded(model) if whole else model
@@ -122,7 +122,9 @@ def test_schemes_read_the_same_keys(policy, whole, tiny, tokens):
 
 TOPK = {"scheme": "exact_topk", "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0}
 MOBA = {"scheme": "moba", "block_tokens": 16, "top_k": 2, "dense_last_layers": 0, "sparse_decode": True}
-POLICIES = pytest.mark.parametrize("policy", ["dense", TOPK, MOBA], ids=["run", "ranked", "begin-end"])
+KASCADE = {**TOPK, "scheme": "kascade", "uncalibrated": 1}
+KINDS = {"run": "dense", "ranked": TOPK, "carried": KASCADE, "begin-end": MOBA}
+POLICIES = pytest.mark.parametrize("policy", KINDS.values(), ids=KINDS)
 
 
 @POLICIES

@@ -22,7 +22,9 @@ if library() is None or library().linear_isa is None:
 FAMILIES = ("qwen2", "qwen3", "smollm3")
 TOPK = {"scheme": "exact_topk", "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 4, "dense_first_layers": 0}
 MOBA = {"scheme": "moba", "block_tokens": 16, "top_k": 2, "dense_last_layers": 0, "sparse_decode": True}
-POLICIES = pytest.mark.parametrize("policy", ["dense", TOPK, MOBA], ids=["run", "ranked", "begin-end"])
+KASCADE = {**TOPK, "scheme": "kascade", "uncalibrated": 1}
+CALLS = {"run": "dense", "ranked": TOPK, "carried": KASCADE, "begin-end": MOBA}
+POLICIES = pytest.mark.parametrize("policy", CALLS.values(), ids=CALLS)
 
 
 @torch.inference_mode()
@@ -72,6 +74,8 @@ def test_they_equal_their_parts(family, kind, policy, tiny, tokens, monkeypatch)
 @POLICIES
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 def test_a_layer_in_parts_may_stand_between_them(dtype, policy, tiny, tokens):
+    if policy == KASCADE and dtype is torch.bfloat16:
+        pytest.skip("rounding lets an anchor choose other keys, and all layers read them")
     model, ids = quantized(tiny("qwen2"), "int8wo", dtype), tokens(1, 40)
     layers = list(fused_layers(model))
     results = []

@@ -11,6 +11,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -58,11 +59,16 @@ def measure(module: str, seconds: int) -> Measured:
         )
         for part in range(PROCESSES)
     ]
-    found = Measured()
-    for process in running:
-        out, err = process.communicate(timeout=seconds)
-        assert process.returncode == 0, err[-4000:]
-        found |= dict(map(json.loads, out.splitlines()))
+    found, end = Measured(), time.monotonic() + seconds
+    try:
+        for process in running:
+            out, err = process.communicate(timeout=max(end - time.monotonic(), 1))
+            assert process.returncode == 0, err[-4000:]
+            found |= dict(map(json.loads, out.splitlines()))
+    finally:
+        for process in running:
+            process.kill()  # one that has ended stays as it is
+            process.wait()
     return found
 
 

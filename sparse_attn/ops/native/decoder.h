@@ -29,7 +29,7 @@ FOVEATE_API int32_t foveate_decoder_end(const foveate_decoder* decoder, const fo
                                         const foveate_whole_layer* layer, const foveate_whole_choice* choice, void* heads,
                                         const float* x, float* out);
 
-// Both, for layers that follow on each other; what each of them reads is known before.
+// Both, for layers that follow on each other; what each of them reads is known before, or is made as its choice says.
 FOVEATE_API int32_t foveate_decoder_run(const foveate_decoder* const* decoders, const foveate_whole_step* step,
                                         const foveate_whole_layer* const* layers,
                                         const foveate_whole_choice* const* choices, int64_t count, const float* x,

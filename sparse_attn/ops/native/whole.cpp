@@ -1,4 +1,4 @@
-// One layer of a decode step: fills in the calls of writing and of attention, and runs them.
+// One layer of a decode step: fills in the calls of writing, of a choice that its queries decide and of attention.
 #include "whole.h"
 
 #include <algorithm>
