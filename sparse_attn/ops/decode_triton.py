@@ -13,7 +13,7 @@ from foveate.kv_cache.view import PagedView
 from ..protocol import AttentionSpec
 from ..selection import Selection
 from .common_triton import LOG2E, attend, finish
-from .launch import Launch, key_arguments, last_dim_dense, selection_arguments
+from .launch import PER_STEP, Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, decode_tiling, power_of_two, unit_of
 
 # A few programs for each of the 108..304 multiprocessors of the targets hide each other's latency;
@@ -21,17 +21,7 @@ from .tiling import Tiling, decode_tiling, power_of_two, unit_of
 _PROGRAMS, _KEYS_PER_SPLIT, _MOST_SPLITS = 512, 256, 128
 
 
-@triton.jit(
-    do_not_specialize=[
-        "splits",
-        "nearest",
-        "farthest",
-        "table_stride",
-        "indices_stride",
-        "indices_head_stride",
-        "counts_stride",
-    ]
-)
+@triton.jit(do_not_specialize=["splits", *PER_STEP])
 def decode_kernel(
     query,
     out,  # [S, H, splits, D]

@@ -13,6 +13,10 @@ from ..protocol import AttentionSpec
 from ..selection import Selection
 from .tiling import Tiling, power_of_two
 
+# Whole numbers of `key_arguments` and `selection_arguments` that move from step to step. A kernel made for what divides
+# them would be compiled again in the middle of an answer, for up to a second.
+PER_STEP = ["nearest", "farthest", "table_stride", "indices_stride", "indices_head_stride", "counts_stride"]
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Launch:

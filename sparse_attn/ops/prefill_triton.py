@@ -13,21 +13,11 @@ from foveate.kv_cache.view import PagedView
 from ..protocol import AttentionSpec
 from ..selection import Selection
 from .common_triton import attend, finish
-from .launch import Launch, key_arguments, last_dim_dense, selection_arguments
+from .launch import PER_STEP, Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, power_of_two, prefill_tiling, unit_of
 
 
-@triton.jit(
-    do_not_specialize=[
-        "blocks",
-        "nearest",
-        "farthest",
-        "table_stride",
-        "indices_stride",
-        "indices_head_stride",
-        "counts_stride",
-    ]
-)
+@triton.jit(do_not_specialize=["blocks", *PER_STEP])
 def prefill_kernel(
     query,
     out,  # [T, H, D]

@@ -43,12 +43,11 @@ def top_units(
     """
     rows, kinds, units = scores.shape
     device = scores.device
-    if isinstance(candidates, tuple) and backend != "torch" and pick_native.supports(scores):
-        limits = torch.full((rows,), k) if isinstance(k, int) else k
-        width = max(min(k if isinstance(k, int) else units if most is None else most, units), 1)
-        return pick_native.top_units(scores, candidates, limits, width, ties == "higher")
     limit = k if isinstance(k, int) else units if most is None else most
     width = min(limit, units)
+    if isinstance(candidates, tuple) and backend in (None, "native") and pick_native.supports(scores):
+        limits = torch.full((rows,), k) if isinstance(k, int) else k
+        return pick_native.top_units(scores, candidates, limits, max(width, 1), ties == "higher")
     if width > 0 and (backend == "triton" or (backend is None and scores.is_cuda)):
         from . import topk_triton
 
