@@ -9,7 +9,8 @@ from foveate.sparse_attn.ops.native import DTYPES, LINEAR_ISAS, Library, LinearC
 
 from .linear_weights import Int8Weight, Weight
 
-# From this many rows on a 4-bit weight is widened once and multiplied by torch: one row costs about a tenth of that.
+# From this many rows of 16 bits on a 4-bit weight is widened once and multiplied by torch: one row costs about a tenth
+# of that.
 WIDEN_ROWS = 16
 
 
@@ -56,14 +57,16 @@ class NativeLinear:
             call.weight_bits = 4
             call.groups = weight.groups.data_ptr()
         self.call = call
+        self._widens = call.weight_bits == 4 and activation_bits == 16
 
     @property
     def most_rows(self) -> int | None:
         """As many as the kernels multiply; more are widened."""
-        return None if isinstance(self._weight, Int8Weight) else WIDEN_ROWS - 1
+        return WIDEN_ROWS - 1 if self._widens else None
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
-        """``x [T, K]`` to ``[T, N]``; many rows of a 4-bit layer are not rounded, but multiplied in their type.
+        """``x [T, K]`` to ``[T, N]``; many rows of 16 bits are not rounded for a 4-bit layer, but multiplied in
+        their type.
 
         ``residual [T, N]`` is added, and left as it is.
 
@@ -76,7 +79,7 @@ class NativeLinear:
         if dtype is None:
             return self(x.float()).to(x.dtype)
         rows, weight = len(x), self._weight
-        if rows >= WIDEN_ROWS and not isinstance(weight, Int8Weight):
+        if rows >= WIDEN_ROWS and self._widens:
             bias = None if self._bias is None else self._bias[: weight.out_channels].to(x.dtype)
             return functional.linear(x, self.widen(x.dtype), bias)
         if x.stride(1) != 1:

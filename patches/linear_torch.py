@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from .linear_weights import Int8Weight, Weight
+from .linear_weights import GROUP, Int8Weight, Weight
 
 # Levels on each side of zero. The 16-bit ones are a high byte of at most 127 and a low one, both signed.
 LEVELS = {8: 127.0, 16: 32512.0}
@@ -36,9 +36,15 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activatio
         x: Any floating type.
         weight: Quantised.
         bias: float32 ``[N]`` padded to 16.
-        activation_bits: 8 or 16, see ``quantize_rows``; 8 is for 8-bit weights.
+        activation_bits: 8 or 16, see ``quantize_rows``; 8 bits behind 4-bit weights are rounded by groups as these are.
     """
-    rounded, worth = quantize_rows(x, activation_bits)
+    if activation_bits == 8 and not isinstance(weight, Int8Weight):
+        groups = functional.pad(x, (0, -weight.in_channels % GROUP)).view(-1, GROUP)
+        rounded, worth = quantize_rows(groups, 8)
+        rounded = (rounded * worth).view(len(x), -1)[:, : weight.in_channels]
+        worth = rounded.new_ones(1)
+    else:
+        rounded, worth = quantize_rows(x, activation_bits)
     if isinstance(weight, Int8Weight):  # whole numbers first: their sums are exact where they are small
         scales = weight.scales[: weight.out_channels]
         whole = (weight.exact() / torch.where(scales > 0, scales, 1.0)[:, None]).round()

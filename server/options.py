@@ -16,8 +16,8 @@ class EngineOptions:
         dtype: Element type of weights and KV (see ``kv_dtype``); ``auto`` takes the checkpoint's on a GPU and on CPUs
             that multiply bfloat16 natively, float32 on the others.
         device: Torch device, or ``auto``.
-        quantization: Weights of the linear layers in fewer bits, on a CPU: ``int8`` (with activations of 8 bits),
-            ``int8wo`` or ``int4wo`` (weights only).
+        quantization: Weights of the linear layers in fewer bits, on a CPU: ``int8`` or ``int4`` (with activations of 8
+            bits), ``int8wo`` or ``int4wo`` (weights only).
         page_size: Tokens per KV page; by device if ``None``.
         kv_dtype: ``int8`` keeps K and V in 8 bits with a scale per token and KV head, on a CPU; ``auto`` in ``dtype``.
         kv_cache_gib: Memory of the KV cache in GiB; a share of what is free if ``None``.
@@ -43,7 +43,7 @@ class EngineOptions:
     served_model_name: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     device: str = "auto"
-    quantization: Literal["none", "int8", "int8wo", "int4wo"] = "none"
+    quantization: Literal["none", "int8", "int8wo", "int4", "int4wo"] = "none"
     page_size: int | None = None
     kv_dtype: Literal["auto", "int8"] = "auto"
     kv_cache_gib: float | None = None

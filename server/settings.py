@@ -64,10 +64,10 @@ class Settings(OperationSettings):
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field("auto", description="element type of the model")
     device: str = Field("auto", description="torch device, such as cpu or cuda:0")
-    quantization: Literal["none", "int8", "int8wo", "int4wo"] = Field(
+    quantization: Literal["none", "int8", "int8wo", "int4", "int4wo"] = Field(
         "none",
-        description="weights of the linear layers in fewer bits, on a CPU: int8 (activations too), int8wo and int4wo "
-        "(weights only)",
+        description="weights of the linear layers in fewer bits, on a CPU: int8 and int4 (activations in 8), int8wo "
+        "and int4wo (weights only)",
     )
     page_size: int | None = Field(None, description="tokens per KV page: 16, 32, 64 or 128; by device if unset")
     kv_dtype: Literal["auto", "int8"] = Field(

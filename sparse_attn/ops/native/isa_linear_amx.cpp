@@ -125,4 +125,5 @@ void release_tiles() { _tile_release(); }
 }  // namespace
 
 // 4 KiB of sums per 16 rows at least; below 8 rows dot products are faster.
-constexpr LinearKernels kLinearAmx = {Dot::quantize, multiply, Dot::widen, 256, 8, configure_tiles, release_tiles};
+constexpr LinearKernels kLinearAmx = {LinearInput<Lanes16>::quantize, multiply, Dot::widen, 256, 8, configure_tiles,
+                                      release_tiles};

@@ -102,15 +102,15 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     const int planes = call.activation_bits / 8;
     const LinearKernels& kernels = *kernels_for(call, call.rows * planes);
     const int64_t stride = padded_to(call.in_channels, 64), room = padded_to(call.rows, kRowStep);
-    const int64_t sums = call.weight_bits == 4 ? stride / 32 : 0;
-    char* memory = static_cast<char*>(foveate_scratch(room * (planes * stride + (1 + sums) * 4), 1));
+    const int64_t sums = call.weight_bits == 4 ? stride / 32 : 0, scales = sums && planes == 1 ? sums : 1;
+    char* memory = static_cast<char*>(foveate_scratch(room * (planes * stride + (scales + sums) * 4), 1));
     if (!memory) return 1;
     Activations input;
     input.bytes = reinterpret_cast<uint8_t*>(memory);
     input.stride = stride;
     input.planes = planes;
     input.scales = reinterpret_cast<float*>(memory + room * planes * stride);
-    input.group_sums = input.scales + room;
+    input.group_sums = input.scales + room * scales;
     for_items(call, kernels, 0, ceil_div(call.rows, kQuantizeRows), [&](int64_t item, void*) {
         const int64_t first = item * kQuantizeRows, last = first + kQuantizeRows;
         kernels.quantize(call, input, first, last < call.rows ? last : call.rows);

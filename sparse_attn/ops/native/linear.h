@@ -4,8 +4,9 @@
 // instructions and tiles both want them; one packing serves one row and many:
 //   8 bit  [N/16][K/4][16][4] int8, K padded to 64 by zeros;
 //   4 bit  [N/16][K/32][4][16][4] uint8: the low nibbles hold the first 16 channels of a group, the high ones the rest.
-// Activations are quantised per row when a call begins: to 8 bit, or for weight-only layers to 16 bit in two planes of
-// 8, which costs less than widening the weights and loses less than bfloat16 does.
+// Activations are quantised when a call begins: to 8 bit, per row, or for weights of 4 bit per row and group of 32; or
+// for weight-only layers to 16 bit per row, in two planes of 8, which costs less than widening the weights and loses less
+// than bfloat16 does.
 //
 // Letters: M rows (tokens), K input channels, N output channels.
 #pragma once
@@ -63,8 +64,8 @@ struct Activations {
     uint8_t* bytes;
     int64_t stride;     // bytes from one plane of a row to the next
     int planes;
-    float* scales;      // [M]
-    float* group_sums;  // 4 bit: [M][K/32] sums of the quantised input
+    float* scales;      // [M], or [M][K/32] for 8 bit behind weights of 4
+    float* group_sums;  // 4 bit: [M][K/32] sums of the quantised input, and there times its scale
 };
 
 struct LinearKernels {

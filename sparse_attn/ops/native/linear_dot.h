@@ -1,16 +1,12 @@
 // Linear layers by dot products of four bytes, for one instruction set ``Isa`` (see isa_linear_*.cpp).
 #pragma once
 
-#include "linear.h"
-#include "simd.h"
+#include "linear_input.h"
 
 namespace {
 
 constexpr int kBlock = 16;  // output channels of a block of weights
-constexpr int kGroup = 32;  // input channels that share a step in 4 bits
 constexpr int64_t kAhead = 1024;  // bytes of weights that are fetched before they are needed
-// Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
-constexpr float kLevels8 = 127.0f, kLevels16 = 32512.0f;
 
 // What belongs to a vector of output channels of an 8-bit layer.
 template <class Vec>
@@ -46,67 +42,6 @@ struct DotLinear {
     using I = typename Vec::I;
     using F = typename Vec::F;
     static constexpr int W = Vec::W;
-
-    // ---- input ----
-
-    template <class T>
-    static void quantize_row(const foveate_linear& call, const Activations& to, int64_t row) {
-        const T* x = static_cast<const T*>(call.input) + row * call.input_stride;
-        uint8_t* bytes = to.bytes + row * to.planes * to.stride;
-        const int64_t channels = call.in_channels, whole = channels / W * W;
-        // As integers, so that NaN is the largest.
-        I most = Vec::set_int(0);
-        for (int64_t k = 0; k < whole; k += W) most = Isa::larger_magnitude(most, Vec::load(x + k));
-        if (whole < channels) {
-            float rest[W] = {};
-            for (int64_t k = whole; k < channels; ++k) rest[k - whole] = to_float(x[k]);
-            most = Isa::larger_magnitude(most, Vec::load(rest));
-        }
-        const float largest = Isa::largest(most);
-        const float levels = to.planes == 1 ? kLevels8 : kLevels16;
-        const bool finite = largest < kInfinity;
-        // What is too small to be divided by counts as zero.
-        const float steps = finite && levels / largest < kInfinity ? levels / largest : 0.0f;
-        to.scales[row] = finite ? largest / levels : __builtin_nanf("");
-        // Four vectors at a time; rows of bytes are padded to that.
-        for (int64_t k = 0; k < to.stride; k += 4 * W) {
-            T rest[4 * W];
-            const T* from = x + k;
-            if (k + 4 * W > channels) {
-                const int64_t held = larger<int64_t>(0, channels - k);
-                __builtin_memset(rest, 0, sizeof(rest));
-                __builtin_memcpy(rest, from, size_t(held) * sizeof(T));
-                from = rest;
-            }
-            I high[4], low[4];
-            for (int i = 0; i < 4; ++i) low[i] = Isa::to_int(Vec::mul(Vec::load(from + i * W), Vec::set(steps)));
-            if (to.planes == 1) {
-                Isa::store_bytes(bytes + k, low, true);
-                continue;
-            }
-            for (int i = 0; i < 4; ++i) {
-                high[i] = Isa::template shift_right<8>(Isa::add(low[i], Vec::set_int(128)));
-                low[i] = Isa::sub(low[i], Isa::template shift_left<8>(high[i]));
-            }
-            Isa::store_bytes(bytes + k, high, call.weight_bits == 8);
-            Isa::store_bytes(bytes + to.stride + k, low, call.weight_bits == 8);
-        }
-        if (call.weight_bits == 8) return;
-        float* sums = to.group_sums + row * (to.stride / kGroup);
-        for (int64_t group = 0; group < to.stride / kGroup; ++group) {
-            int32_t sum = 0;
-            const int8_t* high = reinterpret_cast<const int8_t*>(bytes) + group * kGroup;
-            for (int i = 0; i < kGroup; ++i) sum += 256 * high[i] + high[to.stride + i];
-            sums[group] = float(sum);
-        }
-    }
-
-    static void quantize(const foveate_linear& call, const Activations& to, int64_t first, int64_t last) {
-        for (int64_t row = first; row < last; ++row) {
-            if (call.dtype == FOVEATE_FLOAT32) quantize_row<float>(call, to, row);
-            else quantize_row<bfloat16>(call, to, row);
-        }
-    }
 
     // ---- 8 bits ----
 
@@ -192,52 +127,61 @@ struct DotLinear {
 
     // ---- 4 bits ----
 
-    // Like multiply8, for kRows rows of two planes each, and one vector of output channels.
-    template <int kRows>
+    // Like multiply8, for kRows rows of kPlanes planes each, and one vector of output channels.
+    template <int kRows, int kPlanes>
     static void multiply4(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel) {
         const int64_t groups = input.stride / kGroup, block = channel / kBlock, lane = channel % kBlock;
-        const uint8_t* a = input.bytes + row * 2 * input.stride;
+        const uint8_t* a = input.bytes + row * kPlanes * input.stride;
         const uint8_t* w = static_cast<const uint8_t*>(call.weight) + block * groups * 256 + lane * 4;
         const uint16_t* steps = call.groups + block * groups * 2 * kBlock + lane;
         F sums[kRows];
         for (int r = 0; r < kRows; ++r) sums[r] = Vec::zero();
         for (int64_t g = 0; g < groups; ++g, w += 256, steps += 2 * kBlock, a += kGroup) {
-            I high[kRows], low[kRows];
+            I levels[kRows][kPlanes];
 #pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) high[r] = low[r] = Vec::set_int(0);
+            for (int r = 0; r < kRows; ++r)
+                for (int p = 0; p < kPlanes; ++p) levels[r][p] = Vec::set_int(0);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
                 const I both = Isa::load(w + i * 64);
                 const I first = Isa::low_nibbles(both), second = Isa::high_nibbles(both);
 #pragma GCC unroll 8
-                for (int r = 0; r < kRows; ++r) {
-                    const uint8_t* x = a + r * 2 * input.stride + i * 4;
-                    high[r] = Isa::dot_nibbles(high[r], first, x);
-                    low[r] = Isa::dot_nibbles(low[r], first, x + input.stride);
-                    high[r] = Isa::dot_nibbles(high[r], second, x + 16);
-                    low[r] = Isa::dot_nibbles(low[r], second, x + input.stride + 16);
-                }
+                for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+                    for (int p = 0; p < kPlanes; ++p) {
+                        const uint8_t* x = a + (r * kPlanes + p) * input.stride + i * 4;
+                        levels[r][p] = Isa::dot_nibbles(levels[r][p], first, x);
+                        levels[r][p] = Isa::dot_nibbles(levels[r][p], second, x + 16);
+                    }
             }
             const F step = Vec::load(steps), zero = Vec::load(steps + kBlock);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-                const F sum = Isa::to_float(Isa::add(Isa::template shift_left<8>(high[r]), low[r]));
-                sums[r] = Vec::fma(sum, step, sums[r]);
-                sums[r] = Vec::fma(Vec::set(input.group_sums[(row + r) * groups + g]), zero, sums[r]);
+                const int64_t at = (row + r) * groups + g;
+                if constexpr (kPlanes == 2) {
+                    const I whole = Isa::add(Isa::template shift_left<8>(levels[r][0]), levels[r][1]);
+                    sums[r] = Vec::fma(Isa::to_float(whole), step, sums[r]);
+                } else {
+                    sums[r] = Vec::fma(Isa::to_float(levels[r][0]), Vec::mul(step, Vec::set(input.scales[at])), sums[r]);
+                }
+                sums[r] = Vec::fma(Vec::set(input.group_sums[at]), zero, sums[r]);
             }
         }
         for (int r = 0; r < kRows; ++r)
-            put<Vec>(call, row + r, channel, Vec::mul(sums[r], Vec::set(input.scales[row + r])));
+            put<Vec>(call, row + r, channel,
+                     kPlanes == 2 ? Vec::mul(sums[r], Vec::set(input.scales[row + r])) : sums[r]);
     }
 
+    template <int kPlanes>
     static void rows4(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                       int64_t channel) {
-        constexpr int kMost = Isa::kRows / 2 < 4 ? Isa::kRows / 2 : 4;
+        constexpr int kMost = Isa::kRows / kPlanes < 4 ? Isa::kRows / kPlanes : 4;
         for (int64_t row = first; row < last; row += kMost) {
             switch (smaller<int64_t>(kMost, last - row)) {
-                case 1: multiply4<1>(call, input, row, channel); break;
-                case 2: multiply4<(kMost < 2 ? kMost : 2)>(call, input, row, channel); break;
-                default: multiply4<kMost>(call, input, row, channel);
+                case 1: multiply4<1, kPlanes>(call, input, row, channel); break;
+                case 2: multiply4<(kMost < 2 ? kMost : 2), kPlanes>(call, input, row, channel); break;
+                case 3: multiply4<(kMost < 3 ? kMost : 3), kPlanes>(call, input, row, channel); break;
+                default: multiply4<kMost, kPlanes>(call, input, row, channel);
             }
         }
     }
@@ -247,7 +191,10 @@ struct DotLinear {
         int64_t channel = first_block * kBlock;
         const int64_t end = last_block * kBlock;
         if (call.weight_bits == 4) {
-            for (; channel < end; channel += W) rows4(call, input, first, last, channel);
+            for (; channel < end; channel += W) {
+                if (input.planes == 1) rows4<1>(call, input, first, last, channel);
+                else rows4<2>(call, input, first, last, channel);
+            }
             return;
         }
         if (input.planes == 1) blocks8<1>(call, input, first, last, channel, end);
@@ -296,7 +243,7 @@ struct DotLinear {
     }
 
     static void nothing() {}
-    static constexpr LinearKernels table() { return {quantize, multiply, widen, 0, 1, nothing, nothing}; }
+    static constexpr LinearKernels table() { return {LinearInput<Isa>::quantize, multiply, widen, 0, 1, nothing, nothing}; }
 };
 
 }  // namespace

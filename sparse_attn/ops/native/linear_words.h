@@ -99,13 +99,9 @@ struct WordPieces {
     }
 };
 
-// As DotLinear::multiply; at most WordPieces::kChannels output channels.
+// As DotLinear::multiply, for 8 bits; at most WordPieces::kChannels output channels.
 inline void multiply_words(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                            int64_t first_block, int64_t last_block, void* scratch) {
-    if (call.weight_bits != 8 || last - first < WordPieces::kLeastRows) {
-        DotLinear<Lanes8<WordDot>>::multiply(call, input, first, last, first_block, last_block, scratch);
-        return;
-    }
     const int64_t rows = last - first;
     const WordPieces pieces(scratch, rows);
     __builtin_memset(pieces.sums, 0, size_t(rows * WordPieces::kChannels) * 4);
