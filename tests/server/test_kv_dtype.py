@@ -120,8 +120,8 @@ def test_eval_measures_it_against_full_pages_and_says_so_in_its_header(model_dir
 
 
 def test_a_real_model_hardly_notices(smollm_dir):
-    """Measured over prompts of 600 tokens and 48 more of each, in float32: 143 of 144 tokens are full pages' best too,
-    KL 7.4e-4 nats per token; in bfloat16, which differs from itself as much, 142 of 144 and 2.3e-3."""
+    """Measured over prompts of 600 tokens and 48 more of each, in float32: 190 of 192 tokens are full pages' best too,
+    KL 1.0e-3 nats per token; in bfloat16, which differs from itself as much, 142 of 144 and 2.3e-3."""
     options = EngineOptions(str(smollm_dir), dtype="float32", kv_cache_gib=0.1)
     loaded = load(options)
     with loaded.attached:
@@ -130,9 +130,9 @@ def test_a_real_model_hardly_notices(smollm_dir):
         dense, found = registry.build("dense"), []
         for start in (0, 2000):
             prompt = ids[start : start + 200]
-            full = forced.answer(loaded, dense, prompt, 12, 512, geometry=geometry)
+            full = forced.answer(loaded, dense, prompt, 36, 512, geometry=geometry)
             eight = replace(geometry, dtype=torch.int8)
-            other = forced.answer(loaded, dense, prompt, 12, 512, full.tokens, geometry=eight)
+            other = forced.answer(loaded, dense, prompt, 36, 512, full.tokens, geometry=eight)
             found.append(forced.agreement(full, other))
     assert sum(one["match"] for one in found) / len(found) >= 0.9
     assert all(0.0 < one["kl"] < 5e-3 for one in found), found

@@ -133,7 +133,8 @@ def test_int8_pages_are_read_as_the_floats_they_stand_for(scheme, layer):
     prompt, answer = [(0, 88), (0, 149)], [(88, 89), (149, 150)]
     for phase, spans in ((Phase.PREFILL, prompt), (Phase.DECODE, answer)):
         for got, want in zip(*(world.run(spans, phase, layer)[0] for world in (eight, floats)), strict=True):
-            close(got, want)
+            # Where AVX2 multiplies words, a prompt's queries have 16 bits.
+            torch.testing.assert_close(got, want, atol=6e-5, rtol=1e-4)
 
 
 def test_order_of_pages_changes_nothing(scheme):

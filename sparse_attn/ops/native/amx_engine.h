@@ -20,6 +20,7 @@ struct AmxEngine {
     static constexpr int kBlock = 128;  // K, V and logits of a pass are 48 KiB at 64 channels; 256 keys ran 9 % slower
     static constexpr int kPad = 32;
     static constexpr bool kPairs = true;
+    static constexpr bool kHalf = false;
 
     static int padded(int dim) { return round_up(dim, 32); }
     static int units(int dim) { return padded(dim) / 2; }
@@ -27,6 +28,9 @@ struct AmxEngine {
     static FOVEATE_INLINE F load_units(const T* row, int unit) { return _mm512_loadu_ps(row + 2 * unit); }
     static FOVEATE_INLINE float load_unit(const T* row, int unit) { return DotEngine::load_unit(row, unit); }
     static FOVEATE_INLINE void store_pair(float* p, F a, F b) { store_bfloat16_pairs(p, a, b); }
+    static void pack(const T* const* source, int dim, float* target) {
+        pack_columns<AmxEngine>(source, dim / 2, units(dim), target);
+    }
 
     AmxEngine(void* memory, int dim)
         : dim_(dim),

@@ -22,7 +22,7 @@ constexpr int64_t kNearKept = 4 << 20;    // beyond that, weights are stored pas
 template <class Engine>
 struct AnchorState {
     static constexpr int W = Engine::Simd::W;
-    using Kept = std::conditional_t<Engine::kPairs, bfloat16, float>;
+    using Kept = std::conditional_t<Engine::kPairs || Engine::kHalf, uint16_t, float>;
     static constexpr int64_t kTile = W * W;  // weights of W keys and a vector of columns
 
     int columns;        // most query rows at once
@@ -71,6 +71,7 @@ FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Eng
     using Simd = typename Engine::Simd;
     constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
     constexpr int64_t kTile = AnchorState<Engine>::kTile;
+    constexpr bool kFine = !Engine::kPairs && !Engine::kHalf;
     const int32_t* high = state.high + v * W;
     const int last = first_above(block.positions, block.count, high[C * W - 1]);
     if (last > 0) {
@@ -78,7 +79,7 @@ FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Eng
         const int padded = smaller(round_up(last, Engine::kPad), kBlock);
         engine.logits(block, state.queries + int64_t(v) * Engine::units(call.head_dim) * W, state.logits, 0, last);
         for (int c = 0; c < C; ++c)
-            softmax<Engine>(call, state, v + c, state.logits + c * kBlock * W, block, 0, last, padded, masked);
+            softmax<Engine, kFine>(call, state, v + c, state.logits + c * kBlock * W, block, 0, last, padded, masked);
     }
     for (int c = 0; c < C; ++c) {
         Simd::store(references + c * W, Simd::load(state.reference + (v + c) * W));
@@ -89,10 +90,17 @@ FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Eng
             int k = 0;
             if constexpr (Engine::kPairs) {
                 for (; k < seen; k += 2) __builtin_memcpy(tile + k * W, source + (chunk * W + k) * W, 4 * W);
-            } else if (far) {
-                for (; k < seen; ++k) Simd::store_past_caches(tile + k * W, Simd::load(source + (chunk * W + k) * W));
             } else {
-                for (; k < seen; ++k) Simd::store(tile + k * W, Simd::load(source + (chunk * W + k) * W));
+                for (; k < seen; ++k) {
+                    const typename Simd::F weight = Simd::load(source + (chunk * W + k) * W);
+                    if constexpr (Engine::kHalf) {
+                        if (far) Simd::store_half_past_caches(tile + k * W, weight);
+                        else Simd::store_half(tile + k * W, weight);
+                    } else {
+                        if (far) Simd::store_past_caches(tile + k * W, weight);
+                        else Simd::store(tile + k * W, weight);
+                    }
+                }
             }
             if (k < W) __builtin_memset(tile + k * W, 0, size_t(W - k) * W * sizeof(*tile));
         }
@@ -120,7 +128,10 @@ FOVEATE_INLINE void add_columns(const KeptWeight<Engine>* kept, const float* sha
                         _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)))), share, sums[i + 1]);
                 }
             } else {
-                for (int i = 0; i < W; ++i) sums[i] = Simd::fma(Simd::load(kept + i * W), share, sums[i]);
+                for (int i = 0; i < W; ++i) {
+                    if constexpr (Engine::kHalf) sums[i] = Simd::fma(Simd::load_half(kept + i * W), share, sums[i]);
+                    else sums[i] = Simd::fma(Simd::load(kept + i * W), share, sums[i]);
+                }
             }
         }
         Simd::transpose(sums);

@@ -157,12 +157,12 @@ int64_t decode_scratch(const foveate_attention& call) {
 
 inline void nothing() {}
 
-// The table of one instruction set and element type.
-template <class Engine, class Products>
+// The table of one instruction set and element type; ``Gathered`` is the engine of queries that choose by themselves.
+template <class Engine, class Products, class Gathered = Engine>
 constexpr IsaKernels kernels_of(void (*begin)() = nothing, void (*end)() = nothing) {
     return {
-        prefill_rows<Engine>,     prefill_scratch<Engine>,  prefill_item<Engine>,    gathered_rows<Engine>,
-        gathered_scratch<Engine>, gathered_item<Engine>,    decode_scratch<Products>, decode_item<Products>,
+        prefill_rows<Engine>,     prefill_scratch<Engine>,  prefill_item<Engine>,    gathered_rows<Gathered>,
+        gathered_scratch<Gathered>, gathered_item<Gathered>, decode_scratch<Products>, decode_item<Products>,
         decode_merge<Products>,   begin,                    end,
     };
 }

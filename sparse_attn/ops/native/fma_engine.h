@@ -65,6 +65,7 @@ struct FmaEngine {
     static constexpr int kBlock = 128;  // logits of a pass: 24 KiB, 12 on AVX2
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
+    static constexpr bool kHalf = false;
     static constexpr bool kWiden = sizeof(Row) < 4;
     using Loops = Products<FloatMac<S>, kRows, kVectors, kBlock>;
 
@@ -72,16 +73,15 @@ struct FmaEngine {
     static int64_t scratch(int dim) { return kWiden ? int64_t(2) * kBlock * dim * 4 : 0; }
     static FOVEATE_INLINE F load_units(const T* row, int unit) { return S::load(row + unit); }
     static FOVEATE_INLINE float load_unit(const T* row, int unit) { return to_float(row[unit]); }
+    static void pack(const T* const* source, int dim, float* target) {
+        pack_columns<FmaEngine>(source, dim, dim, target);
+    }
 
     FmaEngine(void* memory, int dim) : dim_(dim), wide_(static_cast<float*>(memory)) {}
 
     void load(const KeyBlock<Row>& block) {
         load_keys(block);
-        for (int i = 0; i < block.count; ++i) {
-            float scale = 1.0f;
-            if constexpr (KeyBlock<Row>::kScaled) scale = block.value_scales[i];
-            values_[i] = in_float(block.values[i], scale, wide_ + int64_t(kBlock + i) * dim_);
-        }
+        load_values(block);
     }
 
     // Only what ``logits`` needs.
@@ -90,6 +90,15 @@ struct FmaEngine {
             float scale = 1.0f;
             if constexpr (KeyBlock<Row>::kScaled) scale = block.key_scales[i];
             keys_[i] = in_float(block.keys[i], scale, wide_ + int64_t(i) * dim_);
+        }
+    }
+
+    // Only what ``accumulate`` needs.
+    void load_values(const KeyBlock<Row>& block) {
+        for (int i = 0; i < block.count; ++i) {
+            float scale = 1.0f;
+            if constexpr (KeyBlock<Row>::kScaled) scale = block.value_scales[i];
+            values_[i] = in_float(block.values[i], scale, wide_ + int64_t(kBlock + i) * dim_);
         }
     }
 
@@ -132,10 +141,12 @@ private:
         }
     }
 
-    const int dim_;
-    float* wide_;
     const float* keys_[kBlock];
     const float* values_[kBlock];
+
+protected:
+    const int dim_;
+    float* wide_;  // [2][kBlock][dim] if kWiden: keys, then values
 };
 
 #if defined(__AVX512BF16__)
@@ -167,6 +178,7 @@ struct DotEngine {
     static constexpr int kBlock = 128;
     static constexpr int kPad = 2;
     static constexpr bool kPairs = true;
+    static constexpr bool kHalf = false;
     using Loops = Products<DotMac, kRows, kVectors, kBlock>;
 
     static constexpr int units(int dim) { return dim / 2; }
@@ -178,6 +190,9 @@ struct DotEngine {
         return bits;
     }
     static FOVEATE_INLINE void store_pair(float* p, F a, F b) { store_bfloat16_pairs(p, a, b); }
+    static void pack(const T* const* source, int dim, float* target) {
+        pack_columns<DotEngine>(source, dim / 2, dim / 2, target);
+    }
 
     DotEngine(void* memory, int dim) : dim_(dim), pairs_(static_cast<float*>(memory)) {}
 

@@ -102,7 +102,7 @@ void load_columns(const foveate_attention& call, const int32_t* rows, int count,
             pass.low[v * W + lane] = state.positions[row] - call.farthest;
             pass.reference[v * W + lane] = state.reference[row];
         }
-        pack_columns<Engine>(source, dim, pass.queries + int64_t(v) * Engine::units(dim) * W);
+        Engine::pack(source, dim, pass.queries + int64_t(v) * Engine::units(dim) * W);
         Simd::store(pass.sums + v * W, Simd::zero());
         float* output = pass.outputs + int64_t(v) * dim * W;
         for (int d = 0; d < dim; ++d) Simd::store(output + d * W, Simd::zero());

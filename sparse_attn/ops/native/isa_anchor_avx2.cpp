@@ -1,12 +1,13 @@
 #include "anchor.h"
 #include "fma_engine.h"
+#include "word_engine.h"
 
 namespace {
 constexpr AnchorKernels kTables[4] = {
     anchor_kernels_of<FmaEngine<Vec8, float>, VectorProducts<FloatRows<Vec8, float>>>(),
     anchor_kernels_of<FmaEngine<Vec8, bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16>>>(),
-    anchor_kernels_of<FmaEngine<Vec8, float, int8_t>, VectorProducts<FloatRows<Vec8, float, int8_t>>>(),
-    anchor_kernels_of<FmaEngine<Vec8, bfloat16, int8_t>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>>(),
+    anchor_kernels_of<WordEngine<float>, VectorProducts<FloatRows<Vec8, float, int8_t>>>(),
+    anchor_kernels_of<WordEngine<bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>>(),
 };
 }
 extern const AnchorKernels* const kAnchorAvx2 = kTables;

@@ -1,13 +1,16 @@
 #include "decode.h"
 #include "fma_engine.h"
 #include "threshold.h"
+#include "word_engine.h"
 
 namespace {
 constexpr IsaKernels kTables[4] = {
     threshold_kernels_of<FmaEngine<Vec8, float>, VectorProducts<FloatRows<Vec8, float>>>(),
     threshold_kernels_of<FmaEngine<Vec8, bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16>>>(),
-    threshold_kernels_of<FmaEngine<Vec8, float, int8_t>, VectorProducts<FloatRows<Vec8, float, int8_t>>>(),
-    threshold_kernels_of<FmaEngine<Vec8, bfloat16, int8_t>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>>(),
+    threshold_kernels_of<WordEngine<float>, VectorProducts<FloatRows<Vec8, float, int8_t>>,
+                         FmaEngine<Vec8, float, int8_t>>(),
+    threshold_kernels_of<WordEngine<bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>,
+                         FmaEngine<Vec8, bfloat16, int8_t>>(),
 };
 }
 extern const IsaKernels* const kAvx2Kernels = kTables;

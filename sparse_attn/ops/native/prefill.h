@@ -10,8 +10,10 @@
 //   Row                 the type of K and V in memory: T, or int8 (see quantised.h)
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
+//   kHalf               anchors (anchor.h) keep weights in 16 bits
 //   kPad                keys that the products round up to
 //   units(dim)          32-bit units of a query row: channels, or pairs of them
+//   pack(...)           W query rows to the columns of a vector
 //   scratch(dim)        bytes of its own
 //   load(block)         makes ready a block of keys for all columns
 //   logits(...)         S[v][key][W] of ``kVectors`` vectors
@@ -89,12 +91,11 @@ struct PrefillState {
     }
 };
 
-// Copies W query rows into the columns of one vector, ``target [units][W]``.
+// Copies the first ``filled`` units of W query rows into the columns of one vector, ``target [units][W]``.
 template <class Engine>
-FOVEATE_INLINE void pack_columns(const typename Engine::T* const* source, int dim, float* target) {
+FOVEATE_INLINE void pack_columns(const typename Engine::T* const* source, int filled, int units, float* target) {
     using Simd = typename Engine::Simd;
     constexpr int W = Simd::W;
-    const int units = Engine::units(dim), filled = Engine::kPairs ? dim / 2 : dim;
     int u = 0;
     for (; u + W <= filled; u += W) {
         typename Simd::F tile[W];
@@ -135,7 +136,7 @@ void load_queries(const foveate_attention& call, const PrefillItem& item, Prefil
                 state.counts[column] = 0;
             }
         }
-        pack_columns<Engine>(source, dim, state.queries + int64_t(v) * units * W);
+        Engine::pack(source, dim, state.queries + int64_t(v) * units * W);
         Simd::store(state.reference + v * W, Simd::set(-kInfinity));
         Simd::store(state.sums + v * W, Simd::zero());
         float* output = state.outputs + int64_t(v) * dim * W;
@@ -155,7 +156,7 @@ FOVEATE_INLINE typename Simd::F capped(typename Simd::F s, float scale, float so
 }
 
 // Turns logits of keys [first, last) and one vector of columns into weights, in place.
-template <class Engine>
+template <class Engine, bool kFine = !Engine::kPairs>
 FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
                             const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked) {
     using Simd = typename Engine::Simd;
@@ -197,7 +198,6 @@ FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>&
         Simd::store(state.reference + v * W, reference);
     }
     const F offset = Simd::mul(Simd::finite(reference), factor);
-    constexpr bool kFine = !Engine::kPairs;
     auto weight = [&](int k) {
         return Simd::template exp2<kFine>(Simd::fmsub(Simd::load(logits + k * W), factor, offset));
     };

@@ -60,6 +60,15 @@ struct Vec8 {
     }
     static FOVEATE_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     static FOVEATE_INLINE void store_past_caches(float* p, F x) { _mm256_stream_ps(p, x); }  // p: a multiple of W
+    // Floats of 16 bits, with 10 of mantissa.
+    static FOVEATE_INLINE F load_half(const uint16_t* p) {
+        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    }
+    static FOVEATE_INLINE __m128i half(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
+    static FOVEATE_INLINE void store_half(uint16_t* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half(x)); }
+    static FOVEATE_INLINE void store_half_past_caches(uint16_t* p, F x) {
+        _mm_stream_si128(reinterpret_cast<__m128i*>(p), half(x));
+    }
     static FOVEATE_INLINE void store(bfloat16* p, F x) {  // to nearest even
         const __m256i bits = _mm256_castps_si256(x);
         const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), set_int(1));

@@ -318,9 +318,9 @@ void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, i
 }
 
 // The table of one instruction set and element type.
-template <class Engine, class Products>
+template <class Engine, class Products, class Gathered = Engine>
 constexpr IsaKernels threshold_kernels_of() {
-    IsaKernels kernels = kernels_of<Engine, Products>();
+    IsaKernels kernels = kernels_of<Engine, Products, Gathered>();
     kernels.threshold_scratch = threshold_scratch<Products>;
     kernels.threshold = threshold_item<Products>;
     kernels.threshold_merge = threshold_merge<Products>;

@@ -1,0 +1,129 @@
+// Logits of int8 keys on AVX2 by products of words, which go 1.6 times as fast as those of floats.
+//
+// A key is widened to words once per block, and a query rounded to 16 bits once per item: its error is a hundredth of
+// what rounding the keys cost. Sums of products of 127 and 32,512 over 512 channels fit 32 bits. Values stay in float32:
+// the weights are of any size.
+#pragma once
+
+#include "fma_engine.h"
+#include "linear_lanes.h"
+
+namespace {
+
+template <class Result>
+struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
+    using Base = FmaEngine<Vec8, Result, int8_t>;
+    using Base::dim_, Base::kBlock, Base::kVectors, Base::W;
+    using T = Result;
+    using Row = int8_t;
+    using Lanes = Lanes8<WordDot>;
+    static constexpr bool kHalf = true;
+    static constexpr int kMostDim = 512;
+    static constexpr float kLevels = 32512.0f;
+
+    // Pairs of words, and what a level is worth.
+    static constexpr int units(int dim) { return dim / 2 + 1; }
+
+    static void pack(const T* const* source, int dim, float* target) {
+        struct Words {  // rows that ``pack_columns`` turns
+            using T = int16_t;
+            using Simd = Vec8;
+            static FOVEATE_INLINE __m256 load_units(const int16_t* row, int unit) {
+                return _mm256_loadu_ps(reinterpret_cast<const float*>(row + 2 * unit));
+            }
+            static FOVEATE_INLINE float load_unit(const int16_t* row, int unit) {
+                float bits;
+                __builtin_memcpy(&bits, row + 2 * unit, 4);
+                return bits;
+            }
+        };
+        alignas(32) int16_t rows[W][kMostDim];
+        const int16_t* turned[W];
+        for (int lane = 0; lane < W; ++lane) {
+            turned[lane] = rows[lane];
+            target[dim / 2 * W + lane] = round_row(source[lane], dim, rows[lane]);
+        }
+        pack_columns<Words>(turned, dim / 2, dim / 2, target);
+    }
+
+    WordEngine(void* memory, int dim) : Base(memory, dim), words_(reinterpret_cast<int16_t*>(Base::wide_)) {}
+
+    void load(const KeyBlock<Row>& block) {
+        load_keys(block);
+        Base::load_values(block);
+    }
+
+    void load_keys(const KeyBlock<Row>& block) {
+        for (int i = 0; i < block.count; ++i)
+            for (int d = 0; d < dim_; d += 16)
+                _mm256_store_si256(
+                    reinterpret_cast<__m256i*>(words_ + int64_t(i) * dim_ + d),
+                    _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block.keys[i] + d))));
+    }
+
+    void logits(const KeyBlock<Row>& block, const float* queries, float* out, int first, int last) {
+        int k = first;
+        for (; k + kKeys <= last; k += kKeys) multiply<kKeys>(block, queries, out, k);
+        for (; k < last; ++k) multiply<1>(block, queries, out, k);
+    }
+
+private:
+    static constexpr int kKeys = 3;  // 9 of 16 registers are sums, which leaves room for the products
+
+    // Rounds a row to levels of its largest value, and returns what a level is worth; NaN if not all are finite.
+    static float round_row(const T* x, int dim, int16_t* to) {
+        __m256i most = _mm256_setzero_si256();
+        for (int d = 0; d < dim; d += W) most = Lanes::larger_magnitude(most, Vec8::load(x + d));
+        const float largest = Lanes::largest(most);
+        const bool finite = largest < kInfinity;
+        const float steps = finite && kLevels / largest < kInfinity ? kLevels / largest : 0.0f;
+        for (int d = 0; d < dim; d += 2 * W) {
+            const __m256i low = Lanes::to_int(Vec8::mul(Vec8::load(x + d), Vec8::set(steps)));
+            const __m256i high = Lanes::to_int(Vec8::mul(Vec8::load(x + d + W), Vec8::set(steps)));
+            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), packed);
+        }
+        return finite ? largest / kLevels : __builtin_nanf("");
+    }
+
+    // Not inlined: in a larger function GCC spills the sums. Every loop over them is unrolled for the same reason.
+    template <int R>
+    __attribute__((noinline)) void multiply(const KeyBlock<Row>& block, const float* queries, float* out, int key) const {
+        const int pairs = dim_ / 2;
+        const int64_t vector = int64_t(units(dim_)) * W;
+        const int16_t* a = words_ + int64_t(key) * dim_;
+        __m256i acc[R][kVectors];
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r)
+#pragma GCC unroll 4
+            for (int c = 0; c < kVectors; ++c) acc[r][c] = _mm256_setzero_si256();
+        for (int u = 0; u < pairs; ++u) {
+            __m256i column[kVectors];
+#pragma GCC unroll 4
+            for (int c = 0; c < kVectors; ++c)
+                column[c] = _mm256_castps_si256(Vec8::load(queries + u * W + c * vector));
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r) {
+                const __m256i pair = _mm256_set1_epi32(four_bytes(a + r * dim_ + 2 * u));
+#pragma GCC unroll 4
+                for (int c = 0; c < kVectors; ++c) {
+                    acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(pair, column[c]));
+                    __asm__("" : "+x"(acc[r][c]));  // as in linear_words.h
+                }
+            }
+        }
+#pragma GCC unroll 4
+        for (int c = 0; c < kVectors; ++c) {
+            const __m256 worth = Vec8::load(queries + pairs * W + c * vector);
+#pragma GCC unroll 4
+            for (int r = 0; r < R; ++r)
+                Vec8::store(out + (int64_t(c) * kBlock + key + r) * W,
+                            Vec8::mul(_mm256_cvtepi32_ps(acc[r][c]),
+                                      Vec8::mul(worth, Vec8::set(block.key_scales[key + r]))));
+        }
+    }
+
+    int16_t* words_;  // [kBlock][dim]
+};
+
+}  // namespace
