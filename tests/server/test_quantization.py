@@ -19,8 +19,8 @@ from foveate.server.settings import Settings
 DOCUMENT = Path(__file__).parents[1] / "bench" / "data" / "gpl-3.0.txt"
 TOKENS = 512
 # Mean KL divergence (nats) from float32, and rise of the perplexity. Measured over 1,024 tokens: int8 0.036 and 4.0 %,
-# int8wo 0.006 and 0.3 %, int4 0.004 and 0.5 %, int4wo 0.004 and 0.2 %, bfloat16 alone 0.001. Those of 4 bits say nothing
-# of other models: the packaged checkpoint is unpacked from Q4_1, whose groups of 32 are theirs.
+# int8wo 0.006 and 0.3 %, int4 0.004 and 0.5 %, int4wo 0.004 and 0.2 %, bfloat16 alone 0.001. Those of 4 bits say
+# nothing of other models: the packaged checkpoint is unpacked from Q4_1, whose groups of 32 are theirs.
 BOUNDS = {"int8": (0.06, 1.08), "int8wo": (0.012, 1.02), "int4": (0.012, 1.02), "int4wo": (0.012, 1.02)}
 
 

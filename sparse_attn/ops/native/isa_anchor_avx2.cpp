@@ -6,8 +6,8 @@ namespace {
 constexpr AnchorKernels kTables[4] = {
     anchor_kernels_of<FmaEngine<Vec8, float>, VectorProducts<FloatRows<Vec8, float>>>(),
     anchor_kernels_of<FmaEngine<Vec8, bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16>>>(),
-    anchor_kernels_of<WordEngine<float>, VectorProducts<FloatRows<Vec8, float, int8_t>>>(),
-    anchor_kernels_of<WordEngine<bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>>(),
+    anchor_kernels_of<WordEngine<float>, VectorProducts<WordRows<float>>>(),
+    anchor_kernels_of<WordEngine<bfloat16>, VectorProducts<WordRows<bfloat16>>>(),
 };
 }
 extern const AnchorKernels* const kAnchorAvx2 = kTables;

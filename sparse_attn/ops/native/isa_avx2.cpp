@@ -7,9 +7,9 @@ namespace {
 constexpr IsaKernels kTables[4] = {
     threshold_kernels_of<FmaEngine<Vec8, float>, VectorProducts<FloatRows<Vec8, float>>>(),
     threshold_kernels_of<FmaEngine<Vec8, bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16>>>(),
-    threshold_kernels_of<WordEngine<float>, VectorProducts<FloatRows<Vec8, float, int8_t>>,
+    threshold_kernels_of<WordEngine<float>, VectorProducts<WordRows<float>>,
                          FmaEngine<Vec8, float, int8_t>>(),
-    threshold_kernels_of<WordEngine<bfloat16>, VectorProducts<FloatRows<Vec8, bfloat16, int8_t>>,
+    threshold_kernels_of<WordEngine<bfloat16>, VectorProducts<WordRows<bfloat16>>,
                          FmaEngine<Vec8, bfloat16, int8_t>>(),
 };
 }

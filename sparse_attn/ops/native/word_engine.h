@@ -6,7 +6,7 @@
 #pragma once
 
 #include "fma_engine.h"
-#include "linear_lanes.h"
+#include "words.h"
 
 namespace {
 
@@ -16,10 +16,8 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
     using Base::dim_, Base::kBlock, Base::kVectors, Base::W;
     using T = Result;
     using Row = int8_t;
-    using Lanes = Lanes8<WordDot>;
     static constexpr bool kHalf = true;
     static constexpr int kMostDim = 512;
-    static constexpr float kLevels = 32512.0f;
 
     // Pairs of words, and what a level is worth.
     static constexpr int units(int dim) { return dim / 2 + 1; }
@@ -41,7 +39,7 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
         const int16_t* turned[W];
         for (int lane = 0; lane < W; ++lane) {
             turned[lane] = rows[lane];
-            target[dim / 2 * W + lane] = round_row(source[lane], dim, rows[lane]);
+            target[dim / 2 * W + lane] = round_to_words(source[lane], dim, rows[lane]);
         }
         pack_columns<Words>(turned, dim / 2, dim / 2, target);
     }
@@ -69,22 +67,6 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
 
 private:
     static constexpr int kKeys = 3;  // 9 of 16 registers are sums, which leaves room for the products
-
-    // Rounds a row to levels of its largest value, and returns what a level is worth; NaN if not all are finite.
-    static float round_row(const T* x, int dim, int16_t* to) {
-        __m256i most = _mm256_setzero_si256();
-        for (int d = 0; d < dim; d += W) most = Lanes::larger_magnitude(most, Vec8::load(x + d));
-        const float largest = Lanes::largest(most);
-        const bool finite = largest < kInfinity;
-        const float steps = finite && kLevels / largest < kInfinity ? kLevels / largest : 0.0f;
-        for (int d = 0; d < dim; d += 2 * W) {
-            const __m256i low = Lanes::to_int(Vec8::mul(Vec8::load(x + d), Vec8::set(steps)));
-            const __m256i high = Lanes::to_int(Vec8::mul(Vec8::load(x + d + W), Vec8::set(steps)));
-            const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), packed);
-        }
-        return finite ? largest / kLevels : __builtin_nanf("");
-    }
 
     // Not inlined: in a larger function GCC spills the sums. Every loop over them is unrolled for the same reason.
     template <int R>

@@ -1,0 +1,53 @@
+// Rows rounded to 16 bits, for AVX2's products of words: with keys of int8 they take two instructions for 16 channels,
+// where widening to floats takes as many for 8.
+#pragma once
+
+#include "linear_lanes.h"
+
+namespace {
+
+// Rounds a row of a multiple of 16 channels to levels of its largest value, and returns what a level is worth; NaN if
+// not all are finite.
+template <class T>
+FOVEATE_INLINE float round_to_words(const T* x, int dim, int16_t* to) {
+    using Lanes = Lanes8<WordDot>;
+    constexpr int W = Vec8::W;
+    constexpr float kLevels = 32512.0f;
+    __m256i most = _mm256_setzero_si256();
+    for (int d = 0; d < dim; d += W) most = Lanes::larger_magnitude(most, Vec8::load(x + d));
+    const float largest = Lanes::largest(most);
+    const bool finite = largest < kInfinity;
+    const float steps = finite && kLevels / largest < kInfinity ? kLevels / largest : 0.0f;
+    for (int d = 0; d < dim; d += 2 * W) {
+        const __m256i low = Lanes::to_int(Vec8::mul(Vec8::load(x + d), Vec8::set(steps)));
+        const __m256i high = Lanes::to_int(Vec8::mul(Vec8::load(x + d + W), Vec8::set(steps)));
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), packed);
+    }
+    return finite ? largest / kLevels : __builtin_nanf("");
+}
+
+// For VectorProducts (decode_vectors.h).
+template <class Result>
+struct WordRows {
+    using Simd = Vec8;
+    using T = Result;
+    using Row = int8_t;
+    using Q = int16_t;
+    static constexpr int kStep = 16;
+    static constexpr int kHeads = 2;
+    static float take(const T* source, int dim, int, Q* target) { return round_to_words(source, dim, target); }
+    static FOVEATE_INLINE __m256 load(const Row* key, int) {
+        return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(key))));
+    }
+    static FOVEATE_INLINE __m256 query(const Q* query) {
+        return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(query)));
+    }
+    static FOVEATE_INLINE __m256 mac(__m256 acc, __m256 key, __m256 query) {
+        const __m256i product = _mm256_madd_epi16(_mm256_castps_si256(key), _mm256_castps_si256(query));
+        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(acc), product));
+    }
+    static FOVEATE_INLINE __m256 total(__m256 acc) { return _mm256_cvtepi32_ps(_mm256_castps_si256(acc)); }
+};
+
+}  // namespace
