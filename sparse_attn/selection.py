@@ -49,6 +49,7 @@ class Tiles:
         query_count: ``[R]`` int32.
         position: ``[R]`` int32, the position of its first query.
         host: The same four numbers per tile on the host.
+        step: From one query of a tile to the next, in rows and in positions; only anchor scores take other than 1.
         plans: What was worked out from these tiles for one layer, kept for the other layers of the step.
     """
 
@@ -58,6 +59,7 @@ class Tiles:
     query_count: torch.Tensor
     position: torch.Tensor
     host: tuple[tuple[int, int, int, int], ...]
+    step: int = 1
     plans: dict[Any, Any] = field(default_factory=dict)
 
     @classmethod
@@ -77,16 +79,20 @@ class Tiles:
         owner, query_start, query_count, first = (column.contiguous() for column in table.unbind(1))
         return cls(size, owner, query_start, query_count, first, tuple(host))
 
-    def last(self, count: int) -> Tiles:
-        """The same tiles with their last ``count`` queries alone."""
-        cut = (self.query_count - count).clamp(min=0)
+    def every(self, step: int) -> Tiles:
+        """The same tiles with every ``step``-th query alone, counted back from their last; of tiles of step 1."""
+        cut = (self.query_count - 1) % step
         host = tuple(
-            (sequence, start + max(length - count, 0), min(length, count), position + max(length - count, 0))
+            (sequence, start + (length - 1) % step, (length - 1) // step + 1, position + (length - 1) % step)
             for sequence, start, length, position in self.host
         )
-        return Tiles(
-            self.size, self.sequence, self.query_start + cut, self.query_count - cut, self.position + cut, host
-        )
+        counts = torch.div(self.query_count - 1, step, rounding_mode="floor") + 1
+        return Tiles(self.size, self.sequence, self.query_start + cut, counts, self.position + cut, host, step)
+
+    @property
+    def ends(self) -> list[int]:
+        """Per tile, one more than the position of its last query."""
+        return [position + (count - 1) * self.step + 1 for _, _, count, position in self.host]
 
     def __len__(self) -> int:
         return len(self.host)

@@ -109,7 +109,7 @@ def pooled_topk(
         raise ValueError(f"{len(budgets)} budgets for {len(tiles)} tiles")
     kinds = 1 if pool == "all" else view.num_kv_heads
     first, end = candidates
-    ends = [position + count for _, _, count, position in tiles.host]
+    ends = tiles.ends
     budgets = [min(pair) for pair in zip(budgets, ends, strict=True)]
     width = max(budgets, default=0)
     shape = (len(tiles), view.num_kv_heads)

@@ -27,7 +27,7 @@ def scores(
     isa: str | None = None,
 ) -> torch.Tensor:
     """See ``ops.anchor_scores``; ``isa`` is for tests."""
-    longest = max(tiles.host[row][3] + tiles.host[row][2] for row in rows)
+    longest = max(tiles.ends[rows.start : rows.stop])
     pooled = torch.zeros(len(rows), 1 if pool_all else view.num_kv_heads, longest)
     call = _call(query, view, tiles, rows, isa)
     call.scores, call.score_width, call.pool_all = pooled.data_ptr(), longest, pool_all
@@ -73,7 +73,7 @@ def topk(
 def _call(query: torch.Tensor, view: PagedView, tiles: Tiles, tile_rows: range, isa: str | None) -> AnchorCall:
     """What is the same in all layers of a step; the rows and the tiles must outlive it."""
     rows, first = view.rows, tile_rows.start
-    call = AnchorCall()
+    call = AnchorCall(query_step=tiles.step)
     call.attention = Call(
         block_tables=rows.block_tables.data_ptr(),
         context_lens=rows.context_lens.data_ptr(),

@@ -26,7 +26,7 @@ def scores(
 ) -> torch.Tensor:
     """See ``ops.anchor_scores``."""
     heads, kv_heads = query.shape[1], view.num_kv_heads
-    longest = max(tiles.host[row][3] + tiles.host[row][2] for row in rows)
+    longest = max(tiles.ends[rows.start : rows.stop])
     pooled = torch.zeros(len(rows), 1 if pool_all else kv_heads, longest)
     keys, held = torch.empty(0), -1
     if query.dtype != torch.float32 and not _has_fast_bfloat16():
@@ -37,15 +37,15 @@ def scores(
         if sequence != held:
             keys = gather_pages(view.pages.key_rows(), view, sequence).to(query.dtype)
             held = sequence
-        end = position + count
-        folded = query[start : start + count].reshape(count, kv_heads, heads // kv_heads, -1)
+        end = tiles.ends[row]
+        asked = slice(start, start + (count - 1) * tiles.step + 1, tiles.step)
+        folded = query[asked].reshape(count, kv_heads, heads // kv_heads, -1)
         sinks = None if spec.sinks is None else spec.sinks.float().view(kv_heads, -1).repeat(1, count)
         for head in range(kv_heads):
             target = pooled[place, 0 if pool_all else head, :end]
             own = folded[:, head].flatten(0, 1)  # rows are queries, then the heads of the group
-            block.add(
-                own, keys[head, :end], position, heads // kv_heads, None if sinks is None else sinks[head], target
-            )
+            at = position + torch.arange(count).repeat_interleave(heads // kv_heads) * tiles.step
+            block.add(own, keys[head, :end], at, None if sinks is None else sinks[head], target)
     return pooled
 
 
@@ -68,16 +68,15 @@ class _Block:
         self,
         rows: torch.Tensor,
         keys: torch.Tensor,
-        position: int,
-        group: int,
+        positions: torch.Tensor,
         sinks: torch.Tensor | None,
         target: torch.Tensor,
     ) -> None:
         """Adds the probabilities of ``rows`` ``[n * group, D]`` over ``keys`` ``[m, D]`` to ``target`` ``[m]``.
 
-        Row ``i`` is a query at ``position + i // group``; the last key is that of the last query.
+        ``positions`` ascend; the last key is that of the last query.
         """
-        end = keys.shape[0]
+        end, own = keys.shape[0], int(positions[0]) + 1
         step = max(1, BLOCK_LOGITS // end)
         for first in range(0, rows.shape[0], step):
             part = rows[first : first + step]
@@ -89,9 +88,8 @@ class _Block:
                 logits.copy_(product)
             if self._spec.softcap:
                 logits.div_(self._spec.softcap).tanh_().mul_(self._spec.softcap)
-            at = position + torch.arange(first, first + part.shape[0])[:, None] // group
-            hidden = torch.arange(position + 1, end) > at
-            logits[:, position + 1 :].masked_fill_(hidden, float("-inf"))
+            hidden = torch.arange(own, end) > positions[first : first + step, None]
+            logits[:, own:].masked_fill_(hidden, float("-inf"))
             peak = logits.amax(-1, keepdim=True)
             if sinks is not None:
                 peak = torch.maximum(peak, sinks[first : first + part.shape[0], None])

@@ -58,14 +58,14 @@ def _logits(tile, key, position, place, scale, SOFTCAP: tl.constexpr):
 
 
 @triton.jit
-def _rows(first, count, start, head, FOLD: tl.constexpr, BLOCK_ROWS: tl.constexpr):
-    """``(token, query head, query within the tile, valid)`` of a block of rows: queries x the heads of a group."""
+def _rows(first, count, start, head, FOLD: tl.constexpr, STEP: tl.constexpr, BLOCK_ROWS: tl.constexpr):
+    """``(token, query head, place within the tile, valid)`` of a block of rows: queries x the heads of a group."""
     BLOCK_QUERIES: tl.constexpr = BLOCK_ROWS // FOLD
     rows = tl.arange(0, BLOCK_ROWS)
     local = first + rows // FOLD
     # Groups that do not divide the block leave a few rows over.
     valid = (rows < BLOCK_QUERIES * FOLD) & (local < count)
-    return (start + local).to(tl.int64), head * FOLD + rows % FOLD, local, valid
+    return (start + local * STEP).to(tl.int64), head * FOLD + rows % FOLD, local * STEP, valid
 
 
 @triton.jit(do_not_specialize=["blocks", "splits", "table_stride"])
@@ -83,6 +83,7 @@ def anchor_lse_kernel(
     scale,
     table_stride,
     FOLD: tl.constexpr,  # query heads per KV head, folded into the rows
+    STEP: tl.constexpr,  # from one query of a tile to the next
     QUERY_STRIDE: tl.constexpr,
     QUERY_HEAD_STRIDE: tl.constexpr,
     PAGE_STRIDE: tl.constexpr,
@@ -105,13 +106,13 @@ def anchor_lse_kernel(
     if first >= count:
         return
     start_position = tl.load(tile_position + owner)
-    token, row_head, local, valid = _rows(first, count, tl.load(tile_start + owner), head, FOLD, BLOCK_ROWS)
+    token, row_head, local, valid = _rows(first, count, tl.load(tile_start + owner), head, FOLD, STEP, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_DIM)
     query_at = (token * QUERY_STRIDE + row_head * QUERY_HEAD_STRIDE)[:, None] + dim[None, :]
     tile = tl.load(query + query_at, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
     table = block_tables + tl.load(tile_sequence + owner).to(tl.int64) * table_stride
     keys += head.to(tl.int64) * HEAD_STRIDE
-    end = start_position + tl.minimum(first + BLOCK_QUERIES, count)
+    end = start_position + (tl.minimum(first + BLOCK_QUERIES, count) - 1) * STEP + 1
     span = tl.cdiv(tl.cdiv(end, BLOCK_KEYS), splits) * BLOCK_KEYS
     peak = tl.full([BLOCK_ROWS], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -141,12 +142,13 @@ def _load_rows(
     QUERY_STRIDE: tl.constexpr,
     QUERY_HEAD_STRIDE: tl.constexpr,
     FOLD: tl.constexpr,
+    STEP: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
 ):
-    """``(queries, their log-sum-exp in units of log 2, query within the tile)`` of a block of rows."""
-    token, row_head, local, valid = _rows(first, count, start, head, FOLD, BLOCK_ROWS)
+    """``(queries, their log-sum-exp in units of log 2, place within the tile)`` of a block of rows."""
+    token, row_head, local, valid = _rows(first, count, start, head, FOLD, STEP, BLOCK_ROWS)
     dim = tl.arange(0, BLOCK_DIM)
     query_at = (token * QUERY_STRIDE + row_head * QUERY_HEAD_STRIDE)[:, None] + dim[None, :]
     rows = tl.load(query + query_at, mask=valid[:, None] & (dim < HEAD_DIM)[None, :], other=0.0)
@@ -170,6 +172,7 @@ def anchor_pool_kernel(
     scores_stride,
     scores_head_stride,
     FOLD: tl.constexpr,
+    STEP: tl.constexpr,
     QUERY_STRIDE: tl.constexpr,
     QUERY_HEAD_STRIDE: tl.constexpr,
     PAGE_STRIDE: tl.constexpr,
@@ -190,7 +193,7 @@ def anchor_pool_kernel(
     head = tl.program_id(2)
     count = tl.load(tile_count + owner)
     start_position = tl.load(tile_position + owner)
-    end = start_position + count
+    end = start_position + (count - 1) * STEP + 1
     if first_key >= end:
         return
     start = tl.load(tile_start + owner)
@@ -201,7 +204,7 @@ def anchor_pool_kernel(
     if ONE_BLOCK:
         rows, row_lse, local = _load_rows(
             query, lse, 0, count, start, head, lse_stride,
-            QUERY_STRIDE, QUERY_HEAD_STRIDE, FOLD, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+            QUERY_STRIDE, QUERY_HEAD_STRIDE, FOLD, STEP, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
         )  # fmt: skip
     for at in range(first_key, tl.minimum(first_key + KEY_BLOCKS * BLOCK_KEYS, end), BLOCK_KEYS):
         place = at + tl.arange(0, BLOCK_KEYS)
@@ -214,7 +217,7 @@ def anchor_pool_kernel(
             for first in range(0, count, BLOCK_ROWS // FOLD):
                 some, some_lse, near = _load_rows(
                     query, lse, first, count, start, head, lse_stride,
-                    QUERY_STRIDE, QUERY_HEAD_STRIDE, FOLD, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
+                    QUERY_STRIDE, QUERY_HEAD_STRIDE, FOLD, STEP, HEAD_DIM, BLOCK_DIM, BLOCK_ROWS,
                 )  # fmt: skip
                 logits = _logits(some, key, start_position + near, place, scale, SOFTCAP)
                 pooled += tl.sum(tl.exp2(logits - some_lse[:, None]), 0)
@@ -256,6 +259,7 @@ def plan(
         "tile_count": tiles.query_count[part],
         "tile_position": tiles.position[part],
         "FOLD": fold,
+        "STEP": tiles.step,
         "QUERY_STRIDE": query.stride(0),
         "QUERY_HEAD_STRIDE": query.stride(1),
         "BLOCK_ROWS": block_rows,
@@ -290,7 +294,7 @@ def scores(
     """See ``ops.anchor_scores``; ``tiling`` overrides the target's own block sizes."""
     query = last_dim_dense(query)
     device = query.device
-    longest = max(tiles.host[row][3] + tiles.host[row][2] for row in rows)
+    longest = max(tiles.ends[rows.start : rows.stop])
     # Decode has one block of rows per sequence and head; splits keep the processors busy.
     splits = num_splits(longest, len(rows) * view.num_kv_heads) if tiles.size == 1 else 1
     lse_parts = torch.empty(*query.shape[:2], splits, dtype=torch.float32, device=device)

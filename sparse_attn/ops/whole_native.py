@@ -304,8 +304,7 @@ def _rank_of(ranking: Ranking, tiles: Tiles, step: PreparedStep) -> tuple[Anchor
     name = _PLAN, ranking, step
     if name not in tiles.plans:
         first, end = (bound.to(torch.int32).contiguous() for bound in ranking.candidates)
-        ends = [position + count for _, _, count, position in tiles.host]
-        budgets = [min(pair) for pair in zip(ranking.budgets, ends, strict=True)]
+        budgets = [min(pair) for pair in zip(ranking.budgets, tiles.ends, strict=True)]
         wanted = torch.tensor(budgets, dtype=torch.int32)
         call = AnchorCall(
             attention=step.call.attention,
@@ -314,6 +313,7 @@ def _rank_of(ranking: Ranking, tiles: Tiles, step: PreparedStep) -> tuple[Anchor
             budgets=wanted.data_ptr(),
             index_width=max(max(budgets, default=0), 1),
             pool_all=ranking.pool == "all",
+            query_step=tiles.step,
         )
         facts = call.attention
         facts.tile_sequence, facts.tile_start = tiles.sequence.data_ptr(), tiles.query_start.data_ptr()

@@ -81,6 +81,25 @@ def test_facts_and_pools(facts, pool_all, queries, tile, dtype, isa):
     assert_scores(query, view, tiles, AttentionSpec(0.25, **facts), isa, pool_all)
 
 
+@pytest.mark.parametrize("step", [2, 5, 64])
+@pytest.mark.parametrize("heads", [(2, 3, 64), (1, 7, 96)], ids="kv{0[0]}xgroup{0[1]}xdim{0[2]}".format)
+def test_some_queries_of_a_tile(step, heads, dtype, isa):
+    kv_heads, group, dim = heads
+    query, view = Paged((130, 17, 700), kv_heads, group, dim, dtype=dtype).view((30, 16, 111))
+    whole = Tiles.of(view.rows, 32)
+    tiles = whole.every(step)
+    assert tiles.ends == whole.ends
+    got = assert_scores(query, view, tiles, AttentionSpec(0.25), isa)
+    asked = torch.tensor([count for _, _, count, _ in tiles.host]) * group
+    torch.testing.assert_close(got.sum(2), asked[:, None].expand(-1, kv_heads).float(), rtol=2e-3, atol=0)
+    torch.testing.assert_close(
+        anchor_scores(query, view, tiles, AttentionSpec(0.25), backend="torch"),
+        anchor_scores(query, view, tiles, AttentionSpec(0.25), backend="reference"),
+        rtol=2e-2,
+        atol=2e-2 if dtype == torch.bfloat16 else 1e-5,
+    )
+
+
 def test_the_number_of_threads_changes_nothing(isa):
     query, view = Paged((2500, 7, 1100), 2, 3, 64).view((1, 1, 1))
     tiles, scores = Tiles.of(view.rows, 1), []

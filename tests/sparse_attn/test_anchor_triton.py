@@ -43,6 +43,7 @@ class Case:
     page_size: int = 16
     dtype: str = "float32"
     tile: int = 32
+    every: int = 1
     first: int = 0
     pool: str = "group"
     facts: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +68,10 @@ CASES = {
         111, kv_heads=1, group=8, dim=256, dtype="float16", tile=64, tiling=None
     ),
     "prefill-1000-tile128": prefill(1000, kv_heads=1, page_size=64, tile=128),
+    "prefill-chunks-g3-every-fifth-query": prefill(130, 17, 300, group=3, **CHUNKS, every=5),
+    "prefill-111-d256-g8-every-second-query-many-blocks-of-rows": prefill(
+        111, kv_heads=1, group=8, dim=256, tile=64, every=2, tiling=None
+    ),
     "prefill-chunks-g3-sinks": prefill(130, 17, 300, group=3, **CHUNKS, facts={"sinks": SINKS}),
     "prefill-chunks-g3-all-heads-from-the-third-tile": prefill(130, 17, 300, group=3, **CHUNKS, first=2, pool="all"),
     "decode-1": decode(1, group=3, tiling=None),
@@ -108,7 +113,7 @@ def run(case: Case) -> dict[str, Any]:
         facts["sinks"] = torch.tensor(facts["sinks"], device=DEVICE)
     # A scale above D^-0.5 spreads the logits, so that a wrong key shows.
     spec = AttentionSpec(3 * case.dim**-0.5, **facts)
-    tiles = Tiles.of(view.rows, case.tile)
+    tiles = Tiles.of(view.rows, case.tile).every(case.every)
     rows = range(case.first, len(tiles))
     got = anchor_triton.scores(query, view, tiles, spec, rows, case.pool == "all", case.tiling if INTERPRETED else None)
     want = anchor_scores(query, view, tiles, spec, rows=rows, pool=case.pool, backend="reference")

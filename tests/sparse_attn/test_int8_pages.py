@@ -26,9 +26,9 @@ from foveate.sparse_attn.selection import Band, ScoreThreshold, Selection, Tiles
 CPU, NAN = torch.device("cpu"), float("nan")
 EVERY_STAT = (*(PageStat(source, fold) for source in ("key", "value") for fold in Fold), KEY_SUM_16)
 # RMS error of (out, lse) against the float32 reference over the same int8 pages. Measured: float32 7e-7, and 5.6e-5 and
-# 5e-6 where AVX2 multiplies words (queries of 16 bits); bfloat16 4.6e-3 and 4e-4 where rows and weights are rounded to it
-# (prompts on dot products and tiles), 1.5e-4 else in prompts; in decode 4e-5, and 1.1e-3 and 3e-5 where tiles of bytes
-# take queries and weights in two planes.
+# 5e-6 where AVX2 multiplies words (queries of 16 bits); bfloat16 4.6e-3 and 4e-4 where rows and weights are rounded to
+# it (prompts on dot products and tiles), 1.5e-4 else in prompts; in decode 4e-5, and 1.1e-3 and 3e-5 where tiles of
+# bytes take queries and weights in two planes.
 TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (7e-3, 6e-4)}
 DECODE_TOLERANCE = {torch.float32: (1e-4, 1e-5), torch.bfloat16: (2e-3, 1e-4)}
 SPECS = {

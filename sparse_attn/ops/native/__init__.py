@@ -69,7 +69,7 @@ class AnchorCall(ctypes.Structure):
         ("attention", Call),
         *((name, ctypes.c_void_p) for name in ("first", "end", "budgets", "scores", "indices", "counts")),
         *((f"{name}_width", ctypes.c_int64) for name in ("score", "index")),
-        ("pool_all", ctypes.c_int32),
+        *((name, ctypes.c_int32) for name in ("pool_all", "query_step")),
     )
 
 

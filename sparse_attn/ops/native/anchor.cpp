@@ -34,14 +34,10 @@ const AnchorKernels* kernels_for(const foveate_attention& call) {
 constexpr int64_t kPartKeys = 1024;         // of a thread's part of a row: 256 KiB of float32 keys at 64 channels
 constexpr int64_t kLogitBytes = 32 << 20;  // of decode rows at once
 
-int64_t last_position(const foveate_attention& call, int tile) {
-    return int64_t(call.tile_position[tile]) + call.tile_count[tile];
-}
-
 // Where none is left out, they are chosen whatever their scores.
 bool needs_scores(const foveate_anchor& call, int tile) {
     if (call.scores) return true;
-    const int64_t end = last_position(call.attention, tile), last = call.end[tile] < end ? call.end[tile] : end;
+    const int64_t end = end_of(call, tile), last = call.end[tile] < end ? call.end[tile] : end;
     return last - call.first[tile] > call.budgets[tile];
 }
 
@@ -50,7 +46,7 @@ template <class Pool>
 void run_item(const foveate_anchor& call, const AnchorKernels& kernels, int tile, int row, float* scores, Pool pool) {
     const foveate_attention& attention = call.attention;
     const int kinds = call.pool_all ? 1 : attention.num_kv_heads;
-    const int64_t at = int64_t(tile) * kinds + row, end = last_position(attention, tile);
+    const int64_t at = int64_t(tile) * kinds + row, end = end_of(call, tile);
     const int64_t last = call.indices && call.end[tile] < end ? call.end[tile] : end;
     std::memset(scores, 0, size_t((end + 511) / 512 * 512) * 4);
     const int first_head = call.pool_all ? 0 : row, last_head = call.pool_all ? attention.num_kv_heads : row + 1;
@@ -105,7 +101,7 @@ int32_t run_decode(const foveate_anchor& call, const AnchorKernels& kernels, int
         if (!logits) return 1;
         const auto logit_part = [&](int64_t i, char* scratch) {
             const int head = int(i % kv_heads), tile = int(begin + i / kv_heads % tiles);
-            const int64_t first = i / (kv_heads * tiles) * kPartKeys, end = last_position(attention, tile);
+            const int64_t first = i / (kv_heads * tiles) * kPartKeys, end = end_of(call, tile);
             const int64_t last = first + kPartKeys < end ? first + kPartKeys : end;
             if (first < last && needs_scores(call, tile))
                 kernels.logits(call, tile, head, first, last, logits + (tile - begin) * of_tile + head * of_head, width,
@@ -116,7 +112,7 @@ int32_t run_decode(const foveate_anchor& call, const AnchorKernels& kernels, int
             const int tile = int(begin + i / kinds);
             float* scores = reinterpret_cast<float*>(scratch);
             run_item(call, kernels, tile, int(i % kinds), scores, [&](int head) {
-                kernels.weigh(call, head, last_position(attention, tile),
+                kernels.weigh(call, head, end_of(call, tile),
                               logits + (tile - begin) * of_tile + head * of_head, width, scores);
             });
         };
@@ -154,7 +150,7 @@ int32_t foveate_anchor_run(const foveate_anchor* call_pointer) {
     int64_t longest = 0;
     bool single = true;
     for (int tile = 0; tile < call.attention.num_tiles; ++tile) {
-        const int64_t end = last_position(call.attention, tile);
+        const int64_t end = end_of(call, tile);
         if (end > longest) longest = end;
         single = single && call.attention.tile_count[tile] == 1;
     }

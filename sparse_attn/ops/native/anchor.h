@@ -35,8 +35,7 @@ struct AnchorState {
     AnchorState(void* memory, const foveate_anchor& call, int tile, int64_t* bytes = nullptr) {
         const foveate_attention& attention = call.attention;
         const int group = heads_per_kind(attention), count = attention.tile_count[tile];
-        const int64_t end = int64_t(attention.tile_position[tile]) + count;
-        blocks = (end + Engine::kBlock - 1) / Engine::kBlock;
+        blocks = (end_of(call, tile) + Engine::kBlock - 1) / Engine::kBlock;
         const int step = Engine::kVectors * W;
         const int64_t room = larger(kLeastKept, kKeptBytes / attention.num_threads);
         const int64_t fitting = room / (blocks * Engine::kBlock * int64_t(sizeof(Kept))) / step * step;
@@ -152,7 +151,7 @@ void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const Anch
     const int group = heads_per_kind(call), rows = item.count * group;
     PrefillState<Engine> state(kept.pass, call, rows);
     load_queries<Engine>(call, item, state);
-    KeyCursor<Row> cursor(call, item.sequence, item.kind, 0, int64_t(item.position) + item.count, false);
+    KeyCursor<Row> cursor(call, item.sequence, item.kind, 0, item.end(), false);
     Engine engine(state.engine, call.head_dim);
     KeyBlock<Row>& block = state.blocks[0];
     const int64_t of_block = int64_t(state.vectors) * kBlock * W;
@@ -194,9 +193,10 @@ void anchor_pool(const foveate_anchor& call, int tile, int kv_head, float* score
     const foveate_attention& attention = call.attention;
     const AnchorState<Engine> kept(scratch, call, tile);
     const int queries = kept.columns / heads_per_kind(attention), count = attention.tile_count[tile];
+    const int step = call.query_step;
     for (int done = 0; done < count; done += queries) {
-        const PrefillItem item{tile, attention.tile_sequence[tile], attention.tile_start[tile] + done,
-                               smaller(queries, count - done), attention.tile_position[tile] + done, kv_head};
+        const PrefillItem item{tile, attention.tile_sequence[tile], attention.tile_start[tile] + done * step,
+                               smaller(queries, count - done), attention.tile_position[tile] + done * step, kv_head, step};
         pool_part<Engine>(call, item, kept, scores);
     }
 }

@@ -122,9 +122,9 @@ void load_queries(const foveate_attention& call, const PrefillItem& item, Prefil
             // Columns behind the last repeat it: their results are dropped.
             const int row = smaller(v * W + lane, rows - 1);
             const int query = row / group, head = item.kind * group + row % group;
-            source[lane] = static_cast<const T*>(call.query) + (item.start + query) * call.query_token_stride +
+            source[lane] = static_cast<const T*>(call.query) + (item.start + query * item.step) * call.query_token_stride +
                            head * call.query_head_stride;
-            const int64_t position = item.position + query;
+            const int64_t position = item.position + query * item.step;
             state.high[v * W + lane] = int32_t(position - call.nearest);
             state.low[v * W + lane] = int32_t(position - call.farthest);
             if (const foveate_threshold* threshold = call.threshold) {

@@ -13,6 +13,9 @@ struct PrefillItem {
     int32_t count;
     int32_t position;  // of the first query
     int32_t kind;      // KV head, or query head
+    int32_t step = 1;  // from one query to the next, in rows and in positions
+
+    int64_t end() const { return position + int64_t(count - 1) * step + 1; }  // behind the last query
 };
 
 // A part of the keys of one query.

@@ -36,7 +36,7 @@ def prompt_masks(text, anchors, head_map, tile, scored=0, everything=False, **op
         stop = min(start + tile, tokens)
         chosen = []
         for layer in range(text.layers):
-            rows = slice(max(start, stop - scored) if scored else start, stop)
+            rows = list(range(stop - 1, start - 1, -(tile // scored) if scored else -1))
             if layer in anchors:
                 mass = pooled(text, layer, rows, stop, everything)[:, :start]
                 chosen = [best(one.tolist(), budget_of(options, start)) for one in mass]
