@@ -39,9 +39,9 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activatio
         activation_bits: 8 or 16, see ``quantize_rows``; 8 bits behind 4-bit weights are rounded by groups as these are.
     """
     if activation_bits == 8 and not isinstance(weight, Int8Weight):
-        groups = functional.pad(x, (0, -weight.in_channels % GROUP)).view(-1, GROUP)
-        rounded, worth = quantize_rows(groups, 8)
-        rounded = (rounded * worth).view(len(x), -1)[:, : weight.in_channels]
+        padded = functional.pad(x, (0, -weight.in_channels % GROUP))
+        rounded, worth = quantize_rows(padded.reshape(-1, GROUP), 8)
+        rounded = (rounded * worth).view(padded.shape)[:, : weight.in_channels]
         worth = rounded.new_ones(1)
     else:
         rounded, worth = quantize_rows(x, activation_bits)

@@ -81,13 +81,18 @@ class Tiles:
 
     def every(self, step: int) -> Tiles:
         """The same tiles with every ``step``-th query alone, counted back from their last; of tiles of step 1."""
+        if ("every", step) in self.plans:
+            found: Tiles = self.plans["every", step]
+            return found
         cut = (self.query_count - 1) % step
         host = tuple(
             (sequence, start + (length - 1) % step, (length - 1) // step + 1, position + (length - 1) % step)
             for sequence, start, length, position in self.host
         )
         counts = torch.div(self.query_count - 1, step, rounding_mode="floor") + 1
-        return Tiles(self.size, self.sequence, self.query_start + cut, counts, self.position + cut, host, step)
+        some = Tiles(self.size, self.sequence, self.query_start + cut, counts, self.position + cut, host, step)
+        self.plans["every", step] = some
+        return some
 
     @property
     def ends(self) -> list[int]:

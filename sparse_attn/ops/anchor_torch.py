@@ -41,10 +41,10 @@ def scores(
         asked = slice(start, start + (count - 1) * tiles.step + 1, tiles.step)
         folded = query[asked].reshape(count, kv_heads, heads // kv_heads, -1)
         sinks = None if spec.sinks is None else spec.sinks.float().view(kv_heads, -1).repeat(1, count)
+        at = position + torch.arange(count).repeat_interleave(heads // kv_heads) * tiles.step
         for head in range(kv_heads):
             target = pooled[place, 0 if pool_all else head, :end]
             own = folded[:, head].flatten(0, 1)  # rows are queries, then the heads of the group
-            at = position + torch.arange(count).repeat_interleave(heads // kv_heads) * tiles.step
             block.add(own, keys[head, :end], at, None if sinks is None else sinks[head], target)
     return pooled
 

@@ -41,7 +41,7 @@ CALIBRATED = {"kascade-heads-exchanged", "kascade-dense-anchor"}
 IN_ONE_CALL = {name for name in POLICIES if name.startswith(("dense", "kascade", "exact_topk"))}
 
 
-@pytest.fixture(params=["in-parts", "whole", "int8", "int4wo"])
+@pytest.fixture(params=["in-parts", "whole", "int8", "int4", "int4wo"])
 def given(request, model_dir, tmp_path):
     """The tiny model and its quantization; all but the first take one call in a decode step."""
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)

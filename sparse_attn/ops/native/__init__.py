@@ -68,8 +68,8 @@ class AnchorCall(ctypes.Structure):
     _fields_ = (
         ("attention", Call),
         *((name, ctypes.c_void_p) for name in ("first", "end", "budgets", "scores", "indices", "counts")),
-        *((f"{name}_width", ctypes.c_int64) for name in ("score", "index")),
-        *((name, ctypes.c_int32) for name in ("pool_all", "query_step")),
+        *((name, ctypes.c_int64) for name in ("score_width", "index_width", "query_step")),
+        ("pool_all", ctypes.c_int32),
     )
 
 

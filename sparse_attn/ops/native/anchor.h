@@ -18,6 +18,8 @@ namespace {
 constexpr int64_t kKeptBytes = 64 << 20;  // of weights at once, by all threads together
 constexpr int64_t kLeastKept = 2 << 20;   // by a thread
 constexpr int64_t kNearKept = 4 << 20;    // beyond that, weights are stored past the caches
+// Of weights kept as floats of 16 bits: these reach from 2^-14 (in all bits) to 2^16, and weights up to 2^kSlack.
+constexpr float kLift = 128.0f;
 
 template <class Engine>
 struct AnchorState {
@@ -93,8 +95,9 @@ FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Eng
                 for (; k < seen; ++k) {
                     const typename Simd::F weight = Simd::load(source + (chunk * W + k) * W);
                     if constexpr (Engine::kHalf) {
-                        if (far) Simd::store_half_past_caches(tile + k * W, weight);
-                        else Simd::store_half(tile + k * W, weight);
+                        const typename Simd::F lifted = Simd::mul(weight, Simd::set(kLift));
+                        if (far) Simd::store_half_past_caches(tile + k * W, lifted);
+                        else Simd::store_half(tile + k * W, lifted);
                     } else {
                         if (far) Simd::store_past_caches(tile + k * W, weight);
                         else Simd::store(tile + k * W, weight);
@@ -151,7 +154,7 @@ void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const Anch
     const int group = heads_per_kind(call), rows = item.count * group;
     PrefillState<Engine> state(kept.pass, call, rows);
     load_queries<Engine>(call, item, state);
-    KeyCursor<Row> cursor(call, item.sequence, item.kind, 0, item.end(), false);
+    KeyCursor<Row> cursor(call, item.sequence, item.kind, 0, end_of(item), false);
     Engine engine(state.engine, call.head_dim);
     KeyBlock<Row>& block = state.blocks[0];
     const int64_t of_block = int64_t(state.vectors) * kBlock * W;
@@ -172,6 +175,7 @@ void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const Anch
     for (int row = 0; row < state.vectors * W; ++row) {
         float sum = state.sums[row];
         if (call.sinks) sum += std::exp(call.sinks[item.kind * group + row % group] - state.reference[row] * scale);
+        if (Engine::kHalf) sum *= kLift;
         state.sums[row] = row < rows ? 1.0f / sum : 0.0f;  // columns behind the last repeat it
     }
     const F factor = Simd::set(scale * kLog2E);
@@ -193,7 +197,7 @@ void anchor_pool(const foveate_anchor& call, int tile, int kv_head, float* score
     const foveate_attention& attention = call.attention;
     const AnchorState<Engine> kept(scratch, call, tile);
     const int queries = kept.columns / heads_per_kind(attention), count = attention.tile_count[tile];
-    const int step = call.query_step;
+    const int step = int(call.query_step);
     for (int done = 0; done < count; done += queries) {
         const PrefillItem item{tile, attention.tile_sequence[tile], attention.tile_start[tile] + done * step,
                                smaller(queries, count - done), attention.tile_position[tile] + done * step, kv_head, step};

@@ -18,14 +18,14 @@ struct foveate_anchor {
     int32_t* counts;              // [R, K]
     int64_t score_width;          // at least the position of each tile's last query + 1
     int64_t index_width;
+    int64_t query_step;           // from one query of a tile to the next, in rows and in positions
     int32_t pool_all;
-    int32_t query_step;           // from one query of a tile to the next, in rows and in positions
 };
 
 // One more than the position of a tile's last query.
 static inline int64_t end_of(const foveate_anchor& call, int tile) {
     const foveate_attention& attention = call.attention;
-    return attention.tile_position[tile] + int64_t(attention.tile_count[tile] - 1) * call.query_step + 1;
+    return attention.tile_position[tile] + (attention.tile_count[tile] - 1) * call.query_step + 1;
 }
 
 // 0, or 1 when no memory was left.

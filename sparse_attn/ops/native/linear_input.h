@@ -10,23 +10,23 @@ constexpr int kGroup = 32;  // input channels that share a step in 4 bits
 // Levels of 16 bits: a high byte of at most 127 and a low one, both signed.
 constexpr float kLevels8 = 127.0f, kLevels16 = 32512.0f;
 
+// What a level is worth, and how many there are to 1.
+struct LevelScale {
+    float worth, steps;
+    FOVEATE_INLINE LevelScale(float largest, float levels) {
+        const bool finite = largest < kInfinity;
+        // What is too small to be divided by counts as zero.
+        steps = finite && levels / largest < kInfinity ? levels / largest : 0.0f;
+        worth = finite ? largest / levels : __builtin_nanf("");
+    }
+};
+
 template <class Isa>
 struct LinearInput {
     using Vec = typename Isa::Vec;
     using I = typename Vec::I;
     static constexpr int W = Vec::W;
     static constexpr int kStep = 4 * W;  // values that are stored at once; rows of bytes are padded to that
-
-    // What a level is worth, and how many there are to 1.
-    struct Scale {
-        float worth, steps;
-        Scale(float largest, float levels) {
-            const bool finite = largest < kInfinity;
-            // What is too small to be divided by counts as zero.
-            steps = finite && levels / largest < kInfinity ? levels / largest : 0.0f;
-            worth = finite ? largest / levels : __builtin_nanf("");
-        }
-    };
 
     // ``kStep`` values of a row of ``channels`` from ``k`` on; those behind its end, by way of ``room``, are zero.
     template <class T>
@@ -51,7 +51,7 @@ struct LinearInput {
             for (int64_t k = whole; k < channels; ++k) rest[k - whole] = to_float(x[k]);
             most = Isa::larger_magnitude(most, Vec::load(rest));
         }
-        const Scale scale(Isa::largest(most), to.planes == 1 ? kLevels8 : kLevels16);
+        const LevelScale scale(Isa::largest(most), to.planes == 1 ? kLevels8 : kLevels16);
         to.scales[row] = scale.worth;
         T room[kStep];
         for (int64_t k = 0; k < to.stride; k += kStep) {
@@ -93,7 +93,7 @@ struct LinearInput {
             for (int first = 0; first < 4; first += kVectors, ++scales, ++sums) {
                 I most = Vec::set_int(0), sum = most;
                 for (int i = first; i < first + kVectors; ++i) most = Isa::larger_magnitude(most, Vec::load(from + i * W));
-                const Scale scale(Isa::largest(most), kLevels8);
+                const LevelScale scale(Isa::largest(most), kLevels8);
                 for (int i = first; i < first + kVectors; ++i) {
                     levels[i] = Isa::to_int(Vec::mul(Vec::load(from + i * W), Vec::set(scale.steps)));
                     sum = Isa::add(sum, levels[i]);

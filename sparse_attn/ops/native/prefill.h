@@ -10,7 +10,7 @@
 //   Row                 the type of K and V in memory: T, or int8 (see quantised.h)
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
-//   kHalf               anchors (anchor.h) keep weights in 16 bits
+//   kHalf               anchors (anchor.h) keep weights as floats of 16 bits
 //   kPad                keys that the products round up to
 //   units(dim)          32-bit units of a query row: channels, or pairs of them
 //   pack(...)           W query rows to the columns of a vector

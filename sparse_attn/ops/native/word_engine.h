@@ -17,7 +17,6 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
     using T = Result;
     using Row = int8_t;
     static constexpr bool kHalf = true;
-    static constexpr int kMostDim = 512;
 
     // Pairs of words, and what a level is worth.
     static constexpr int units(int dim) { return dim / 2 + 1; }
@@ -35,7 +34,7 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
                 return bits;
             }
         };
-        alignas(32) int16_t rows[W][kMostDim];
+        alignas(32) int16_t rows[W][kMaxHeadDim];
         const int16_t* turned[W];
         for (int lane = 0; lane < W; ++lane) {
             turned[lane] = rows[lane];

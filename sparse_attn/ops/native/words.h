@@ -2,6 +2,7 @@
 // where widening to floats takes as many for 8.
 #pragma once
 
+#include "linear_input.h"
 #include "linear_lanes.h"
 
 namespace {
@@ -12,19 +13,17 @@ template <class T>
 FOVEATE_INLINE float round_to_words(const T* x, int dim, int16_t* to) {
     using Lanes = Lanes8<WordDot>;
     constexpr int W = Vec8::W;
-    constexpr float kLevels = 32512.0f;
     __m256i most = _mm256_setzero_si256();
     for (int d = 0; d < dim; d += W) most = Lanes::larger_magnitude(most, Vec8::load(x + d));
-    const float largest = Lanes::largest(most);
-    const bool finite = largest < kInfinity;
-    const float steps = finite && kLevels / largest < kInfinity ? kLevels / largest : 0.0f;
+    const LevelScale scale(Lanes::largest(most), kLevels16);
+    const Vec8::F steps = Vec8::set(scale.steps);
     for (int d = 0; d < dim; d += 2 * W) {
-        const __m256i low = Lanes::to_int(Vec8::mul(Vec8::load(x + d), Vec8::set(steps)));
-        const __m256i high = Lanes::to_int(Vec8::mul(Vec8::load(x + d + W), Vec8::set(steps)));
+        const __m256i low = Lanes::to_int(Vec8::mul(Vec8::load(x + d), steps));
+        const __m256i high = Lanes::to_int(Vec8::mul(Vec8::load(x + d + W), steps));
         const __m256i packed = _mm256_permute4x64_epi64(_mm256_packs_epi32(low, high), 0xd8);
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + d), packed);
     }
-    return finite ? largest / kLevels : __builtin_nanf("");
+    return scale.worth;
 }
 
 // For VectorProducts (decode_vectors.h).

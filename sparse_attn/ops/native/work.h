@@ -13,10 +13,13 @@ struct PrefillItem {
     int32_t count;
     int32_t position;  // of the first query
     int32_t kind;      // KV head, or query head
-    int32_t step = 1;  // from one query to the next, in rows and in positions
-
-    int64_t end() const { return position + int64_t(count - 1) * step + 1; }  // behind the last query
+    int32_t step = 1;  // from one query to the next, in rows and in positions; only anchors take other than 1
 };
+
+// Behind the position of its last query.
+static inline int64_t end_of(const PrefillItem& item) {
+    return item.position + int64_t(item.count - 1) * item.step + 1;
+}
 
 // A part of the keys of one query.
 struct DecodeItem {
