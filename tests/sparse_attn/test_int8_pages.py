@@ -208,9 +208,9 @@ def test_native_anchor_weights_kept_past_the_caches(isa, dtype):
     assert anchor_error(isa, eight, floats, query, tiles, AttentionSpec(0.5)) < most_anchor_error(isa, dtype)
 
 
-@pytest.mark.parametrize("apart", [10.0, 18.0])
-def test_keys_far_below_an_attention_sink_keep_their_order(isa, apart):
-    """All queries spend nearly everything on the first key, ``apart`` nats above the rest; the rest is still ranked."""
+@pytest.mark.parametrize(("apart", "error"), [(10.0, 2e-3), (14.0, 1e-2), (18.0, 0.15)])
+def test_keys_far_below_an_attention_sink_are_still_ranked(isa, apart, error):
+    """All queries spend nearly everything on the first key, ``apart`` to ``apart + 2`` nats above the rest."""
     context, dim = 300, 64
     rows = Rows.build([list(range(19))], [context], [40], CPU)
     pool = PagePool(CacheGeometry(1, 1, dim, 16, 19, torch.int8), ())
@@ -223,7 +223,7 @@ def test_keys_far_below_an_attention_sink_keep_their_order(isa, apart):
     got = anchor_native.scores(query, view, tiles, AttentionSpec(1.0), range(len(tiles)), False, isa=isa)
     want = ops.anchor_scores(query, view, tiles, AttentionSpec(1.0), backend="reference")
     seen = want > 0
-    torch.testing.assert_close(got[seen], want[seen], rtol=2e-2, atol=0)
+    torch.testing.assert_close(got[seen], want[seen], rtol=error, atol=0)
 
 
 PURE = {
