@@ -26,7 +26,8 @@ def scores(
 ) -> torch.Tensor:
     """See ``ops.anchor_scores``."""
     heads, kv_heads = query.shape[1], view.num_kv_heads
-    longest = max(tiles.ends[rows.start : rows.stop])
+    ends = tiles.ends
+    longest = max(ends[rows.start : rows.stop])
     pooled = torch.zeros(len(rows), 1 if pool_all else kv_heads, longest)
     keys, held = torch.empty(0), -1
     if query.dtype != torch.float32 and not _has_fast_bfloat16():
@@ -37,7 +38,7 @@ def scores(
         if sequence != held:
             keys = gather_pages(view.pages.key_rows(), view, sequence).to(query.dtype)
             held = sequence
-        end = tiles.ends[row]
+        end = ends[row]
         asked = slice(start, start + (count - 1) * tiles.step + 1, tiles.step)
         folded = query[asked].reshape(count, kv_heads, heads // kv_heads, -1)
         sinks = None if spec.sinks is None else spec.sinks.float().view(kv_heads, -1).repeat(1, count)

@@ -31,12 +31,13 @@ def scores(
         weights = torch.exp(logits - total)
         probabilities.append(weights.view(1 if pool_all else kv_heads, -1, *weights.shape[1:]))
         start = stop
-    longest = max(tiles.ends[rows.start : rows.stop])
+    ends = tiles.ends
+    longest = max(ends[rows.start : rows.stop])
     pooled = torch.zeros(len(rows), 1 if pool_all else kv_heads, longest, device=query.device)
     for place, row in enumerate(rows):
         sequence, start, count, _ = tiles.host[row]
         first = start - sum(view.rows.host_query_lens[:sequence])
         asked = slice(first, first + (count - 1) * tiles.step + 1, tiles.step)
-        own = probabilities[sequence][:, :, asked, : tiles.ends[row]]
-        pooled[place, :, : tiles.ends[row]] = own.sum(dim=(1, 2))
+        own = probabilities[sequence][:, :, asked, : ends[row]]
+        pooled[place, :, : ends[row]] = own.sum(dim=(1, 2))
     return pooled

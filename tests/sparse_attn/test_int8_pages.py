@@ -147,7 +147,7 @@ def test_native_prefill(isa, dtype, heads, kind):
 
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_largest_sums_of_the_widest_heads(isa, dtype, phase):
-    """512 products of the largest key and query: half a step below what 32 bits hold, where words are multiplied."""
+    """512 products of the largest key and query: 98 % of what 32 bits hold, where words are multiplied."""
     rows = Rows.build([[0]], [2], [2 if phase == "prefill" else 1], CPU)
     pool = PagePool(CacheGeometry(1, 1, 512, 16, 1, torch.int8), ())
     key = torch.stack([torch.full((1, 512), -1.0), torch.full((1, 512), 1.0)])

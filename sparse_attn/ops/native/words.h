@@ -34,7 +34,7 @@ struct WordRows {
     using Row = int8_t;
     using Q = int16_t;
     static constexpr int kStep = 16;
-    static constexpr int kHeads = 2;
+    static constexpr int kHeads = 2;  // of three, whose products need registers too, GCC spilled the sums
     static float take(const T* source, int dim, int, Q* target) { return round_to_words(source, dim, target); }
     static FOVEATE_INLINE __m256 load(const Row* key, int) {
         return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(key))));
