@@ -62,7 +62,7 @@ struct FmaEngine {
     static constexpr int W = S::W;
     static constexpr int kRows = W == 16 ? 8 : 4;  // 24 of 32, 12 of 16 registers are accumulators
     static constexpr int kVectors = 3;
-    static constexpr int kBlock = 128;  // logits of a pass: 24 KiB, 12 on AVX2
+    static constexpr int kBlock = W == 16 ? 128 : 64;  // logits of a pass: 24 KiB, 6 on AVX2
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
     static constexpr bool kHalf = false;

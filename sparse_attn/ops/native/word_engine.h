@@ -78,6 +78,7 @@ private:
         for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
             for (int c = 0; c < kVectors; ++c) acc[r][c] = _mm256_setzero_si256();
+#pragma GCC unroll 2
         for (int u = 0; u < pairs; ++u) {
             __m256i column[kVectors];
 #pragma GCC unroll 4
@@ -87,10 +88,7 @@ private:
             for (int r = 0; r < R; ++r) {
                 const __m256i pair = _mm256_set1_epi32(four_bytes(a + r * dim_ + 2 * u));
 #pragma GCC unroll 4
-                for (int c = 0; c < kVectors; ++c) {
-                    acc[r][c] = _mm256_add_epi32(acc[r][c], _mm256_madd_epi16(pair, column[c]));
-                    __asm__("" : "+x"(acc[r][c]));  // as in linear_words.h
-                }
+                for (int c = 0; c < kVectors; ++c) add_products(acc[r][c], pair, column[c]);
             }
         }
 #pragma GCC unroll 4
