@@ -32,7 +32,7 @@ const AnchorKernels* kernels_for(const foveate_attention& call) {
 }
 
 constexpr int64_t kPartKeys = 1024;         // of a thread's part of a row: 256 KiB of float32 keys at 64 channels
-constexpr int64_t kLogitBytes = 32 << 20;  // of decode rows at once
+constexpr int64_t kWeightBytes = 32 << 20;  // of decode rows at once
 
 // Where none is left out, they are chosen whatever their scores.
 bool needs_scores(const foveate_anchor& call, int tile) {
@@ -87,33 +87,36 @@ int32_t for_items(const foveate_anchor& call, const AnchorKernels& kernels, int6
     return shared.failed;
 }
 
-// Tiles of one query each: the logits of some tiles by parts of the keys, then their rows.
+// Tiles of one query each: the weights of some tiles by parts of the keys, then their rows.
 int32_t run_decode(const foveate_anchor& call, const AnchorKernels& kernels, int64_t longest) {
     const foveate_attention& attention = call.attention;
     const int kv_heads = attention.num_kv_heads, kinds = call.pool_all ? 1 : kv_heads;
     const int group = heads_per_kind(attention);
     const int64_t width = (longest + 511) / 512 * 512, parts = (longest + kPartKeys - 1) / kPartKeys;
     const int64_t of_head = group * width, of_tile = kv_heads * of_head;
-    const int64_t fitting = kLogitBytes / (of_tile * 4), step = fitting < 1 ? 1 : fitting;
+    const int64_t fitting = kWeightBytes / (of_tile * 4), step = fitting < 1 ? 1 : fitting;
     for (int64_t begin = 0; begin < attention.num_tiles; begin += step) {
         const int64_t tiles = step < attention.num_tiles - begin ? step : attention.num_tiles - begin;
-        float* logits = static_cast<float*>(foveate_scratch(tiles * of_tile * 4, 1));
-        if (!logits) return 1;
-        const auto logit_part = [&](int64_t i, char* scratch) {
+        char* memory = static_cast<char*>(
+            foveate_scratch(tiles * of_tile * 4 + tiles * of_tile / kDecodeBlock * int64_t(sizeof(AnchorBlock)), 1));
+        if (!memory) return 1;
+        float* weights = reinterpret_cast<float*>(memory);
+        AnchorBlock* blocks = reinterpret_cast<AnchorBlock*>(memory + tiles * of_tile * 4);
+        const auto weight_part = [&](int64_t i, char* scratch) {
             const int head = int(i % kv_heads), tile = int(begin + i / kv_heads % tiles);
             const int64_t first = i / (kv_heads * tiles) * kPartKeys, end = end_of(call, tile);
             const int64_t last = first + kPartKeys < end ? first + kPartKeys : end;
+            const int64_t at = (tile - begin) * of_tile + head * of_head;
             if (first < last && needs_scores(call, tile))
-                kernels.logits(call, tile, head, first, last, logits + (tile - begin) * of_tile + head * of_head, width,
-                               scratch);
+                kernels.weights(call, tile, head, first, last, weights + at, blocks + at / kDecodeBlock, width, scratch);
         };
-        if (for_items(call, kernels, parts * tiles * kv_heads, kernels.logits_scratch(call), logit_part)) return 1;
+        if (for_items(call, kernels, parts * tiles * kv_heads, kernels.weights_scratch(call), weight_part)) return 1;
         const auto row = [&](int64_t i, char* scratch) {
             const int tile = int(begin + i / kinds);
             float* scores = reinterpret_cast<float*>(scratch);
             run_item(call, kernels, tile, int(i % kinds), scores, [&](int head) {
-                kernels.weigh(call, head, end_of(call, tile),
-                              logits + (tile - begin) * of_tile + head * of_head, width, scores);
+                const int64_t at = (tile - begin) * of_tile + head * of_head;
+                kernels.add(call, head, end_of(call, tile), weights + at, blocks + at / kDecodeBlock, width, scores);
             });
         };
         if (for_items(call, kernels, tiles * kinds, width * 4, row)) return 1;

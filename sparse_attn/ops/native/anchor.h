@@ -205,9 +205,26 @@ void anchor_pool(const foveate_anchor& call, int tile, int kv_head, float* score
     }
 }
 
+// Calls ``found(k)`` for the scores[first..end), in order, whose bits lie within low..high.
+template <class S, class Found>
+FOVEATE_INLINE void each_within(const float* scores, int64_t first, int64_t end, int32_t low, int32_t high, Found found) {
+    using L = Lanes<S>;
+    constexpr int64_t W = S::W;
+    const typename S::I under = S::set_int(low - 1), most = S::set_int(high);
+    for (int64_t at = first / W * W; at < end; at += W) {
+        const typename S::I bits = L::magnitude(scores + at);
+        uint32_t within = L::bits(L::above(bits, under)) & ~L::bits(L::above(bits, most));
+        if (at < first) within &= ~uint32_t(first_bits(first - at));
+        if (at + W > end) within &= uint32_t(first_bits(end - at));
+        for (; within; within &= within - 1) found(at + __builtin_ctz(within));
+    }
+}
+
 // The ``budget`` largest of scores[first..end), the earliest of equals, in order; returns how many. Scores are not
-// negative, so their bits ascend with them: three rounds of counting find the bits of the smallest one chosen.
-inline int choose(const float* scores, int64_t first, int64_t end, int64_t budget, int32_t* indices) {
+// negative, so their bits ascend with them, and NaN (of any sign) is above all: three rounds of counting find the bits
+// of the smallest one chosen. Only the first counts them all; readable up to a multiple of 16.
+template <class S>
+int choose(const float* scores, int64_t first, int64_t end, int64_t budget, int32_t* indices) {
     if (budget <= 0 || end <= first) return 0;
     int count = 0;
     if (end - first <= budget) {
@@ -215,29 +232,33 @@ inline int choose(const float* scores, int64_t first, int64_t end, int64_t budge
         return count;
     }
     auto bits = [&](int64_t k) {
-        uint32_t result;
+        int32_t result;
         __builtin_memcpy(&result, scores + k, 4);
-        return result;
+        return result & 0x7fffffff;
     };
-    constexpr int kShifts[3] = {21, 10, 0};
-    uint32_t bound = 0;
-    int64_t left = budget;  // to be chosen among those that agree with ``bound`` so far
+    constexpr int kBits = 10, kShifts[3] = {21, 11, 0};
+    int64_t left = budget;  // to be chosen among those whose bits lie within low..high
+    int32_t low = 0, high = 0x7fffffff;
     for (int round = 0; round < 3; ++round) {
-        const int shift = kShifts[round], above = round == 0 ? 32 : kShifts[round - 1];
-        const int bins = 1 << (above - shift);
-        int32_t counts[2048] = {};
-        for (int64_t k = first; k < end; ++k) {
-            const uint32_t value = bits(k);
-            if (round == 0 || value >> above == bound >> above) ++counts[value >> shift & uint32_t(bins - 1)];
+        const int shift = kShifts[round];
+        // Neighbours are alike, and would wait for each other's count.
+        int32_t counts[4][2 << kBits] = {};
+        if (round == 0)
+            for (int64_t k = first; k < end; ++k) ++counts[k & 3][bits(k) >> shift];
+        else
+            each_within<S>(scores, first, end, low, high, [&](int64_t k) { ++counts[k & 3][(bits(k) - low) >> shift]; });
+        int bin = (high - low) >> shift;
+        for (;; --bin) {
+            const int32_t held = counts[0][bin] + counts[1][bin] + counts[2][bin] + counts[3][bin];
+            if (held >= left) break;
+            left -= held;
         }
-        int bin = bins - 1;
-        for (; counts[bin] < left; --bin) left -= counts[bin];
-        bound |= uint32_t(bin) << shift;
+        low += bin << shift;
+        high = low + (1 << shift) - 1;
     }
-    for (int64_t k = first; k < end; ++k) {
-        const uint32_t value = bits(k);
-        if (value > bound || (value == bound && left-- > 0)) indices[count++] = int32_t(k);
-    }
+    each_within<S>(scores, first, end, low, 0x7fffffff, [&](int64_t k) {
+        if (bits(k) > low || left-- > 0) indices[count++] = int32_t(k);
+    });
     return count;
 }
 
@@ -245,8 +266,8 @@ inline int choose(const float* scores, int64_t first, int64_t end, int64_t budge
 template <class Engine, class Products>
 constexpr AnchorKernels anchor_kernels_of(void (*begin)() = nothing, void (*end)() = nothing) {
     return {
-        anchor_scratch<Engine>, anchor_pool<Engine>, anchor_logits_scratch<Products>, anchor_logits<Products>,
-        anchor_weigh<typename Products::Simd>, choose, begin, end,
+        anchor_scratch<Engine>, anchor_pool<Engine>, anchor_weights_scratch<Products>, anchor_weights<Products>,
+        anchor_add<typename Products::Simd>, choose<typename Products::Simd>, begin, end,
     };
 }
 

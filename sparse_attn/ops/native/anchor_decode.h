@@ -9,15 +9,17 @@
 namespace {
 
 template <class Products>
-int64_t anchor_logits_scratch(const foveate_anchor& call) {
+int64_t anchor_weights_scratch(const foveate_anchor& call) {
     return decode_scratch<Products>(call.attention);
 }
 
-// ``logits[h * width + k]`` of the heads on one KV head and the keys first..last, in powers of two. ``first`` is a
-// multiple of kDecodeBlock; up to kDecodeBlock words behind ``last`` are written.
+// Weights of the heads on one KV head and the keys first..last: ``weights[h * width + k]`` are powers of 2 relative to
+// the largest exponent of their block, which with their sum is ``blocks[h * width / kDecodeBlock + block]``. ``first`` is
+// a multiple of kDecodeBlock. While a block is in L1 it costs little to make its logits weights; a second walk over all
+// logits took as long as a third of the products.
 template <class Products>
-void anchor_logits(const foveate_anchor& anchor, int tile, int kv_head, int64_t first, int64_t last, float* logits,
-                   int64_t width, void* scratch) {
+void anchor_weights(const foveate_anchor& anchor, int tile, int kv_head, int64_t first, int64_t last, float* weights,
+                    AnchorBlock* blocks, int64_t width, void* scratch) {
     using S = typename Products::Simd;
     using F = typename S::F;
     using Row = typename Products::Row;
@@ -42,44 +44,58 @@ void anchor_logits(const foveate_anchor& anchor, int tile, int kv_head, int64_t 
         cursor.fill(next, kDecodeBlock);
         Ahead<Row> ahead(next, call.head_dim);
         state.products.logits(block, ahead, state.weights);
-        for (int h = 0; h < group; ++h)
+        for (int h = 0; h < group; ++h) {
+            float* own = state.weights + h * kDecodeBlock;
+            F top = S::set(-kInfinity);
             for (int k = 0; k < block.count; k += W) {
-                F x = S::load(state.weights + h * kDecodeBlock + k);
+                F x = S::load(own + k);
                 if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + k));
                 if (cap) x = capped<S>(x, call.scale, call.softcap);
-                S::store(logits + h * width + at + k, S::mul(x, unit));
+                x = S::first_lanes(S::mul(x, unit), block.count - k);
+                S::store(own + k, x);
+                top = S::max(top, x);
             }
+            const float reference = S::highest(top);
+            F sums = S::zero();
+            for (int k = 0; k < block.count; k += W) {
+                const F weight = S::template exp2<true>(S::sub(S::load(own + k), S::set(reference)));
+                S::store(weights + h * width + at + k, weight);
+                sums = S::add(sums, weight);
+            }
+            blocks[(h * width + at) / kDecodeBlock] = {reference, S::sum(sums)};
+        }
         current = 1 - current;
     }
 }
 
-// The logits of one KV head's group, ``count`` keys each, become weights, whose shares are added to ``scores``.
+// Adds the shares of one KV head's group, ``count`` keys, to ``scores``.
 template <class S>
-void anchor_weigh(const foveate_anchor& anchor, int kv_head, int64_t count, float* logits, int64_t width, float* scores) {
+void anchor_add(const foveate_anchor& anchor, int kv_head, int64_t count, const float* weights, AnchorBlock* blocks,
+                int64_t width, float* scores) {
     using F = typename S::F;
     constexpr int W = S::W;
     const foveate_attention& call = anchor.attention;
     const int group = heads_per_kind(call);
-    for (int h = 0; h < group; ++h) {
-        float* row = logits + h * width;
-        F top = S::set(-kInfinity);
-        for (int64_t k = 0; k < count; k += W) {
-            const F x = S::first_lanes(S::load(row + k), int(smaller<int64_t>(W, count - k)));
-            S::store(row + k, x);
-            top = S::max(top, x);
+    const int64_t of_head = width / kDecodeBlock, used = (count + kDecodeBlock - 1) / kDecodeBlock;
+    for (int h = 0; h < group; ++h) {  // what a block's weights are to be multiplied by takes the place of its sum
+        AnchorBlock* own = blocks + h * of_head;
+        float reference = -kInfinity, sum = 0.0f;
+        for (int64_t b = 0; b < used; ++b) reference = larger(reference, own[b].reference);
+        for (int64_t b = 0; b < used; ++b) {
+            own[b].reference = std::exp2(own[b].reference - reference);
+            sum += own[b].sum * own[b].reference;
         }
-        const float reference = S::highest(top);
-        F sums = S::zero();
-        for (int64_t k = 0; k < count; k += W) {
-            const F weight = S::template exp2<true>(S::sub(S::load(row + k), S::set(reference)));
-            S::store(row + k, weight);
-            sums = S::add(sums, weight);
-        }
-        float sum = S::sum(sums);
         if (call.sinks) sum += std::exp2(call.sinks[kv_head * group + h] * kLog2E - reference);
-        const F share = S::set(1.0f / sum);
-        for (int64_t k = 0; k < count; k += W)
-            S::store(scores + k, S::fma(S::load(row + k), share, S::load(scores + k)));
+        for (int64_t b = 0; b < used; ++b) own[b].sum = own[b].reference / sum;
+    }
+    for (int64_t b = 0; b < used; ++b) {
+        const int64_t at = b * kDecodeBlock, end = smaller(count, at + kDecodeBlock);
+        for (int64_t k = at; k < end; k += W) {
+            F total = S::load(scores + k);
+            for (int h = 0; h < group; ++h)
+                total = S::fma(S::load(weights + h * width + k), S::set(blocks[h * of_head + b].sum), total);
+            S::store(scores + k, total);
+        }
     }
 }
 

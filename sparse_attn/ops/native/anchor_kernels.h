@@ -3,15 +3,22 @@
 
 #include "anchor_call.h"
 
+// Of a block of keys and a head, in decode.
+struct AnchorBlock {
+    float reference;  // exponent that the weights are relative to
+    float sum;        // of the weights
+};
+
 struct AnchorKernels {
     int64_t (*scratch)(const foveate_anchor& call, int tile);
     // Adds to ``scores``, which has room for the tile's last position rounded up to a multiple of 512.
     void (*pool)(const foveate_anchor& call, int tile, int kv_head, float* scores, void* scratch);
     // The same for tiles of one query, in two steps; see anchor_decode.h.
-    int64_t (*logits_scratch)(const foveate_anchor& call);
-    void (*logits)(const foveate_anchor& call, int tile, int kv_head, int64_t first, int64_t last, float* logits,
-                   int64_t width, void* scratch);
-    void (*weigh)(const foveate_anchor& call, int kv_head, int64_t count, float* logits, int64_t width, float* scores);
+    int64_t (*weights_scratch)(const foveate_anchor& call);
+    void (*weights)(const foveate_anchor& call, int tile, int kv_head, int64_t first, int64_t last, float* weights,
+                    AnchorBlock* blocks, int64_t width, void* scratch);
+    void (*add)(const foveate_anchor& call, int kv_head, int64_t count, const float* weights, AnchorBlock* blocks,
+                int64_t width, float* scores);
     int (*choose)(const float* scores, int64_t first, int64_t end, int64_t budget, int32_t* indices);
     // Around the items of one thread.
     void (*begin)();

@@ -10,7 +10,6 @@
 
 namespace {
 
-constexpr int kDecodeBlock = 128;  // keys; 16 KiB of K and as much of V at 64 channels of bfloat16
 constexpr int kDecodeWords = kDecodeBlock / 64;  // of bits, one per key
 
 // Prefetches rows to L2, evenly over the work that is done meanwhile: a burst would wait for line buffers while nothing
@@ -32,8 +31,10 @@ public:
     // A share ``1 / parts`` of so many rows is done.
     FOVEATE_INLINE void advance(int rows, int parts = 1) {
         due_ += rows * pace_ / parts;
-        for (const int end = smaller(due_ / kPace, end_); row_ < end; ++row_) {
-            if (row_ >= 0 && row_ < block_.count) block_.prefetch_scales(row_, row_ + 1);
+        const int end = smaller(due_ / kPace, end_);
+        if (row_ >= end) return;
+        block_.prefetch_scales(larger(row_, 0), smaller(end, block_.count));
+        for (; row_ < end; ++row_) {
             const Row* row = row_ < 0                ? before_[row_]
                              : row_ < block_.count ? block_.keys[row_]
                                                    : block_.values[row_ - block_.count];
@@ -78,8 +79,7 @@ FOVEATE_INLINE __m512 sum_lanes(const __m512 (&quads)[4]) {
 }
 #endif
 
-// How K rows and the query are multiplied: float32 after widening. ``take`` copies a query, padded by zeros, and returns
-// what its levels are worth.
+// How K rows and the query are multiplied: float32 after widening.
 template <class S, class Result, class Storage = Result>
 struct FloatRows {
     using Simd = S;
@@ -87,17 +87,11 @@ struct FloatRows {
     using Row = Storage;
     using Q = float;
     static constexpr int kStep = S::W;  // channels per vector
-    static constexpr int kHeads = S::W == 16 ? 4 : 3;  // at once: with four keys, 16 of 32 registers, 12 of 16, are sums
-    static float take(const T* source, int dim, int stride, Q* target) {
-        for (int d = 0; d < stride; ++d) target[d] = d < dim ? to_float(source[d]) : 0.0f;
-        return 1.0f;
-    }
     static FOVEATE_INLINE typename S::F load(const Row* key, int) { return S::load(key); }
     static FOVEATE_INLINE typename S::F query(const Q* query) { return S::load(query); }
     static FOVEATE_INLINE typename S::F mac(typename S::F acc, typename S::F key, typename S::F query) {
         return S::fma(key, query, acc);
     }
-    static FOVEATE_INLINE typename S::F total(typename S::F acc) { return acc; }
 };
 
 #if defined(__AVX512BF16__)
@@ -107,11 +101,6 @@ struct DotRows {
     using Row = bfloat16;
     using Q = bfloat16;
     static constexpr int kStep = 32;
-    static constexpr int kHeads = 4;
-    static float take(const T* source, int dim, int stride, Q* target) {
-        for (int d = 0; d < stride; ++d) target[d] = d < dim ? source[d] : Q(0);
-        return 1.0f;
-    }
     static FOVEATE_INLINE __m512 load(const Row* key, int channels) {
         // The query is padded by zeros; of the key nothing behind its row may be read, it may be NaN.
         return _mm512_castsi512_ps(channels >= 32 ? _mm512_loadu_si512(key)
@@ -121,7 +110,6 @@ struct DotRows {
     static FOVEATE_INLINE __m512 mac(__m512 acc, __m512 key, __m512 query) {
         return _mm512_dpbf16_ps(acc, (__m512bh)_mm512_castps_si512(key), (__m512bh)_mm512_castps_si512(query));
     }
-    static FOVEATE_INLINE __m512 total(__m512 acc) { return acc; }
 };
 #endif
 
@@ -149,13 +137,18 @@ public:
     VectorProducts(Arena& arena, const foveate_attention& call) : dim_(call.head_dim), group_(heads_per_kind(call)) {
         stride_ = round_up(dim_, Rows::kStep);
         queries_ = arena.take<Q>(int64_t(group_) * stride_);
-        worths_ = arena.take<float>(group_);
         outputs_ = arena.take<float>(int64_t(group_) * dim_);
     }
 
     void start(const T* query, int64_t head_stride) {
-        for (int h = 0; h < group_; ++h)
-            worths_[h] = Rows::take(query + h * head_stride, dim_, stride_, queries_ + int64_t(h) * stride_);
+        for (int h = 0; h < group_; ++h) {
+            const T* source = query + h * head_stride;
+            Q* target = queries_ + int64_t(h) * stride_;
+            for (int d = 0; d < stride_; ++d) {
+                if constexpr (sizeof(Q) == 2) target[d] = d < dim_ ? source[d] : Q(0);
+                else target[d] = d < dim_ ? to_float(source[d]) : 0.0f;
+            }
+        }
         for (int i = 0; i < group_ * dim_; ++i) outputs_[i] = 0.0f;
     }
 
@@ -206,11 +199,14 @@ public:
 
     const float* finish() { return outputs_; }
 
+protected:
+    const int dim_, group_;
+
 private:
     using F = typename Simd::F;
     using Q = typename Rows::Q;
     static constexpr int W = Simd::W;
-    static constexpr int kHeads = Rows::kHeads;
+    static constexpr int kHeads = W == 16 ? 4 : 3;  // with four keys, 16 of 32 registers, 12 of 16, are sums
 
     // Of H heads and a vector of keys; with one head all of them at once, as four sums would wait for each other. Not
     // inlined: in a larger function GCC spills the sums, and took 1.6 times as long.
@@ -237,14 +233,9 @@ private:
                 }
             }
             for (int h = 0; h < H; ++h)
-                for (int i = 0; i < kAtOnce; ++i) {
-                    for (int j = 0; j < 4; ++j) acc[h][i][j] = Rows::total(acc[h][i][j]);
-                    quads[h][quad + i] = sum_quads(acc[h][i]);
-                }
+                for (int i = 0; i < kAtOnce; ++i) quads[h][quad + i] = sum_quads(acc[h][i]);
         }
-        for (int h = 0; h < H; ++h)
-            Simd::store(weights + (head + h) * kDecodeBlock,
-                        Simd::mul(sum_lanes(quads[h]), Simd::set(worths_[head + h])));
+        for (int h = 0; h < H; ++h) Simd::store(weights + (head + h) * kDecodeBlock, sum_lanes(quads[h]));
     }
 
     // Of H heads and V vectors of channels, one of several passes over the block.
@@ -287,10 +278,8 @@ private:
         for (int v = 0; v < V; ++v) Simd::store(output + v * W, acc[v]);
     }
 
-    const int dim_, group_;
     int stride_;  // of a padded query row
     Q* queries_;
-    float* worths_;  // [group]
     float* outputs_;
 };
 

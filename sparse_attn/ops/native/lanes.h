@@ -27,6 +27,9 @@ struct Lanes<Vec8> {
     static FOVEATE_INLINE void store(int32_t* p, __m256i x) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
     }
+    static FOVEATE_INLINE __m256i magnitude(const float* p) {  // bits of a float without its sign
+        return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(0x7fffffff));
+    }
     static FOVEATE_INLINE uint32_t bits(M mask) { return uint32_t(_mm256_movemask_ps(mask)); }
     static FOVEATE_INLINE M from_bits(uint32_t bits) {
         const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
@@ -47,6 +50,9 @@ struct Lanes<Vec16> {
         return _mm512_mask_add_epi32(total, mask, total, _mm512_set1_epi32(1));
     }
     static FOVEATE_INLINE void store(int32_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
+    static FOVEATE_INLINE __m512i magnitude(const float* p) {
+        return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fffffff));
+    }
     static FOVEATE_INLINE uint32_t bits(M mask) { return mask; }
     static FOVEATE_INLINE M from_bits(uint32_t bits) { return M(bits); }
 };

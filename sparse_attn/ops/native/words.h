@@ -33,27 +33,4 @@ FOVEATE_INLINE float round_to_words(const T* x, int dim, int16_t* to) {
     return scale.worth;
 }
 
-// For VectorProducts (decode_vectors.h).
-template <class Result>
-struct WordRows {
-    using Simd = Vec8;
-    using T = Result;
-    using Row = int8_t;
-    using Q = int16_t;
-    static constexpr int kStep = 16;
-    static constexpr int kHeads = 2;  // of three, whose products need registers too, GCC spilled the sums
-    static float take(const T* source, int dim, int, Q* target) { return round_to_words(source, dim, target); }
-    static FOVEATE_INLINE __m256 load(const Row* key, int) {
-        return _mm256_castsi256_ps(_mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(key))));
-    }
-    static FOVEATE_INLINE __m256 query(const Q* query) {
-        return _mm256_castsi256_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(query)));
-    }
-    static FOVEATE_INLINE __m256 mac(__m256 acc, __m256 key, __m256 query) {
-        const __m256i product = _mm256_madd_epi16(_mm256_castps_si256(key), _mm256_castps_si256(query));
-        return _mm256_castsi256_ps(_mm256_add_epi32(_mm256_castps_si256(acc), product));
-    }
-    static FOVEATE_INLINE __m256 total(__m256 acc) { return _mm256_cvtepi32_ps(_mm256_castps_si256(acc)); }
-};
-
 }  // namespace

@@ -21,6 +21,8 @@ static inline int64_t end_of(const PrefillItem& item) {
     return item.position + int64_t(item.count - 1) * item.step + 1;
 }
 
+constexpr int kDecodeBlock = 128;  // keys; 16 KiB of K and as much of V at 64 channels of bfloat16
+
 // A part of the keys of one query.
 struct DecodeItem {
     int64_t whole;  // number of the query and kind that it is a part of
