@@ -133,6 +133,17 @@ def test_a_peak_far_above_what_came_before_moves_the_reference(dtype, isa):
     assert scores[-1, 0, 550] > 10
 
 
+def test_a_peak_in_decode_leaves_the_blocks_before_it_nothing(dtype, isa):
+    """Each block of 128 keys has a reference of its own: all but one become 0 relative to the peak's."""
+    paged = Paged((1500,), 1, 2, 64, dtype=dtype)
+    query, view = paged.view((1,))
+    place = torch.tensor(paged.tables[0])[1300 // 16]
+    paged.pool.keys[0, place, 0, 1300 % 16] = 20 * query[0, 0]
+    scores = assert_scores(query, view, Tiles.of(view.rows, 1), AttentionSpec(1.0), isa)
+    assert scores[0, 0, 1300] > 0.99
+    assert scores[0, 0, :1280].max() < 1.01  # the other head looks elsewhere
+
+
 def test_queries_may_be_part_of_wider_rows(isa):
     query, view = Paged((90,), 2, 3, 64).view((90,))
     packed = torch.cat([query, torch.full_like(query, float("nan"))], dim=1)[:, : query.shape[1]]
@@ -179,6 +190,40 @@ def test_of_equal_scores_the_earliest_is_chosen(isa):
     alone = [key for key in chosen if (key + 200) % 400 not in chosen]
     assert len(alone) == 1
     assert alone[0] < 200
+
+
+@pytest.mark.parametrize(("first", "end"), [(0, 400), (3, 397), (9, 250)])
+@pytest.mark.parametrize("budget", [2, 21, 130])
+def test_where_most_scores_are_nothing_the_earliest_are_chosen(budget, first, end, isa):
+    """Of 400 keys four have all the attention: the rest has exactly 0."""
+    paged = Paged((400,), 1, 1, 16)
+    query, view = paged.view((1,))
+    pages = torch.tensor(paged.tables[0])
+    paged.pool.keys[0, pages, 0] = -40 * query[0, 0]
+    loud = [2, 11, 12, 249]
+    for key in loud:
+        paged.pool.keys[0, pages[key // 16], 0, key % 16] = 40 * query[0, 0]
+    bounds = torch.tensor([first], dtype=torch.int32), torch.tensor([end], dtype=torch.int32)
+    tiles, spec = Tiles.of(view.rows, 1), AttentionSpec(1.0)
+    indices, _ = anchor_native.topk(query, view, tiles, spec, bounds, [budget], budget, False, isa=isa)
+    heard = [key for key in loud if first <= key < end][:budget]
+    quiet = [key for key in range(first, end) if key not in loud][: budget - len(heard)]
+    assert indices[0, 0].tolist() == sorted([*heard, *quiet])
+
+
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prompt"])
+def test_where_no_score_is_a_number_the_earliest_are_chosen(queries, isa):
+    paged = Paged((300,), 1, 2, 64)
+    query, view = paged.view((queries,))
+    place = torch.tensor(paged.tables[0])[5 // 16]
+    paged.pool.keys[0, place, 0, 5] = float("nan")
+    tiles = Tiles.of(view.rows, 32 if queries > 1 else 1)
+    bounds = torch.full_like(tiles.position, 3), torch.full_like(tiles.position, 250)
+    indices, counts = anchor_native.topk(
+        query, view, tiles, AttentionSpec(0.2), bounds, [7] * len(tiles), 7, False, isa=isa
+    )
+    assert counts.tolist() == [[7]] * len(tiles)
+    assert indices.tolist() == [[list(range(3, 10))]] * len(tiles)
 
 
 def test_it_is_what_a_cpu_uses(monkeypatch):

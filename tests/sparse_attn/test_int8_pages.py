@@ -180,9 +180,9 @@ def test_native_thresholds(isa, queries, value_mean):
         assert (got[2] - want[2]).abs().max() <= 1, "a logit that rounds to the other side of the threshold"
 
 
-def anchor_error(isa, eight, floats, query, tiles, spec):
-    want = ops.anchor_scores(query, floats, tiles, spec, backend="reference")
-    got = anchor_native.scores(query, eight, tiles, spec, range(len(tiles)), False, isa=isa)
+def anchor_error(isa, eight, floats, query, tiles, spec, pool="group"):
+    want = ops.anchor_scores(query, floats, tiles, spec, pool=pool, backend="reference")
+    got = anchor_native.scores(query, eight, tiles, spec, range(len(tiles)), pool == "all", isa=isa)
     return (got - want).abs().max() / want.max()
 
 
@@ -199,6 +199,23 @@ def test_native_anchor_scores(isa, dtype, spec, step):
     eight, floats = make_views((130, 200), (130, 111))
     query, tiles = make_query(eight, 6, dtype), Tiles.of(eight.rows, 32).every(step)
     assert anchor_error(isa, eight, floats, query, tiles, spec) < most_anchor_error(isa, dtype)
+
+
+@pytest.mark.parametrize("heads", [*HEADS, (1, 16, 48)], ids="kv{0[0]}xgroup{0[1]}xdim{0[2]}".format)
+def test_native_anchor_scores_of_decode(isa, dtype, heads):
+    kv_heads, group, dim = heads
+    eight, floats = make_views((1300, 1025, 3), (1, 1, 1), kv_heads, dim)  # parts of 1,024 keys, blocks of 128
+    query, tiles = make_query(eight, kv_heads * group, dtype), Tiles.of(eight.rows, 1)
+    spec = AttentionSpec(2 * dim**-0.5)
+    assert anchor_error(isa, eight, floats, query, tiles, spec) < most_anchor_error(isa, dtype)
+
+
+@pytest.mark.parametrize("pool", ["group", "all"])
+@pytest.mark.parametrize("name", ["softcap", "sinks"])
+def test_native_anchor_scores_of_decode_by_facts(isa, dtype, name, pool):
+    eight, floats = make_views((300, 17), (1, 1))
+    query, tiles = make_query(eight, 6, dtype), Tiles.of(eight.rows, 1)
+    assert anchor_error(isa, eight, floats, query, tiles, SPECS[name], pool) < most_anchor_error(isa, dtype)
 
 
 def test_native_anchor_weights_kept_past_the_caches(isa, dtype):

@@ -32,6 +32,7 @@ const AnchorKernels* kernels_for(const foveate_attention& call) {
 }
 
 constexpr int64_t kPartKeys = 1024;         // of a thread's part of a row: 256 KiB of float32 keys at 64 channels
+static_assert(kPartKeys % kDecodeBlock == 0 && 512 % kDecodeBlock == 0);
 constexpr int64_t kWeightBytes = 32 << 20;  // of decode rows at once
 
 // Where none is left out, they are chosen whatever their scores.

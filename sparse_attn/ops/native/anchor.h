@@ -205,24 +205,24 @@ void anchor_pool(const foveate_anchor& call, int tile, int kv_head, float* score
     }
 }
 
-// Calls ``found(k)`` for the scores[first..end), in order, whose bits lie within low..high.
+// Calls ``found(k)`` for the scores[first..end), in order, whose order lies within low..high. Readable up to a multiple
+// of 16.
 template <class S, class Found>
 FOVEATE_INLINE void each_within(const float* scores, int64_t first, int64_t end, int32_t low, int32_t high, Found found) {
     using L = Lanes<S>;
     constexpr int64_t W = S::W;
     const typename S::I under = S::set_int(low - 1), most = S::set_int(high);
     for (int64_t at = first / W * W; at < end; at += W) {
-        const typename S::I bits = L::magnitude(scores + at);
-        uint32_t within = L::bits(L::above(bits, under)) & ~L::bits(L::above(bits, most));
+        const typename S::I order = L::order(scores + at);
+        uint32_t within = L::bits(L::above(order, under)) & ~L::bits(L::above(order, most));
         if (at < first) within &= ~uint32_t(first_bits(first - at));
         if (at + W > end) within &= uint32_t(first_bits(end - at));
         for (; within; within &= within - 1) found(at + __builtin_ctz(within));
     }
 }
 
-// The ``budget`` largest of scores[first..end), the earliest of equals, in order; returns how many. Scores are not
-// negative, so their bits ascend with them, and NaN (of any sign) is above all: three rounds of counting find the bits
-// of the smallest one chosen. Only the first counts them all; readable up to a multiple of 16.
+// The ``budget`` largest of scores[first..end), none of them negative, the earliest of equals, in order; returns how
+// many. Three rounds of counting find the order of the smallest one chosen; only the first looks at every score by itself.
 template <class S>
 int choose(const float* scores, int64_t first, int64_t end, int64_t budget, int32_t* indices) {
     if (budget <= 0 || end <= first) return 0;
@@ -231,33 +231,27 @@ int choose(const float* scores, int64_t first, int64_t end, int64_t budget, int3
         for (int64_t k = first; k < end; ++k) indices[count++] = int32_t(k);
         return count;
     }
-    auto bits = [&](int64_t k) {
-        int32_t result;
-        __builtin_memcpy(&result, scores + k, 4);
-        return result & 0x7fffffff;
-    };
-    constexpr int kBits = 10, kShifts[3] = {21, 11, 0};
-    int64_t left = budget;  // to be chosen among those whose bits lie within low..high
+    constexpr int kShifts[3] = {21, 11, 0}, kTables = 4, kBins = 1024;
+    int32_t counts[kTables * kBins] = {};
+    // Neighbours are alike, and would wait for each other's count.
+    for (int64_t k = first; k < end; ++k) ++counts[k % kTables * kBins + (order_of(scores[k]) >> kShifts[0])];
+    for (int i = 0; i < kBins; ++i)
+        for (int table = 1; table < kTables; ++table) counts[i] += counts[table * kBins + i];
+    int64_t left = budget;  // to be chosen among those whose order lies within low..high
     int32_t low = 0, high = 0x7fffffff;
     for (int round = 0; round < 3; ++round) {
         const int shift = kShifts[round];
-        // Neighbours are alike, and would wait for each other's count.
-        int32_t counts[4][2 << kBits] = {};
-        if (round == 0)
-            for (int64_t k = first; k < end; ++k) ++counts[k & 3][bits(k) >> shift];
-        else
-            each_within<S>(scores, first, end, low, high, [&](int64_t k) { ++counts[k & 3][(bits(k) - low) >> shift]; });
         int bin = (high - low) >> shift;
-        for (;; --bin) {
-            const int32_t held = counts[0][bin] + counts[1][bin] + counts[2][bin] + counts[3][bin];
-            if (held >= left) break;
-            left -= held;
+        if (round > 0) {
+            __builtin_memset(counts, 0, size_t(bin + 1) * sizeof(*counts));
+            each_within<S>(scores, first, end, low, high, [&](int64_t k) { ++counts[(order_of(scores[k]) - low) >> shift]; });
         }
+        for (; counts[bin] < left; --bin) left -= counts[bin];
         low += bin << shift;
-        high = low + (1 << shift) - 1;
+        high = low + ((1 << shift) - 1);
     }
     each_within<S>(scores, first, end, low, 0x7fffffff, [&](int64_t k) {
-        if (bits(k) > low || left-- > 0) indices[count++] = int32_t(k);
+        if (order_of(scores[k]) > low || left-- > 0) indices[count++] = int32_t(k);
     });
     return count;
 }

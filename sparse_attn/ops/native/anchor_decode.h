@@ -33,8 +33,6 @@ void anchor_weights(const foveate_anchor& anchor, int tile, int kv_head, int64_t
                              int64_t(kv_head) * group * call.query_head_stride,
                          call.query_head_stride);
     KeyCursor<Row> cursor(call, call.tile_sequence[tile], kv_head, first, last, true);
-    const bool cap = call.softcap != 0.0f;
-    const F unit = S::set(cap ? kLog2E : call.scale * kLog2E);
     int current = 0;
     cursor.fill(state.blocks[0], kDecodeBlock);
     for (int64_t at = first; state.blocks[current].count > 0; at += kDecodeBlock) {
@@ -46,16 +44,8 @@ void anchor_weights(const foveate_anchor& anchor, int tile, int kv_head, int64_t
         state.products.logits(block, ahead, state.weights);
         for (int h = 0; h < group; ++h) {
             float* own = state.weights + h * kDecodeBlock;
-            F top = S::set(-kInfinity);
-            for (int k = 0; k < block.count; k += W) {
-                F x = S::load(own + k);
-                if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + k));
-                if (cap) x = capped<S>(x, call.scale, call.softcap);
-                x = S::first_lanes(S::mul(x, unit), block.count - k);
-                S::store(own + k, x);
-                top = S::max(top, x);
-            }
-            const float reference = S::highest(top);
+            // Finite, also where q times k overflowed to -inf for every key of a block: such keys have no weight.
+            const float reference = larger(exponents<S>(call, block, own), -3e38f);
             F sums = S::zero();
             for (int k = 0; k < block.count; k += W) {
                 const F weight = S::template exp2<true>(S::sub(S::load(own + k), S::set(reference)));
@@ -68,7 +58,7 @@ void anchor_weights(const foveate_anchor& anchor, int tile, int kv_head, int64_t
     }
 }
 
-// Adds the shares of one KV head's group, ``count`` keys, to ``scores``.
+// Adds the shares of one KV head's group, ``count`` keys, to ``scores``. To be called once: blocks are used up.
 template <class S>
 void anchor_add(const foveate_anchor& anchor, int kv_head, int64_t count, const float* weights, AnchorBlock* blocks,
                 int64_t width, float* scores) {
@@ -88,14 +78,16 @@ void anchor_add(const foveate_anchor& anchor, int kv_head, int64_t count, const 
         if (call.sinks) sum += std::exp2(call.sinks[kv_head * group + h] * kLog2E - reference);
         for (int64_t b = 0; b < used; ++b) own[b].sum = own[b].reference / sum;
     }
-    for (int64_t b = 0; b < used; ++b) {
-        const int64_t at = b * kDecodeBlock, end = smaller(count, at + kDecodeBlock);
-        for (int64_t k = at; k < end; k += W) {
-            F total = S::load(scores + k);
-            for (int h = 0; h < group; ++h)
-                total = S::fma(S::load(weights + h * width + k), S::set(blocks[h * of_head + b].sum), total);
-            S::store(scores + k, total);
+    // Rows of weights are a power of 2 apart, and meet in one set of a cache: each gives a run of four vectors at a time.
+    constexpr int kRun = 4;
+    for (int64_t at = 0; at < count; at += kRun * W) {
+        F totals[kRun];
+        for (int i = 0; i < kRun; ++i) totals[i] = S::load(scores + at + i * W);
+        for (int h = 0; h < group; ++h) {
+            const F share = S::set(blocks[h * of_head + at / kDecodeBlock].sum);
+            for (int i = 0; i < kRun; ++i) totals[i] = S::fma(S::load(weights + h * width + at + i * W), share, totals[i]);
         }
+        for (int i = 0; i < kRun; ++i) S::store(scores + at + i * W, totals[i]);
     }
 }
 

@@ -13,7 +13,7 @@ struct AnchorKernels {
     int64_t (*scratch)(const foveate_anchor& call, int tile);
     // Adds to ``scores``, which has room for the tile's last position rounded up to a multiple of 512.
     void (*pool)(const foveate_anchor& call, int tile, int kv_head, float* scores, void* scratch);
-    // The same for tiles of one query, in two steps; see anchor_decode.h.
+    // The same for tiles of one query, in two steps, of which ``add`` uses up the blocks; see anchor_decode.h.
     int64_t (*weights_scratch)(const foveate_anchor& call);
     void (*weights)(const foveate_anchor& call, int tile, int kv_head, int64_t first, int64_t last, float* weights,
                     AnchorBlock* blocks, int64_t width, void* scratch);

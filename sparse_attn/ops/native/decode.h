@@ -4,7 +4,7 @@
 // are merged by log-sum-exp. Each key row is loaded once for the whole GQA group, and rows are prefetched one block
 // ahead, spread evenly over the products.
 //
-// A Products class supplies the two products; see decode_vectors.h and decode_tiles.h.
+// A Products class supplies the two products; see decode_vectors.h, word_products.h, decode_tiles.h and decode_bytes.h.
 #pragma once
 
 #include "decode_vectors.h"
@@ -25,6 +25,25 @@ struct DecodeState {
           blocks(arena.take<KeyBlock<Row>>(2)) {}
 };
 
+// One head's products of a block become exponents of 2, -inf behind the last key; returns the largest.
+template <class S, class Row>
+FOVEATE_INLINE float exponents(const foveate_attention& call, const KeyBlock<Row>& block, float* products) {
+    using F = typename S::F;
+    constexpr int W = S::W;
+    const bool cap = call.softcap != 0.0f;
+    const F unit = S::set(cap ? kLog2E : call.scale * kLog2E);
+    F top = S::set(-kInfinity);
+    for (int at = 0; at < block.count; at += W) {
+        F x = S::load(products + at);
+        if constexpr (KeyBlock<Row>::kScaled) x = S::mul(x, S::load(block.key_scales + at));
+        if (cap) x = capped<S>(x, call.scale, call.softcap);
+        x = S::first_lanes(S::mul(x, unit), block.count - at);
+        S::store(products + at, x);
+        top = S::max(top, x);
+    }
+    return S::highest(top);
+}
+
 // One head's logits become weights 2^(exponent - own[0]), each times its value's scale, and own[1] the sum of the
 // weights so far.
 template <class Products>
@@ -35,18 +54,7 @@ FOVEATE_INLINE void decode_softmax(const foveate_attention& call, Products& prod
     constexpr int W = S::W;
     constexpr bool kScaled = KeyBlock<typename Products::Row>::kScaled;
     const int count = block.count;
-    const bool cap = call.softcap != 0.0f;
-    const F unit = S::set(cap ? kLog2E : call.scale * kLog2E);
-    F top = S::set(-kInfinity);
-    for (int at = 0; at < count; at += W) {
-        F x = S::load(weights + at);
-        if constexpr (kScaled) x = S::mul(x, S::load(block.key_scales + at));
-        if (cap) x = capped<S>(x, call.scale, call.softcap);
-        x = S::first_lanes(S::mul(x, unit), count - at);
-        S::store(weights + at, x);
-        top = S::max(top, x);
-    }
-    const float highest = S::highest(top);
+    const float highest = exponents<S>(call, block, weights);
     if (highest > own[0] + kSlack) {
         const float factor = std::exp2(own[0] - highest);
         own[0] = highest;

@@ -149,7 +149,7 @@ public:
                 else target[d] = d < dim_ ? to_float(source[d]) : 0.0f;
             }
         }
-        for (int i = 0; i < group_ * dim_; ++i) outputs_[i] = 0.0f;
+        clear();
     }
 
     // weights[h][k] = query h times key k, without its scale.
@@ -200,6 +200,10 @@ public:
     const float* finish() { return outputs_; }
 
 protected:
+    void clear() {
+        for (int i = 0; i < group_ * dim_; ++i) outputs_[i] = 0.0f;
+    }
+
     const int dim_, group_;
 
 private:

@@ -10,6 +10,16 @@ FOVEATE_INLINE uint64_t first_bits(int64_t count) {
     return count >= 64 ? ~uint64_t(0) : count > 0 ? (uint64_t(1) << count) - 1 : 0;
 }
 
+// A number that ascends with one that is not negative; all NaN, of any sign, are equal and above the rest.
+constexpr int32_t kNanOrder = 0x7fc00000;
+
+FOVEATE_INLINE int32_t order_of(float x) {
+    int32_t bits;
+    __builtin_memcpy(&bits, &x, 4);
+    bits &= 0x7fffffff;
+    return bits < kNanOrder ? bits : kNanOrder;
+}
+
 template <class S>
 struct Lanes;
 
@@ -27,8 +37,9 @@ struct Lanes<Vec8> {
     static FOVEATE_INLINE void store(int32_t* p, __m256i x) {
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x);
     }
-    static FOVEATE_INLINE __m256i magnitude(const float* p) {  // bits of a float without its sign
-        return _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), _mm256_set1_epi32(0x7fffffff));
+    static FOVEATE_INLINE __m256i order(const float* p) {  // as order_of
+        const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+        return _mm256_min_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x7fffffff)), _mm256_set1_epi32(kNanOrder));
     }
     static FOVEATE_INLINE uint32_t bits(M mask) { return uint32_t(_mm256_movemask_ps(mask)); }
     static FOVEATE_INLINE M from_bits(uint32_t bits) {
@@ -50,8 +61,9 @@ struct Lanes<Vec16> {
         return _mm512_mask_add_epi32(total, mask, total, _mm512_set1_epi32(1));
     }
     static FOVEATE_INLINE void store(int32_t* p, __m512i x) { _mm512_storeu_si512(p, x); }
-    static FOVEATE_INLINE __m512i magnitude(const float* p) {
-        return _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fffffff));
+    static FOVEATE_INLINE __m512i order(const float* p) {
+        const __m512i bits = _mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(0x7fffffff));
+        return _mm512_min_epi32(bits, _mm512_set1_epi32(kNanOrder));
     }
     static FOVEATE_INLINE uint32_t bits(M mask) { return mask; }
     static FOVEATE_INLINE M from_bits(uint32_t bits) { return M(bits); }

@@ -11,6 +11,13 @@ FOVEATE_INLINE int32_t four_bytes(const void* p) {
     return value;
 }
 
+// Adds the products of words, two by two. Left to GCC, a sum goes to another register and is moved back: 6 moves to 24
+// instructions of the loop in word_engine.h.
+FOVEATE_INLINE void add_products(__m256i& sums, __m256i a, __m256i b) {
+    const __m256i products = _mm256_madd_epi16(a, b);
+    __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
+}
+
 // 8 lanes; ``Dot`` says how four bytes are multiplied.
 template <class Dot>
 struct Lanes8 : Dot {

@@ -70,10 +70,8 @@ struct WordPieces {
 #pragma GCC unroll 8
             for (int r = 0; r < R; ++r) {
                 const __m256i pair = _mm256_set1_epi32(four_bytes(a + r * kDepth + k));
-                acc[r][0] = _mm256_add_epi32(acc[r][0], _mm256_madd_epi16(pair, left));
-                acc[r][1] = _mm256_add_epi32(acc[r][1], _mm256_madd_epi16(pair, right));
-                // GCC would add other sums first, and move each into its place.
-                __asm__("" : "+x"(acc[r][0]), "+x"(acc[r][1]));
+                add_products(acc[r][0], pair, left);
+                add_products(acc[r][1], pair, right);
             }
         }
 #pragma GCC unroll 8

@@ -1,8 +1,8 @@
 // Decode over int8 pages on AVX2: logits by products of words.
 //
-// A head's query lies in registers, rounded to 16 bits (words.h), and meets the keys of a run, which were widened to words
-// once for all heads: so a product and a sum are 1.8 instructions of 16 channels, where one more fetches an operand if
-// keys stay in registers or lie in lanes. Values stay in float32.
+// A head's query, rounded to 16 bits (words.h), meets the keys of a run, which were widened to words once for all heads.
+// With 64 or 128 channels it lies in registers: a product and a sum are 1.8 instructions of 16 channels then, where one
+// more fetches an operand if keys stay in registers or lie in lanes. Values stay in float32.
 #pragma once
 
 #include "decode_vectors.h"
@@ -24,7 +24,7 @@ public:
     }
 
     void start(const T* query, int64_t head_stride) {
-        Base::start(query, head_stride);
+        Base::clear();
         for (int h = 0; h < group_; ++h)
             worths_[h] = round_to_words(query + h * head_stride, dim_, queries_ + int64_t(h) * dim_);
     }

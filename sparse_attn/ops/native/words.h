@@ -7,13 +7,6 @@
 
 namespace {
 
-// Adds the products of words, two by two. Left to GCC, a sum goes to another register and is moved back: 6 moves to 24
-// instructions of the loop in word_engine.h.
-FOVEATE_INLINE void add_products(__m256i& sums, __m256i a, __m256i b) {
-    const __m256i products = _mm256_madd_epi16(a, b);
-    __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
-}
-
 // Rounds a row of a multiple of 16 channels to levels of its largest value, and returns what a level is worth; NaN if
 // not all are finite.
 template <class T>
