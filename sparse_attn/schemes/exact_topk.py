@@ -34,7 +34,7 @@ class ExactTopkOptions(SchemeOptions):
         min_budget_tokens: Least that the share comes to.
         tile_tokens: Queries that share a choice in prefill, a power of two. Larger is cheaper.
         scored_queries: At least so many of a whole tile's queries, every second, third ... counted back from its last,
-            are scored and pooled (ours: scoring costs by the query; docs/quality.md has what 32 and 16 of 64 lose);
+            are scored and pooled (ours: scoring costs by the query; docs/quality.md has what 16 and 8 of 32 lose);
             0 takes all.
         dense_first_layers: First layers, read whole, since their attention is flat.
     """
