@@ -52,8 +52,12 @@ struct FloatMac {
     static FOVEATE_INLINE typename S::F mac(typename S::F a, typename S::F b, typename S::F c) { return S::fma(a, b, c); }
 };
 
-// float32 arithmetic; K and V of fewer bits are widened once per block and item.
-template <class S, class Result, class Storage = Result>
+// Logits of a pass: 24 KiB, 6 on AVX2, whose L1 holds keys and values beside them then.
+template <class S>
+constexpr int kFmaBlock = S::W == 16 ? 128 : 64;
+
+// float32 arithmetic; K and V of fewer bits are widened once per block and item. ``kKeys``: of a block.
+template <class S, class Result, class Storage = Result, int kKeys = kFmaBlock<S>>
 struct FmaEngine {
     using Simd = S;
     using T = Result;
@@ -62,7 +66,7 @@ struct FmaEngine {
     static constexpr int W = S::W;
     static constexpr int kRows = W == 16 ? 8 : 4;  // 24 of 32, 12 of 16 registers are accumulators
     static constexpr int kVectors = 3;
-    static constexpr int kBlock = W == 16 ? 128 : 64;  // logits of a pass: 24 KiB, 6 on AVX2
+    static constexpr int kBlock = kKeys;
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
     static constexpr bool kHalf = false;
