@@ -52,10 +52,7 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
 
     void load_keys(const KeyBlock<Row>& block) {
         for (int i = 0; i < block.count; ++i)
-            for (int d = 0; d < dim_; d += 16)
-                _mm256_store_si256(
-                    reinterpret_cast<__m256i*>(words_ + int64_t(i) * dim_ + d),
-                    _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(block.keys[i] + d))));
+            for (int d = 0; d < dim_; d += 16) widen_to_words(block.keys[i] + d, words_ + int64_t(i) * dim_ + d);
     }
 
     void logits(const KeyBlock<Row>& block, const float* queries, float* out, int first, int last) {

@@ -56,15 +56,11 @@ private:
 
     template <int kSteps>
     FOVEATE_INLINE void widen(const Row* key, int16_t* words) const {
-        const auto step = [&](int d) {
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(words + d),
-                                _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(key + d))));
-        };
         if constexpr (kSteps > 0) {
 #pragma GCC unroll 8
-            for (int s = 0; s < kSteps; ++s) step(16 * s);
+            for (int s = 0; s < kSteps; ++s) widen_to_words(key + 16 * s, words + 16 * s);
         } else {
-            for (int d = 0; d < dim_; d += 16) step(d);
+            for (int d = 0; d < dim_; d += 16) widen_to_words(key + d, words + d);
         }
     }
 

@@ -26,4 +26,10 @@ FOVEATE_INLINE float round_to_words(const T* x, int dim, int16_t* to) {
     return scale.worth;
 }
 
+// 16 channels of int8.
+FOVEATE_INLINE void widen_to_words(const int8_t* from, int16_t* to) {
+    const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), _mm256_cvtepi8_epi16(bytes));
+}
+
 }  // namespace
