@@ -1,0 +1,145 @@
+"""Long prompts beside OpenVINO GenAI, in one run whose sides take turns: first token, decode, and is a fact found?
+
+    python tests/bench/compare_openvino.py MODEL --exported FOLDER --python ENV/bin/python [--lengths 2048,8192,32000]
+
+MODEL is a Hugging Face directory, FOLDER the same model as OpenVINO takes it, ENV an environment with OpenVINO:
+
+    python -m venv ENV && ENV/bin/pip install openvino-genai
+    optimum-cli export openvino -m MODEL --task text-generation-with-past --weight-format fp16 FOLDER
+
+Only one side runs at a time, for ``--turn`` seconds, the others are stopped: what else the machine does slows all of
+them alike (``turns.py``). Who is done begins again until the slowest is done; figures are medians. One JSON line per
+length and side, then a table. All sides read the same token ids: a document in which a fact is planted, as those of
+``foveate eval``, and the beginning of a sentence that only the fact can end, which random weights cannot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+from turns import Answer, Side, SideFailed, take_turns
+
+from foveate.server.evaluation.tasks import TASKS, Prompt
+from foveate.server.packaged import resolve
+
+HERE = Path(__file__).parent
+WARM_UP_TOKENS, WARM_UP_NEW = 600, 4
+DEPTHS = (0.35, 0.65, 0.1, 0.9)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model", help="packaged name or directory")
+    parser.add_argument("--exported", required=True, help="folder of the same model as OpenVINO takes it")
+    parser.add_argument("--python", required=True, help="interpreter of an environment with openvino-genai")
+    parser.add_argument("--modes", default="dense,trishape", help="what OpenVINO runs (default: %(default)s)")
+    parser.add_argument("--attention", type=json.loads, action="append", help="our policy, as JSON; may be repeated "
+                        '(default: {"scheme": "kascade"})')  # fmt: skip
+    parser.add_argument("--quantization", default="int4", help="ours (default: %(default)s)")
+    parser.add_argument("--kv-dtype", default="int8", help="ours (default: %(default)s; theirs is u8)")
+    parser.add_argument(
+        "--profile", action="append", default=[], help="of `foveate calibrate`, where the scheme needs one"
+    )
+    parser.add_argument("--lengths", default="2048,8192,32000", help="prompt lengths in tokens (default: %(default)s)")
+    parser.add_argument("--new-tokens", type=int, default=129, help="of an answer (default: %(default)s)")
+    parser.add_argument("--task", choices=("needle", "multikey"), default="multikey", help="(default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=1, help="different ones per length (default: %(default)s)")
+    parser.add_argument("--turn", type=float, default=10, help="seconds of a turn (default: %(default)s)")
+    args = parser.parse_args()
+    tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
+    rows = []
+    for length in map(int, args.lengths.split(",")):
+        try:
+            rows += compare(args, tokenizer, length)
+        except SideFailed as error:
+            print(f"{length} tokens: {error}", file=sys.stderr)
+            return 1
+    print("\n| prompt | side | s to first token | tokens/s | found |\n| ---: | --- | ---: | ---: | ---: |")
+    for row in rows:
+        print(
+            f"| {row['prompt_tokens']:,} | {row['side']} | {row['first_seconds']:.1f} "
+            f"| {row['tokens_per_second']:.1f} | {row['found']} of {row['answers']} |"
+        )
+    return 0
+
+
+def compare(args: argparse.Namespace, tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """One line for each side."""
+    prompts = [written(args, tokenizer, length, index) for index in range(args.prompts)]
+    with tempfile.TemporaryDirectory() as spare:
+        files = [Path(spare, f"prompt-{index}.json") for index in range(args.prompts)]
+        for file, prompt in zip(files, prompts, strict=True):
+            save(file, tokenizer.encode(prompt.text), args.new_tokens)
+        warm_up = Path(spare, "warm-up.json")
+        save(warm_up, list(range(100, 100 + WARM_UP_TOKENS)), WARM_UP_NEW)
+        with tqdm(desc=f"{length} tokens", unit=" rounds", file=sys.stderr) as bar:
+
+            def on_turn(sides: list[Side]) -> None:
+                bar.set_postfix_str(", ".join(f"{side.name}: {len(side.answers)}" for side in sides))
+                bar.update()
+
+            answers = take_turns(commands(args, length), files, warm_up, args.turn, on_turn)
+    rows = [row(name, length, given, prompts, tokenizer) for name, given in answers.items()]
+    for line in rows:
+        print(json.dumps(line), flush=True)
+    return rows
+
+
+def commands(args: argparse.Namespace, length: int) -> dict[str, list[str]]:
+    """How each side is started."""
+    mine = [sys.executable, str(HERE / "side_foveate.py"), args.model, "--quantization", args.quantization]
+    mine += ["--kv-dtype", args.kv_dtype, "--max-context", str(length + args.new_tokens)]
+    mine += [word for profile in args.profile for word in ("--profile", profile)]
+    theirs = [args.python, str(HERE / "side_openvino.py"), args.exported, "--threads", str(torch.get_num_threads())]
+    ours = {f"foveate {json.dumps(item)}": [*mine, "--attention", json.dumps(item)]
+            for item in args.attention or [{"scheme": "kascade"}]}  # fmt: skip
+    return ours | {f"openvino {mode}": [*theirs, "--mode", mode] for mode in args.modes.split(",")}
+
+
+def written(args: argparse.Namespace, tokenizer: Any, length: int, index: int) -> Prompt:
+    """The same prompt for the same length and index."""
+    write = TASKS[args.task].write
+    assert write is not None
+    return write(
+        random.Random(f"{args.task} {length} {index}"), tokenizer.encode, length, [DEPTHS[index % len(DEPTHS)]]
+    )
+
+
+def save(file: Path, ids: list[int], new_tokens: int) -> None:
+    file.write_text(json.dumps({"ids": ids, "new_tokens": new_tokens}))
+
+
+def row(name: str, length: int, answers: list[Answer], prompts: list[Prompt], tokenizer: Any) -> dict[str, Any]:
+    """What one side did."""
+    found = [
+        prompts[index % len(prompts)].turns[0].found(tokenizer.decode(answer.ids))
+        for index, answer in enumerate(answers)
+    ]
+    return {
+        "side": name,
+        "prompt_tokens": length,
+        "first_seconds": round(statistics.median(answer.first_seconds for answer in answers), 2),
+        "tokens_per_second": round(1 / statistics.median(answer.token_seconds for answer in answers), 2),
+        "all_first_seconds": [round(answer.first_seconds, 2) for answer in answers],
+        "all_tokens_per_second": [round(1 / answer.token_seconds, 2) for answer in answers],
+        "found": sum(found),
+        "answers": len(found),
+        "threads": torch.get_num_threads(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "load1": round(os.getloadavg()[0], 2),
+    }
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,73 @@
+"""``tests/bench/turns.py``: only one process runs at a time, and its times are its own."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+sys.path.append(str(Path(__file__).parents[1] / "bench"))
+from turns import SideFailed, take_turns
+
+# Works for `work` seconds of its own processor time, so a stop costs it none; then answers.
+SIDE = """
+import json, sys, time
+def tell(event, **more): print(json.dumps({"event": event, **more}), flush=True)
+print("a line of a library")
+tell("ready")
+for line in sys.stdin:
+    prompt = json.load(open(line.strip()))
+    started = time.process_time()
+    while time.process_time() - started < float(sys.argv[1]) * len(prompt["ids"]): pass
+    tell("first")
+    tell("last", ids=prompt["ids"][:prompt["new_tokens"]])
+"""
+
+
+@pytest.fixture
+def prompts(tmp_path):
+    files = [tmp_path / f"{index}.json" for index in range(3)]
+    for index, file in enumerate(files):
+        file.write_text(json.dumps({"ids": [index] * 10, "new_tokens": index + 1}))
+    return files
+
+
+def command(work: float) -> list[str]:
+    return [sys.executable, "-c", SIDE, str(work)]
+
+
+def test_each_side_answers_each_prompt_and_the_quick_one_begins_again(prompts):
+    answers = take_turns({"quick": command(0.001), "slow": command(0.02)}, prompts[1:], prompts[0], 0.05)
+    assert [answer.ids for answer in answers["slow"]] == [(1, 1), (2, 2, 2)]
+    assert [answer.ids for answer in answers["quick"][:3]] == [(1, 1), (2, 2, 2), (1, 1)]
+
+
+def test_one_runs_at_a_time_and_is_charged_for_its_own_turns(prompts):
+    states: list[str] = []
+
+    def on_turn(sides):
+        states.extend(Path(f"/proc/{side.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for side in sides)
+
+    start = time.monotonic()
+    answers = take_turns(
+        {"quick": command(0.01), "slow": command(0.1)}, prompts[:1], prompts[0], turn_seconds=0.02, on_turn=on_turn
+    )
+    wall = time.monotonic() - start
+    assert len(states) > 20
+    assert set(states) == {"T"}  # rounds end with all stopped, the slow one in the midst of it
+    charged = [answer.first_seconds for side in answers.values() for answer in side]
+    # No less than the work that the prompt is, and no second charged to both.
+    assert min(charged) >= 0.1
+    assert answers["slow"][0].first_seconds >= 1
+    assert sum(charged) < wall
+
+
+@pytest.mark.parametrize("tells", ["", "ready"], ids=["loading", "asked"])
+def test_what_a_dead_side_said_is_told(prompts, tells):
+    program = f"import sys; print('{{\"event\": \"{tells}\"}}', flush=True); sys.exit('no such model')"
+    dies = [sys.executable, "-c", program]
+    with pytest.raises(SideFailed, match=r"(?s)second ended with 1.*no such model"):
+        take_turns({"first": command(0.001), "second": dies}, prompts, prompts[0], 0.05)
