@@ -2,15 +2,19 @@
 
     python tests/bench/compare_openvino.py MODEL --exported FOLDER --python ENV/bin/python [--lengths 2048,8192,32000]
 
-MODEL is a Hugging Face directory, FOLDER the same model as OpenVINO takes it, ENV an environment with OpenVINO:
+MODEL is a Hugging Face directory or a packaged name, FOLDER the same model as OpenVINO takes it, ENV an environment
+with OpenVINO. ``foveate pull`` prints the directory of a packaged model:
 
-    python -m venv ENV && ENV/bin/pip install openvino-genai
-    optimum-cli export openvino -m MODEL --task text-generation-with-past --weight-format fp16 FOLDER
+    python -m venv ENV && ENV/bin/pip install openvino-genai "optimum-intel[openvino]"
+    ENV/bin/optimum-cli export openvino -m DIRECTORY --task text-generation-with-past --weight-format fp16 FOLDER
+
+Export with ``--weight-format int4 --group-size 64 --ratio 1.0`` for OpenVINO's 4 bits; ours are ``--quantization``.
 
 Only one side runs at a time, for ``--turn`` seconds, the others are stopped: what else the machine does slows all of
-them alike (``turns.py``). Who is done begins again until the slowest is done; figures are medians. One JSON line per
-length and side, then a table. All sides read the same token ids: a document in which a fact is planted, as those of
-``foveate eval``, and the beginning of a sentence that only the fact can end, which random weights cannot.
+them alike over the whole run (``turns.py``). Who is done begins again until the slowest is done; figures are means, so
+that a bad minute counts for everybody. One JSON line per length and side, then a table. All sides read the same token
+ids: a document in which a fact is planted, as those of ``foveate eval``, and the beginning of a sentence that only the
+fact can end, which random weights cannot.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import argparse
 import json
 import os
 import random
+import shutil
 import statistics
 import sys
 import tempfile
@@ -56,22 +61,32 @@ def main() -> int:
     parser.add_argument("--task", choices=("needle", "multikey"), default="multikey", help="(default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=1, help="different ones per length (default: %(default)s)")
     parser.add_argument("--turn", type=float, default=10, help="seconds of a turn (default: %(default)s)")
+    parser.add_argument("--cache-gib", type=int, default=1, help="OpenVINO's keys and values (default: %(default)s)")
     args = parser.parse_args()
+    if args.new_tokens < 2:
+        parser.error("--new-tokens must be at least 2: a first token, and another to measure decode by")
+    if unknown := set(args.modes.split(",")) - {"dense", "trishape"}:
+        parser.error(f"--modes: {', '.join(sorted(unknown))} is neither dense nor trishape")
+    if shutil.which(args.python) is None:
+        parser.error(f"--python: {args.python} cannot be run")
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
-    rows = []
-    for length in map(int, args.lengths.split(",")):
-        try:
+    rows: list[dict[str, Any]] = []
+    code = 0
+    try:
+        for length in map(int, args.lengths.split(",")):
             rows += compare(args, tokenizer, length)
-        except SideFailed as error:
-            print(f"{length} tokens: {error}", file=sys.stderr)
-            return 1
+    except SideFailed as error:
+        print(f"{length} tokens: {error}", file=sys.stderr)
+        code = 1
+    except KeyboardInterrupt:
+        code = 130
     print("\n| prompt | side | s to first token | tokens/s | found |\n| ---: | --- | ---: | ---: | ---: |")
     for row in rows:
         print(
             f"| {row['prompt_tokens']:,} | {row['side']} | {row['first_seconds']:.1f} "
             f"| {row['tokens_per_second']:.1f} | {row['found']} of {row['answers']} |"
         )
-    return 0
+    return code
 
 
 def compare(args: argparse.Namespace, tokenizer: Any, length: int) -> list[dict[str, Any]]:
@@ -90,7 +105,7 @@ def compare(args: argparse.Namespace, tokenizer: Any, length: int) -> list[dict[
                 bar.update()
 
             answers = take_turns(commands(args, length), files, warm_up, args.turn, on_turn)
-    rows = [row(name, length, given, prompts, tokenizer) for name, given in answers.items()]
+    rows = [row(args, name, length, given, prompts, tokenizer) for name, given in answers.items()]
     for line in rows:
         print(json.dumps(line), flush=True)
     return rows
@@ -99,9 +114,10 @@ def compare(args: argparse.Namespace, tokenizer: Any, length: int) -> list[dict[
 def commands(args: argparse.Namespace, length: int) -> dict[str, list[str]]:
     """How each side is started."""
     mine = [sys.executable, str(HERE / "side_foveate.py"), args.model, "--quantization", args.quantization]
-    mine += ["--kv-dtype", args.kv_dtype, "--max-context", str(length + args.new_tokens)]
+    mine += ["--kv-dtype", args.kv_dtype, "--max-context", str(max(length, WARM_UP_TOKENS) + args.new_tokens)]
     mine += [word for profile in args.profile for word in ("--profile", profile)]
     theirs = [args.python, str(HERE / "side_openvino.py"), args.exported, "--threads", str(torch.get_num_threads())]
+    theirs += ["--cache-gib", str(args.cache_gib)]
     ours = {f"foveate {json.dumps(item)}": [*mine, "--attention", json.dumps(item)]
             for item in args.attention or [{"scheme": "kascade"}]}  # fmt: skip
     return ours | {f"openvino {mode}": [*theirs, "--mode", mode] for mode in args.modes.split(",")}
@@ -120,17 +136,25 @@ def save(file: Path, ids: list[int], new_tokens: int) -> None:
     file.write_text(json.dumps({"ids": ids, "new_tokens": new_tokens}))
 
 
-def row(name: str, length: int, answers: list[Answer], prompts: list[Prompt], tokenizer: Any) -> dict[str, Any]:
+def row(
+    args: argparse.Namespace, name: str, length: int, answers: list[Answer], prompts: list[Prompt], tokenizer: Any
+) -> dict[str, Any]:
     """What one side did."""
+    turns = [prompts[index % len(prompts)].turns[0] for index in range(len(answers))]
     found = [
-        prompts[index % len(prompts)].turns[0].found(tokenizer.decode(answer.ids))
-        for index, answer in enumerate(answers)
+        turn.found(tokenizer.decode(answer.ids[: turn.tokens])) for turn, answer in zip(turns, answers, strict=True)
     ]
     return {
         "side": name,
+        "model": args.model,
+        "exported": args.exported,
+        "quantization": args.quantization,
+        "kv_dtype": args.kv_dtype,
         "prompt_tokens": length,
-        "first_seconds": round(statistics.median(answer.first_seconds for answer in answers), 2),
-        "tokens_per_second": round(1 / statistics.median(answer.token_seconds for answer in answers), 2),
+        "new_tokens": args.new_tokens,
+        "turn_seconds": args.turn,
+        "first_seconds": round(statistics.mean(answer.first_seconds for answer in answers), 2),
+        "tokens_per_second": round(1 / statistics.mean(answer.token_seconds for answer in answers), 2),
         "all_first_seconds": [round(answer.first_seconds, 2) for answer in answers],
         "all_tokens_per_second": [round(1 / answer.token_seconds, 2) for answer in answers],
         "found": sum(found),

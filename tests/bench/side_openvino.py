@@ -5,6 +5,7 @@ Runs in an environment of its own, which has ``openvino-genai`` and not necessar
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,9 +14,13 @@ import numpy as np
 import openvino
 import openvino_genai as genai
 
+# What the library prints goes to standard error: events are lines of their own.
+EVENTS = os.fdopen(os.dup(1), "w")
+os.dup2(2, 1)
+
 
 def tell(event: str, **more: object) -> None:
-    print(json.dumps({"event": event, **more}), flush=True)
+    print(json.dumps({"event": event, **more}), file=EVENTS, flush=True)
 
 
 class Watch(genai.StreamerBase):
@@ -39,12 +44,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="folder of the exported model")
     parser.add_argument("--threads", type=int, required=True)
+    parser.add_argument("--cache-gib", type=int, required=True, help="of keys and values")
     parser.add_argument("--mode", choices=("dense", "trishape"), default="dense")
     args = parser.parse_args()
     scheduler = genai.SchedulerConfig()
     scheduler.max_num_batched_tokens = 2048
     scheduler.enable_prefix_caching = False
-    scheduler.cache_size = 1
+    scheduler.cache_size = args.cache_gib
     if args.mode == "trishape":
         scheduler.use_sparse_attention = True
         scheduler.sparse_attention_config = genai.SparseAttentionConfig(

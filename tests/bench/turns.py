@@ -1,7 +1,8 @@
 """Lets processes take turns on one machine, so that whatever else runs there slows all of them alike.
 
 A long prompt takes minutes, and a shared machine changes its speed from one minute to the next. So only one process
-runs at any time, for some seconds; the others are stopped (SIGSTOP). Its times are the seconds in which it ran.
+runs at any time, for some seconds; the others are stopped (SIGSTOP). Its times are the seconds in which it ran. Over a
+whole run that is fair; of two answers that took different minutes of it, it is not.
 
 A process, here a side, answers prompts: it writes ``{"event": "ready"}`` when its model is loaded; reads a line with
 the path of a JSON file, ``{"ids": [...], "new_tokens": n}``; and writes ``{"event": "first"}`` with the first token and
@@ -10,6 +11,7 @@ the path of a JSON file, ``{"ids": [...], "new_tokens": n}``; and writes ``{"eve
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import queue
@@ -24,6 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+
+_LIBC = ctypes.CDLL(None)
+_PR_SET_PDEATHSIG = 1
 
 # Lines of a dead side's standard error that are shown.
 _SHOWN = 15
@@ -47,6 +52,11 @@ class Answer:
     ids: tuple[int, ...]
 
 
+def _die_with_parent() -> None:
+    """In a child: no stopped process is left behind, however this one ends."""
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 class Side:
     """A process that runs when it is its turn.
 
@@ -68,7 +78,9 @@ class Side:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
             start_new_session=True,
+            preexec_fn=_die_with_parent,
         )
         self.pid = self._process.pid
         self._events: queue.SimpleQueue[tuple[float, dict[str, Any] | None]] = queue.SimpleQueue()
@@ -89,8 +101,11 @@ class Side:
         self._signal(signal.SIGKILL)
         for thread in self._threads:
             thread.join()
-        with self._process:  # closes the pipes
-            pass
+        for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+            assert pipe is not None
+            with suppress(BrokenPipeError):  # a prompt that a dead side did not take
+                pipe.close()
+        self._process.wait()
 
     def load(self, warm_up: Path) -> None:
         """Waits for the model and for an answer, which is forgotten.
@@ -143,10 +158,9 @@ class Side:
             self._process.stdin.flush()
 
     def _finish(self, ran: float, ids: Sequence[int]) -> None:
-        if self._first is None:
-            raise SideFailed(f"{self.name} answered without a first token")
-        gaps = max(len(ids) - 1, 1)
-        self.answers.append(Answer(self._first, (ran - self._first) / gaps, tuple(ids)))
+        if self._first is None or len(ids) < 2:
+            raise SideFailed(f"{self.name} answered {len(ids)} tokens, without a first and a last")
+        self.answers.append(Answer(self._first, (ran - self._first) / (len(ids) - 1), tuple(ids)))
         self._asked = False
 
     def _next(self, timeout: float | None) -> tuple[float, dict[str, Any]]:
@@ -167,7 +181,7 @@ class Side:
                 continue
             if isinstance(event, dict) and "event" in event:
                 self._events.put((at, event))
-        self._events.put((time.monotonic(), None))
+        self._events.put((time.monotonic(), None))  # it is gone
 
     def _read_errors(self) -> None:
         assert self._process.stderr is not None

