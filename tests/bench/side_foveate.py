@@ -22,10 +22,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model")
     parser.add_argument("--attention", type=json.loads, required=True)
-    parser.add_argument("--quantization", default="none")
-    parser.add_argument("--kv-dtype", default="auto")
+    parser.add_argument("--quantization", required=True)
+    parser.add_argument("--kv-dtype", required=True)
     parser.add_argument("--profile", action="append", default=[])
-    parser.add_argument("--max-context", type=int)
+    parser.add_argument("--max-context", type=int, required=True)
     args = parser.parse_args()
     engine = Engine.load(
         EngineOptions(
