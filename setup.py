@@ -24,7 +24,7 @@ PACKAGE = "foveate.sparse_attn.ops.native"
 FOLDER = Path("sparse_attn", "ops", "native")
 LIBRARY = "libfoveate_kernels.so.1"  # as native/__init__.py has it; ending in .so it would pass for a Python module
 COMMON = ["-O3", "-std=c++17", "-fPIC", "-fvisibility=hidden", "-fno-math-errno"]
-AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX2 = ["-mavx2", "-mfma"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512dq", "-mavx512bw", "-mavx512vl"]
 AVX512BF16 = [*AVX512, "-mavx512bf16"]
 AMX = [*AVX512BF16, "-mamx-tile", "-mamx-bf16", "-mamx-int8"]

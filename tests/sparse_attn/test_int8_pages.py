@@ -186,9 +186,14 @@ def anchor_error(isa, eight, floats, query, tiles, spec, pool="group"):
     return (got - want).abs().max() / want.max()
 
 
-# 5e-5 where AVX2 multiplies words and keeps weights in 16 bits.
+# In decode 5e-5 where AVX2 multiplies words.
 def most_anchor_error(isa, dtype):
     return (1e-4 if isa == "avx2" else 1e-6) if dtype == torch.float32 else 1e-2
+
+
+# AVX2 keeps a weight of a prompt in a byte: a sixteenth at most, 2 % on average, and a key's score has many.
+def most_prompt_error(isa, dtype):
+    return 3e-2 if isa == "avx2" else most_anchor_error(isa, dtype)
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -198,7 +203,20 @@ def most_anchor_error(isa, dtype):
 def test_native_anchor_scores(isa, dtype, spec, step):
     eight, floats = make_views((130, 200), (130, 111))
     query, tiles = make_query(eight, 6, dtype), Tiles.of(eight.rows, 32).every(step)
-    assert anchor_error(isa, eight, floats, query, tiles, spec) < most_anchor_error(isa, dtype)
+    assert anchor_error(isa, eight, floats, query, tiles, spec) < most_prompt_error(isa, dtype)
+
+
+@pytest.mark.parametrize("sharpness", [0.2, 1.0, 4.0], ids="x{}".format)
+def test_keys_that_native_anchors_choose_are_worth_as_much_as_the_best(isa, sharpness):
+    eight, floats = make_views((700,), (64,))
+    query, tiles, spec = make_query(eight, 6), Tiles.of(eight.rows, 32), AttentionSpec(sharpness * 0.25)
+    first, end = torch.zeros(len(tiles), dtype=torch.long), torch.full((len(tiles),), 600)
+    budgets = [60] * len(tiles)
+    chosen, counts = anchor_native.topk(query, eight, tiles, spec, (first, end), budgets, 60, False, isa=isa)
+    assert (counts == 60).all()
+    worth = ops.anchor_scores(query, floats, tiles, spec, backend="reference")[:, :, :600]
+    best = worth.topk(60, dim=2).values.sum(2)
+    torch.testing.assert_close(worth.gather(2, chosen.long()).sum(2), best, rtol=2e-3, atol=0)
 
 
 @pytest.mark.parametrize("heads", [*HEADS, (1, 16, 48)], ids="kv{0[0]}xgroup{0[1]}xdim{0[2]}".format)
@@ -219,10 +237,10 @@ def test_native_anchor_scores_of_decode_by_facts(isa, dtype, name, pool):
 
 
 def test_native_anchor_weights_kept_past_the_caches(isa, dtype):
-    """20,000 keys and 256 columns of 2 bytes are 10 MiB."""
+    """20,000 keys and 256 columns of a byte are 4.9 MiB."""
     eight, floats = make_views((20_000,), (32,), kv_heads=1, dim=16)
     query, tiles = make_query(eight, 8, dtype), Tiles.of(eight.rows, 32)
-    assert anchor_error(isa, eight, floats, query, tiles, AttentionSpec(0.5)) < most_anchor_error(isa, dtype)
+    assert anchor_error(isa, eight, floats, query, tiles, AttentionSpec(0.5)) < most_prompt_error(isa, dtype)
 
 
 @pytest.mark.parametrize(("apart", "error"), [(10.0, 2e-3), (14.0, 1e-2), (18.0, 0.15)])
@@ -240,7 +258,8 @@ def test_keys_far_below_an_attention_sink_are_still_ranked(isa, apart, error):
     got = anchor_native.scores(query, view, tiles, AttentionSpec(1.0), range(len(tiles)), False, isa=isa)
     want = ops.anchor_scores(query, view, tiles, AttentionSpec(1.0), backend="reference")
     seen = want > 0
-    torch.testing.assert_close(got[seen], want[seen], rtol=error, atol=0)
+    # Here all columns of a key are rounded alike.
+    torch.testing.assert_close(got[seen], want[seen], rtol=0.12 if isa == "avx2" else error, atol=0)
 
 
 PURE = {

@@ -20,7 +20,7 @@ struct AmxEngine {
     static constexpr int kBlock = 128;  // K, V and logits of a pass are 48 KiB at 64 channels; 256 keys ran 9 % slower
     static constexpr int kPad = 32;
     static constexpr bool kPairs = true;
-    static constexpr bool kHalf = false;
+    static constexpr bool kBytes = false;
 
     static int padded(int dim) { return round_up(dim, 32); }
     static int units(int dim) { return padded(dim) / 2; }

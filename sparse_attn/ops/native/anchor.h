@@ -5,6 +5,9 @@
 // known, and a second walk over the weights, not over the logits, adds up each key's column. It reads them in the order
 // they lie in, which memory is fast enough for. Cutting the columns until their weights stayed in a cache cost more,
 // since each cut reads the keys again: 32,768 keys, 224 columns of float32, 0.76 s a chunk of 512 where it is 0.49 now.
+//
+// With kBytes weights only rank keys, by hundreds of columns, and are made and kept with 3 bits of mantissa: 1.17 times as
+// fast as with 16-bit floats, for the same attention among what is chosen (docs/kv-cache.md).
 #pragma once
 
 #include <type_traits>
@@ -18,18 +21,18 @@ namespace {
 constexpr int64_t kKeptBytes = 64 << 20;  // of weights at once, by all threads together
 constexpr int64_t kLeastKept = 2 << 20;   // by a thread
 constexpr int64_t kNearKept = 4 << 20;    // beyond that, weights are stored past the caches
-// Of weights kept as floats of 16 bits: these reach from 2^-14 (in all bits) to 2^16, and weights up to 2^kSlack.
-constexpr float kLift = 128.0f;
+// Weights kept as bytes (``store_bytes``) are read as so much less than they are.
+constexpr float kBytesLift = 0x1p-96f;
 
 template <class Engine>
 struct AnchorState {
     static constexpr int W = Engine::Simd::W;
-    using Kept = std::conditional_t<Engine::kPairs || Engine::kHalf, uint16_t, float>;
+    using Kept = std::conditional_t<Engine::kBytes, uint8_t, std::conditional_t<Engine::kPairs, uint16_t, float>>;
     static constexpr int64_t kTile = W * W;  // weights of W keys and a vector of columns
 
     int columns;        // most query rows at once
     int64_t blocks;     // of keys
-    Kept* weights;      // [blocks][kBlock / W][vectors][kTile]: keys x columns, pairs of keys if Engine::kPairs
+    Kept* weights;      // [blocks][kBlock / W][vectors][kTile]: keys x columns; pairs of keys if kPairs, fours if kBytes
     float* references;  // [blocks][vectors][W]
     char* pass;
     bool far;           // weights are stored past the caches, which they would leave before they are read again
@@ -64,48 +67,76 @@ int64_t anchor_scratch(const foveate_anchor& call, int tile) {
     return bytes;
 }
 
+// Stores the weights of W keys and one vector of columns, zero from ``seen`` on.
+template <class Engine>
+FOVEATE_INLINE void keep_tile(const float* weights, int seen, KeptWeight<Engine>* tile, bool far) {
+    using Simd = typename Engine::Simd;
+    constexpr int W = Simd::W;
+    int k = 0;
+    if constexpr (Engine::kPairs) {
+        for (; k < seen; k += 2) __builtin_memcpy(tile + k * W, weights + k * W, 4 * W);
+    } else {
+        for (; k < seen; ++k) {
+            if (far) Simd::store_past_caches(tile + k * W, Simd::load(weights + k * W));
+            else Simd::store(tile + k * W, Simd::load(weights + k * W));
+        }
+    }
+    if (k < W) __builtin_memset(tile + k * W, 0, size_t(W - k) * W * sizeof(*tile));
+}
+
+// The same from logits, which become weights on the way.
+template <class Engine>
+FOVEATE_INLINE void keep_bytes(const float* logits, typename Engine::Simd::F factor, typename Engine::Simd::F offset,
+                               int seen, uint8_t* tile, bool far, typename Engine::Simd::F& sum) {
+    using Simd = typename Engine::Simd;
+    constexpr int W = Simd::W;
+    int k = 0;
+    for (; k < seen; k += 4) {
+        typename Simd::F rows[4];
+        for (int i = 0; i < 4; ++i) {
+            rows[i] = Simd::rough_exp2(Simd::fmsub(Simd::load(logits + (k + i) * W), factor, offset));
+            sum = Simd::add(sum, rows[i]);
+        }
+        Simd::store_bytes(tile + k * W, rows, far);
+    }
+    if (k < W) __builtin_memset(tile + k * W, 0, size_t(W - k) * W);
+}
+
 // The weights of one block of keys and ``kVectors`` vectors of columns, in ``kept``, zero where a key is hidden.
 template <class Engine>
 FOVEATE_INLINE void keep_weights(const foveate_attention& call, PrefillState<Engine>& state, Engine& engine,
                                  const KeyBlock<typename Engine::Row>& block, int v, KeptWeight<Engine>* kept,
                                  float* references, bool far) {
     using Simd = typename Engine::Simd;
+    using F = typename Simd::F;
     constexpr int W = Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
     constexpr int64_t kTile = AnchorState<Engine>::kTile;
-    constexpr bool kFine = !Engine::kPairs && !Engine::kHalf;
     const int32_t* high = state.high + v * W;
     const int last = first_above(block.positions, block.count, high[C * W - 1]);
-    if (last > 0) {
-        const bool masked = block.positions[last - 1] > high[0];
-        const int padded = smaller(round_up(last, Engine::kPad), kBlock);
+    const bool masked = last > 0 && block.positions[last - 1] > high[0];
+    if (last > 0)
         engine.logits(block, state.queries + int64_t(v) * Engine::units(call.head_dim) * W, state.logits, 0, last);
-        for (int c = 0; c < C; ++c)
-            softmax<Engine, kFine>(call, state, v + c, state.logits + c * kBlock * W, block, 0, last, padded, masked);
-    }
     for (int c = 0; c < C; ++c) {
-        Simd::store(references + c * W, Simd::load(state.reference + (v + c) * W));
-        const float* source = state.logits + c * kBlock * W;
-        for (int chunk = 0; chunk * W < block.count; ++chunk) {
-            KeptWeight<Engine>* tile = kept + (int64_t(chunk) * state.vectors + c) * kTile;
-            const int seen = smaller(W, last - chunk * W);
-            int k = 0;
-            if constexpr (Engine::kPairs) {
-                for (; k < seen; k += 2) __builtin_memcpy(tile + k * W, source + (chunk * W + k) * W, 4 * W);
-            } else {
-                for (; k < seen; ++k) {
-                    const typename Simd::F weight = Simd::load(source + (chunk * W + k) * W);
-                    if constexpr (Engine::kHalf) {
-                        const typename Simd::F lifted = Simd::mul(weight, Simd::set(kLift));
-                        if (far) Simd::store_half_past_caches(tile + k * W, lifted);
-                        else Simd::store_half(tile + k * W, lifted);
-                    } else {
-                        if (far) Simd::store_past_caches(tile + k * W, weight);
-                        else Simd::store(tile + k * W, weight);
-                    }
-                }
-            }
-            if (k < W) __builtin_memset(tile + k * W, 0, size_t(W - k) * W * sizeof(*tile));
+        float* logits = state.logits + c * kBlock * W;
+        const auto tile_of = [&](int chunk) { return kept + (int64_t(chunk) * state.vectors + c) * kTile; };
+        if constexpr (Engine::kBytes) {
+            // No slack above 1: bytes have few exponents, and keys far below a sink need the low ones.
+            const F reference = raise_reference<Engine>(call, state, v + c, logits, block, 0, last, masked, 0.0f, 0);
+            const F factor = Simd::set(exponent_unit(call) * Simd::kRoughUnit);
+            const F offset = Simd::sub(Simd::mul(Simd::finite(reference), factor), Simd::set(Simd::kRoughZero));
+            F sum = Simd::load(state.sums + (v + c) * W);
+            for (int k = last; k % 4; ++k) Simd::store(logits + k * W, Simd::set(-kInfinity));
+            for (int chunk = 0; chunk * W < block.count; ++chunk)
+                keep_bytes<Engine>(logits + chunk * W * W, factor, offset, smaller(W, last - chunk * W), tile_of(chunk), far, sum);
+            Simd::store(state.sums + (v + c) * W, sum);
+        } else {
+            const int padded = smaller(round_up(last, Engine::kPad), kBlock);
+            if (last > 0)
+                softmax<Engine>(call, state, v + c, logits, block, 0, last, padded, masked);
+            for (int chunk = 0; chunk * W < block.count; ++chunk)
+                keep_tile<Engine>(logits + chunk * W * W, smaller(W, last - chunk * W), tile_of(chunk), far);
         }
+        Simd::store(references + c * W, Simd::load(state.reference + (v + c) * W));
     }
 }
 
@@ -129,11 +160,14 @@ FOVEATE_INLINE void add_columns(const KeptWeight<Engine>* kept, const float* sha
                     sums[i + 1] = Simd::fma(
                         _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)))), share, sums[i + 1]);
                 }
-            } else {
-                for (int i = 0; i < W; ++i) {
-                    if constexpr (Engine::kHalf) sums[i] = Simd::fma(Simd::load_half(kept + i * W), share, sums[i]);
-                    else sums[i] = Simd::fma(Simd::load(kept + i * W), share, sums[i]);
+            } else if constexpr (Engine::kBytes) {
+                for (int i = 0; i < W; i += 4) {
+                    F rows[4];
+                    Simd::load_bytes(kept + i * W, rows);
+                    for (int j = 0; j < 4; ++j) sums[i + j] = Simd::fma(rows[j], share, sums[i + j]);
                 }
+            } else {
+                for (int i = 0; i < W; ++i) sums[i] = Simd::fma(Simd::load(kept + i * W), share, sums[i]);
             }
         }
         Simd::transpose(sums);
@@ -175,7 +209,7 @@ void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const Anch
     for (int row = 0; row < state.vectors * W; ++row) {
         float sum = state.sums[row];
         if (call.sinks) sum += std::exp(call.sinks[item.kind * group + row % group] - state.reference[row] * scale);
-        if (Engine::kHalf) sum *= kLift;
+        if (Engine::kBytes) sum *= kBytesLift;
         state.sums[row] = row < rows ? 1.0f / sum : 0.0f;  // columns behind the last repeat it
     }
     const F factor = Simd::set(scale * kLog2E);

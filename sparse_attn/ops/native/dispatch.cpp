@@ -68,8 +68,8 @@ bool may_use_tiles() {
 bool cpu_has(int isa) {
     if (__get_cpuid_max(0, nullptr) < 7) return false;
     const CpuId one(1, 0), seven(7, 0);
-    const bool osxsave = one.ecx >> 27 & 1, fma = one.ecx >> 12 & 1, f16c = one.ecx >> 29 & 1;
-    if (!osxsave || !fma || !f16c || !(seven.ebx >> 5 & 1) || !saves(0x6)) return false;
+    const bool osxsave = one.ecx >> 27 & 1, fma = one.ecx >> 12 & 1;
+    if (!osxsave || !fma || !(seven.ebx >> 5 & 1) || !saves(0x6)) return false;
     if (isa == FOVEATE_AVX2) return true;
     const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
     if ((seven.ebx & avx512) != avx512 || !saves(0xe6)) return false;

@@ -69,7 +69,7 @@ struct FmaEngine {
     static constexpr int kBlock = kKeys;
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
-    static constexpr bool kHalf = false;
+    static constexpr bool kBytes = false;
     static constexpr bool kWiden = sizeof(Row) < 4;
     using Loops = Products<FloatMac<S>, kRows, kVectors, kBlock>;
 
@@ -182,7 +182,7 @@ struct DotEngine {
     static constexpr int kBlock = 128;
     static constexpr int kPad = 2;
     static constexpr bool kPairs = true;
-    static constexpr bool kHalf = false;
+    static constexpr bool kBytes = false;
     using Loops = Products<DotMac, kRows, kVectors, kBlock>;
 
     static constexpr int units(int dim) { return dim / 2; }

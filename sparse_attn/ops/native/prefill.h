@@ -10,7 +10,7 @@
 //   Row                 the type of K and V in memory: T, or int8 (see quantised.h)
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
-//   kHalf               anchors (anchor.h) keep weights as floats of 16 bits
+//   kBytes              anchors (anchor.h) keep weights as bytes
 //   kPad                keys that the products round up to
 //   units(dim)          32-bit units of a query row: channels, or pairs of them
 //   pack(...)           W query rows to the columns of a vector
@@ -155,10 +155,17 @@ FOVEATE_INLINE typename Simd::F capped(typename Simd::F s, float scale, float so
     return Simd::mul(t, Simd::set(softcap));
 }
 
-// Turns logits of keys [first, last) and one vector of columns into weights, in place.
-template <class Engine, bool kFine = !Engine::kPairs>
-FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
-                            const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked) {
+// Logits, in units of the queries' or capped, times this are exponents of 2.
+static inline float exponent_unit(const foveate_attention& call) {
+    return call.softcap != 0.0f ? kLog2E : call.scale * kLog2E;
+}
+
+// Caps and hides logits of keys [first, last) and one vector of columns, in place. Where they outgrow the reference by
+// more than 2^slack, moves it and the sums, those of ``dim`` channels of values too. Returns the reference.
+template <class Engine>
+FOVEATE_INLINE typename Engine::Simd::F raise_reference(const foveate_attention& call, PrefillState<Engine>& state, int v,
+                                                        float* logits, const KeyBlock<typename Engine::Row>& block,
+                                                        int first, int last, bool masked, float slack, int dim) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
     constexpr int W = Simd::W;
@@ -182,24 +189,33 @@ FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>&
         top = Simd::max(Simd::max(tops[0], tops[1]), Simd::max(tops[2], tops[3]));
     }
 
-    // Logits times this are exponents of 2.
-    const float unit = cap ? kLog2E : call.scale * kLog2E;
-    const F factor = Simd::set(unit);
-    F reference = Simd::load(state.reference + v * W);
+    const float unit = exponent_unit(call);
+    const F reference = Simd::load(state.reference + v * W);
+    if (!Simd::any_above(top, Simd::add(reference, Simd::set(slack / unit)))) return reference;
+    const F moved = Simd::max(reference, top);
+    // -inf - -inf is NaN: finite() makes it 0 - 0. From -inf to a number is 2^-inf = 0.
+    const F shrink = Simd::template exp2<true>(Simd::mul(Simd::sub(reference, Simd::finite(moved)), Simd::set(unit)));
+    float* output = state.outputs + int64_t(v) * call.head_dim * W;
+    for (int d = 0; d < dim; ++d) Simd::store(output + d * W, Simd::mul(Simd::load(output + d * W), shrink));
+    Simd::store(state.sums + v * W, Simd::mul(Simd::load(state.sums + v * W), shrink));
+    Simd::store(state.reference + v * W, moved);
+    return moved;
+}
+
+// Turns logits of keys [first, last) and one vector of columns into weights, in place.
+template <class Engine>
+FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
+                            const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked) {
+    using Simd = typename Engine::Simd;
+    using F = typename Simd::F;
+    constexpr int W = Simd::W;
+    const F reference =
+        raise_reference<Engine>(call, state, v, logits, block, first, last, masked, kSlack, call.head_dim);
+    const F factor = Simd::set(exponent_unit(call));
     F sum = Simd::load(state.sums + v * W);
-    if (Simd::any_above(top, Simd::add(reference, Simd::set(kSlack / unit)))) {
-        const F moved = Simd::max(reference, top);
-        // -inf - -inf is NaN: finite() makes it 0 - 0. From -inf to a number is 2^-inf = 0.
-        const F shrink = Simd::template exp2<true>(Simd::mul(Simd::sub(reference, Simd::finite(moved)), factor));
-        float* output = state.outputs + int64_t(v) * call.head_dim * W;
-        for (int d = 0; d < call.head_dim; ++d) Simd::store(output + d * W, Simd::mul(Simd::load(output + d * W), shrink));
-        sum = Simd::mul(sum, shrink);
-        reference = moved;
-        Simd::store(state.reference + v * W, reference);
-    }
     const F offset = Simd::mul(Simd::finite(reference), factor);
     auto weight = [&](int k) {
-        return Simd::template exp2<kFine>(Simd::fmsub(Simd::load(logits + k * W), factor, offset));
+        return Simd::template exp2<!Engine::kPairs>(Simd::fmsub(Simd::load(logits + k * W), factor, offset));
     };
     if constexpr (Engine::kPairs) {
         F sums[2] = {sum, Simd::zero()};

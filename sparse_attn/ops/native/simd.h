@@ -60,14 +60,33 @@ struct Vec8 {
     }
     static FOVEATE_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     static FOVEATE_INLINE void store_past_caches(float* p, F x) { _mm256_stream_ps(p, x); }  // p: a multiple of W
-    // Floats of 16 bits, with 10 of mantissa.
-    static FOVEATE_INLINE F load_half(const uint16_t* p) {
-        return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+    // 2^x up to a factor of 1 to 1.06, 1.04 on average: a float whose mantissa is x's fraction. ``x`` in units of
+    // 1 / kRoughUnit, kRoughZero above what is meant.
+    static constexpr float kRoughUnit = 1 << 23, kRoughZero = 127 << 23;
+    static FOVEATE_INLINE F rough_exp2(F x) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(max(x, zero()))); }
+    // Four rows of non-negative floats as bytes: 5 bits of exponent and 3 of mantissa, so an error of up to a sixteenth. From
+    // 2^-30, below which all are 0, to 2. The bits are as high in a float's as they can be read at once: see load_bytes.
+    static FOVEATE_INLINE void store_bytes(uint8_t* p, const F (&rows)[4], bool past_caches) {  // p: a multiple of 32
+        constexpr int32_t kLowest = 96 << 23, kHalf = 1 << 19;
+        __m256i codes[4];
+        for (int i = 0; i < 4; ++i)
+            codes[i] = _mm256_srai_epi32(_mm256_sub_epi32(_mm256_castps_si256(rows[i]), set_int(kLowest - kHalf)), 20);
+        const __m256i bytes = _mm256_packus_epi16(_mm256_packs_epi32(codes[0], codes[1]), _mm256_packs_epi32(codes[2], codes[3]));
+        // Those without exponent would be denormal.
+        const __m256i normal = _mm256_cmpeq_epi8(_mm256_max_epu8(bytes, _mm256_set1_epi8(8)), bytes);
+        const __m256i kept = _mm256_and_si256(bytes, normal);
+        if (past_caches) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), kept);
+        else _mm256_store_si256(reinterpret_cast<__m256i*>(p), kept);
     }
-    static FOVEATE_INLINE __m128i half(F x) { return _mm256_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT); }
-    static FOVEATE_INLINE void store_half(uint16_t* p, F x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), half(x)); }
-    static FOVEATE_INLINE void store_half_past_caches(uint16_t* p, F x) {
-        _mm_stream_si128(reinterpret_cast<__m128i*>(p), half(x));
+    // The rows, each 2^-96 of what was stored: their bytes become the lower exponent and the upper mantissa.
+    static FOVEATE_INLINE void load_bytes(const uint8_t* p, F (&rows)[4]) {
+        const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+        for (int i = 0; i < 4; ++i) {
+            const char a = char(4 * i), b = char(a + 1), c = char(a + 2), d = char(a + 3), z = -1;
+            const __m128i high = _mm_setr_epi8(z, z, z, a, z, z, z, b, z, z, z, c, z, z, z, d);
+            const __m256i spread = _mm256_shuffle_epi8(bytes, _mm256_broadcastsi128_si256(high));
+            rows[i] = _mm256_castsi256_ps(_mm256_srli_epi32(spread, 4));
+        }
     }
     static FOVEATE_INLINE void store(bfloat16* p, F x) {  // to nearest even
         const __m256i bits = _mm256_castps_si256(x);
