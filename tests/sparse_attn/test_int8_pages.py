@@ -191,9 +191,16 @@ def most_anchor_error(isa, dtype):
     return (1e-4 if isa == "avx2" else 1e-6) if dtype == torch.float32 else 1e-2
 
 
-# AVX2 keeps a weight of a prompt in a byte: a sixteenth at most, 2 % on average, and a key's score has many.
-def most_prompt_error(isa, dtype):
-    return 3e-2 if isa == "avx2" else most_anchor_error(isa, dtype)
+def check_prompt_anchors(isa, dtype, eight, floats, query, tiles, spec):
+    """Element by element, where AVX2 keeps weights as bytes: one is 0.90 to 1.11 of what it should be."""
+    if isa != "avx2":
+        assert anchor_error(isa, eight, floats, query, tiles, spec) < most_anchor_error(isa, dtype)
+        return
+    want = ops.anchor_scores(query, floats, tiles, spec, backend="reference")
+    got = anchor_native.scores(query, eight, tiles, spec, range(len(tiles)), False, isa=isa)
+    assert (got[want == 0] == 0).all(), "what no query sees"
+    torch.testing.assert_close(got, want, rtol=0.12, atol=1e-6)
+    assert (got - want).abs().mean() < 0.02 * want.mean()
 
 
 @pytest.mark.parametrize("step", [1, 5])
@@ -203,7 +210,7 @@ def most_prompt_error(isa, dtype):
 def test_native_anchor_scores(isa, dtype, spec, step):
     eight, floats = make_views((130, 200), (130, 111))
     query, tiles = make_query(eight, 6, dtype), Tiles.of(eight.rows, 32).every(step)
-    assert anchor_error(isa, eight, floats, query, tiles, spec) < most_prompt_error(isa, dtype)
+    check_prompt_anchors(isa, dtype, eight, floats, query, tiles, spec)
 
 
 @pytest.mark.parametrize("sharpness", [0.2, 1.0, 4.0], ids="x{}".format)
@@ -237,14 +244,14 @@ def test_native_anchor_scores_of_decode_by_facts(isa, dtype, name, pool):
 
 
 def test_native_anchor_weights_kept_past_the_caches(isa, dtype):
-    """20,000 keys and 256 columns of a byte are 4.9 MiB."""
+    """20,000 keys and 256 columns of a byte are 4.9 MiB (with 16 threads and more they are cut to less)."""
     eight, floats = make_views((20_000,), (32,), kv_heads=1, dim=16)
     query, tiles = make_query(eight, 8, dtype), Tiles.of(eight.rows, 32)
-    assert anchor_error(isa, eight, floats, query, tiles, AttentionSpec(0.5)) < most_prompt_error(isa, dtype)
+    check_prompt_anchors(isa, dtype, eight, floats, query, tiles, AttentionSpec(0.5))
 
 
-@pytest.mark.parametrize(("apart", "error"), [(10.0, 2e-3), (14.0, 1e-2), (18.0, 0.15)])
-def test_keys_far_below_an_attention_sink_are_still_ranked(isa, apart, error):
+@pytest.mark.parametrize("apart", [10.0, 14.0, 18.0])
+def test_keys_far_below_an_attention_sink_are_still_ranked(isa, apart):
     """All queries spend nearly everything on the first key, ``apart`` to ``apart + 2`` nats above the rest."""
     context, dim = 300, 64
     rows = Rows.build([list(range(19))], [context], [40], CPU)
@@ -259,7 +266,16 @@ def test_keys_far_below_an_attention_sink_are_still_ranked(isa, apart, error):
     want = ops.anchor_scores(query, view, tiles, AttentionSpec(1.0), backend="reference")
     seen = want > 0
     # Here all columns of a key are rounded alike.
-    torch.testing.assert_close(got[seen], want[seen], rtol=0.12 if isa == "avx2" else error, atol=0)
+    torch.testing.assert_close(got[seen], want[seen], rtol=0.12 if isa == "avx2" else 1e-4, atol=0)
+
+
+def test_a_key_that_reads_as_nan_makes_the_scores_of_a_prompt_that(isa):
+    eight, _ = make_views((200,), (64,))
+    query, tiles = make_query(eight, 6), Tiles.of(eight.rows, 32)
+    assert eight.pages.key_scales is not None
+    eight.pages.key_scales[eight.rows.block_tables[0, 3]] = float("nan")
+    scores = anchor_native.scores(query, eight, tiles, AttentionSpec(0.2), range(len(tiles)), False, isa=isa)
+    assert scores.isnan()[:, :, : tiles.ends[0]].all()
 
 
 PURE = {
