@@ -63,7 +63,8 @@ def test_kernels_of_a_case_compute_the_same(small, op, stored):
                     torch.testing.assert_close(result, results[0], atol=1e-4, rtol=1e-3)
                 else:
                     assert result.shape == results[0].shape
-                    assert (result == results[0]).float().mean() > 0.95, "but for near ties"
+                    shared = (result[..., None] == results[0][..., None, :]).any(-1)
+                    assert shared.float().mean() > 0.95, "but for near ties"
 
 
 def _first(result):
