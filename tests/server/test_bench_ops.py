@@ -63,8 +63,10 @@ def test_kernels_of_a_case_compute_the_same(small, op, stored):
                     torch.testing.assert_close(result, results[0], atol=1e-4, rtol=1e-3)
                 else:
                     assert result.shape == results[0].shape
-                    shared = (result[..., None] == results[0][..., None, :]).any(-1)
-                    assert shared.float().mean() > 0.95, "but for near ties"
+                    same = result == results[0]
+                    if stored == torch.int8:  # ranked roughly on AVX2: one other key moves those behind it
+                        same = (result[..., None] == results[0][..., None, :]).any(-1)
+                    assert same.float().mean() > 0.95, "but for near ties"
 
 
 def _first(result):
