@@ -22,9 +22,6 @@ namespace {
 constexpr int64_t kKeptBytes = 64 << 20;  // of weights at once, by all threads together
 constexpr int64_t kLeastKept = 2 << 20;   // by a thread
 constexpr int64_t kNearKept = 4 << 20;    // beyond that, weights are stored past the caches
-// Weights kept as bytes (``store_bytes``) are read as so much less than they are.
-constexpr float kBytesLift = 0x1p-96f;
-constexpr float kRoughMean = 1.0407f;  // of rough_exp2, where what it is of falls anywhere between powers of two
 
 template <class Engine>
 struct AnchorState {
@@ -215,9 +212,10 @@ void pool_part(const foveate_anchor& anchor, const PrefillItem& item, const Anch
         float sum = state.sums[row] + unreadable;
         if (call.sinks) {
             const float sink = std::exp(call.sinks[item.kind * group + row % group] - state.reference[row] * scale);
-            sum += Engine::kBytes ? sink * kRoughMean : sink;
+            if constexpr (Engine::kBytes) sum += sink * Simd::kRoughMean;
+            else sum += sink;
         }
-        if (Engine::kBytes) sum *= kBytesLift;
+        if constexpr (Engine::kBytes) sum *= Simd::kBytesScale;
         state.sums[row] = row < rows ? 1.0f / sum : 0.0f;  // columns behind the last repeat it
     }
     const F factor = Simd::set(scale * kLog2E);

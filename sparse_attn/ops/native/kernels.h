@@ -1,5 +1,5 @@
 // The C interface of the CPU attention kernels. Plain data only: the library is loaded by ctypes and knows no Python
-// and no torch. ``loader.py`` mirrors ``foveate_attention`` field by field.
+// and no torch. ``__init__.py`` mirrors ``foveate_attention`` field by field.
 //
 // Letters: T tokens, S sequences, H query heads, G KV heads, D head dim, P pages, R selection rows (tiles).
 #pragma once

@@ -60,14 +60,15 @@ struct Vec8 {
     }
     static FOVEATE_INLINE void store(float* p, F x) { _mm256_storeu_ps(p, x); }
     static FOVEATE_INLINE void store_past_caches(float* p, F x) { _mm256_stream_ps(p, x); }  // p: a multiple of W
-    // 2^x up to a factor of 1 to 1.06, 1.04 on average: a float whose mantissa is x's fraction. ``x`` in units of
-    // 1 / kRoughUnit, kRoughZero above what is meant.
-    static constexpr float kRoughUnit = 1 << 23, kRoughZero = 127 << 23;
+    // 2^x up to a factor of 1 to 1.06: a float whose mantissa is x's fraction. ``x`` in units of 1 / kRoughUnit, kRoughZero
+    // above what is meant. kRoughMean is the factor's mean where x falls anywhere between whole numbers.
+    static constexpr float kRoughUnit = 1 << 23, kRoughZero = 127 << 23, kRoughMean = 1.0407f;
     static FOVEATE_INLINE F rough_exp2(F x) { return _mm256_castsi256_ps(_mm256_cvtps_epi32(max(x, zero()))); }
     // Four rows of non-negative floats as bytes: 5 bits of exponent and 3 of mantissa, so an error of up to a sixteenth. From
     // 2^-30, below which all are 0, to 2. The bits are as high in a float's as they can be read at once: see load_bytes.
+    static constexpr int kBytesExponent = 96;  // of a float, where theirs is 0
     static FOVEATE_INLINE void store_bytes(uint8_t* p, const F (&rows)[4], bool past_caches) {  // p: a multiple of 32
-        constexpr int32_t kLowest = 96 << 23, kHalf = 1 << 19;
+        constexpr int32_t kLowest = kBytesExponent << 23, kHalf = 1 << 19;
         __m256i codes[4];
         for (int i = 0; i < 4; ++i)
             codes[i] = _mm256_srai_epi32(_mm256_sub_epi32(_mm256_castps_si256(rows[i]), set_int(kLowest - kHalf)), 20);
@@ -78,7 +79,8 @@ struct Vec8 {
         if (past_caches) _mm256_stream_si256(reinterpret_cast<__m256i*>(p), kept);
         else _mm256_store_si256(reinterpret_cast<__m256i*>(p), kept);
     }
-    // The rows, each 2^-96 of what was stored: their bytes become the lower exponent and the upper mantissa.
+    // The rows times kBytesScale: their bytes become the lower exponent and the upper mantissa.
+    static constexpr float kBytesScale = 0x1p-96f;  // 2^-kBytesExponent
     static FOVEATE_INLINE void load_bytes(const uint8_t* p, F (&rows)[4]) {
         const __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
         for (int i = 0; i < 4; ++i) {
