@@ -168,7 +168,8 @@ def report(runs: list[Run]) -> None:
         print(
             f"{run.name:32} {run.first_token_seconds:10.2f} s {run.tokens_per_second:8.1f} tok/s {pages:>7} {keys:>10}"
         )
-    print()
+    options = ", ".join(f"{name}={value}" for name, value in SPARSE.items() if name != "scheme")
+    print(f"\n{SPARSE['scheme']} with {options}: every eighth query chooses the keys of a tile of 64\n")
     for run in runs:
         right = "right" if ANSWER in " ".join(run.answer.split()) else f"WRONG, expected {ANSWER!r}"
         print(f"{run.name} ({right}):\n    {' '.join(run.answer.split())}\n")

@@ -20,7 +20,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,10 +189,10 @@ class Side:
 
 
 def take_turns(
-    commands: dict[str, Sequence[str]],
+    commands: Mapping[str, Sequence[str]],
     prompts: Sequence[Path],
     warm_up: Path,
-    turn_seconds: float,
+    turn_seconds: Mapping[str, float],
     on_turn: Callable[[Sequence[Side]], Any] = lambda sides: None,
 ) -> dict[str, list[Answer]]:
     """Each side answers each prompt; who is done begins again at the first, until the slowest is done.
@@ -200,7 +200,8 @@ def take_turns(
     Args:
         commands: By name, what to start. One after the other is loaded and answers ``warm_up``, the rest being stopped.
         prompts: Files, in the order in which a side is asked them.
-        turn_seconds: Of a turn; an answer ends it sooner.
+        turn_seconds: By name, of a turn; an answer ends it sooner. A quick side may take shorter ones: its few answers
+            then still span the whole run.
         on_turn: Called after every round.
 
     Returns:
@@ -216,6 +217,6 @@ def take_turns(
             sides[-1].load(warm_up)
         while any(len(side.answers) < len(prompts) for side in sides):
             for side in sides:
-                side.turn(prompts[len(side.answers) % len(prompts)], turn_seconds)
+                side.turn(prompts[len(side.answers) % len(prompts)], turn_seconds[side.name])
             on_turn(sides)
         return {side.name: side.answers for side in sides}

@@ -31,6 +31,9 @@ for line in sys.stdin:
 """
 
 
+EVEN = {"quick": 0.05, "slow": 0.05, "first": 0.05, "second": 0.05}
+
+
 @pytest.fixture
 def prompts(tmp_path):
     files = [tmp_path / f"{index}.json" for index in range(3)]
@@ -44,7 +47,7 @@ def command(work: float) -> list[str]:
 
 
 def test_each_side_answers_each_prompt_and_the_quick_one_begins_again(prompts):
-    answers = take_turns({"quick": command(0.001), "slow": command(0.1)}, prompts[1:], prompts[0], 0.05)
+    answers = take_turns({"quick": command(0.001), "slow": command(0.1)}, prompts[1:], prompts[0], EVEN)
     assert [answer.ids for answer in answers["slow"]] == [(1, 1, 1), (2, 2, 2, 2)]
     assert [answer.ids for answer in answers["quick"][:3]] == [(1, 1, 1), (2, 2, 2, 2), (1, 1, 1)]
 
@@ -56,9 +59,8 @@ def test_one_runs_at_a_time_and_is_charged_for_its_own_turns(prompts):
         states.extend(Path(f"/proc/{side.pid}/stat").read_text().rsplit(")", 1)[1].split()[0] for side in sides)
 
     start = time.monotonic()
-    answers = take_turns(
-        {"quick": command(0.01), "slow": command(0.1)}, prompts[:1], prompts[0], turn_seconds=0.02, on_turn=on_turn
-    )
+    turns = {"quick": 0.01, "slow": 0.02}
+    answers = take_turns({"quick": command(0.01), "slow": command(0.1)}, prompts[:1], prompts[0], turns, on_turn)
     wall = time.monotonic() - start
     assert len(states) > 20
     assert set(states) == {"T"}  # rounds end with all stopped, the slow one in the midst of it
@@ -101,4 +103,4 @@ def test_what_a_dead_side_said_is_told(prompts, tells):
     program = f"import sys; print('{{\"event\": \"{tells}\"}}', flush=True); sys.exit('no such model')"
     dies = [sys.executable, "-c", program]
     with pytest.raises(SideFailed, match=r"(?s)second ended with 1.*no such model"):
-        take_turns({"first": command(0.001), "second": dies}, prompts, prompts[0], 0.05)
+        take_turns({"first": command(0.001), "second": dies}, prompts, prompts[0], EVEN)
