@@ -32,8 +32,13 @@ def run(model: str | None) -> int:
         model: Packaged name, local directory or hub id to check too.
 
     Returns:
-        Exit code: 1 if the model cannot be served, else 0.
+        Exit code: 1 if the model cannot be served, or an environment variable asks for what this machine lacks, else 0.
     """
+    try:
+        native.library()
+    except ValueError as error:
+        print(error)
+        return 1
     _print(_machine())
     if model is None:
         return 0

@@ -19,6 +19,7 @@ from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.tune import tune
 from foveate.patches.verify import verify
+from foveate.sparse_attn.ops.attention_torch import has_bfloat16_products
 from foveate.sparse_attn.profile import Profile
 
 from .exceptions import InvalidRequest
@@ -175,9 +176,22 @@ def check_kv_dtype(options: EngineOptions, device: torch.device) -> None:
 
 
 def device_of(name: str) -> torch.device:
-    if name != "auto":
-        return torch.device(name)
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """
+    Raises:
+        InvalidRequest: this torch has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise InvalidRequest(f"device {name!r}: choose auto, cpu, cuda or cuda:N", param="device")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        count = torch.cuda.device_count()
+        raise InvalidRequest(f"device {name}: this torch can use {count} GPUs; try cpu", param="device")
+    return device
 
 
 def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
@@ -185,7 +199,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
         dtype: torch.dtype = getattr(torch, name)
         return dtype
     # Without bfloat16 instructions a bfloat16 GEMM ran at 20 GFLOP/s where float32 ran at 90.
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if device.type == "cpu" and not has_bfloat16_products():
         return torch.float32
     return "auto"
 

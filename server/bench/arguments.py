@@ -49,11 +49,11 @@ _LATENCY = (
     """\
 How long until the first token, and between tokens, for one prompt alone: by length and by scheme. Then each prompt
 once more under a watch that tells the share of time in attention, selection (choosing keys), linear layers, and
-the rest (norms, sampling, scheduling); --no-parts leaves that out.
+the rest (sampling, scheduling); --no-parts leaves that out.
 
 A run that was cut off goes on where it was if -o names the same directory. --max-seconds skips what would take
-longer: a prompt is not begun if the shorter ones say that it cannot be done in time (time grows with length at
-least), is cut off at the limit otherwise, and the report says so.
+longer: a prompt is not begun if the shorter ones say that it cannot be done in time (an estimate), is cut off at
+the limit otherwise, and the report says so.
 """
     + _SYNTHETIC
     + _REPORT
@@ -101,13 +101,14 @@ examples:
 )
 _OPS = (
     """\
-Each op alone against what this machine can do, measured beside it in the same run: GFLOP/s beside a bfloat16
-torch.mm of 2048 x 4096 x 4096 for prompts (linear layers, prefill attention, exact scores), GB/s beside the sum of
-a large tensor for decode. Decode walks through 400 MB of pages or weights, as a model does through its layers, so
-no cache near the core holds them. Attention counts 4 operations per channel, query head and visible key; scores
-count 2.
+Each op alone against what this machine can do, measured beside it in the same run: GFLOP/s beside a torch.mm of
+2048 x 4096 x 4096 in the same element type for prompts (linear layers, prefill attention, exact scores), GB/s
+beside the sum of a large tensor for decode. Decode walks through 400 MB of pages or weights, as a model does
+through its layers, so no cache near the core holds them. Attention counts 4 operations per channel, query head and
+visible key; scores count 2.
 
-Kernels: native in each instruction set of --isas, torch beside them, and whatever the op chooses on a GPU.
+Kernels: native (those that read keys and values, in each instruction set of --isas), torch beside them, and
+whatever the op chooses on a GPU.
 """
     + _REPORT
     + """
@@ -159,6 +160,8 @@ def name_model(given: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         parser.error("give a MODEL or --synthetic, not both")
     elif "profile" in vars(given):
         parser.error("--profile is of a MODEL; with --synthetic profiles are made")
+    elif getattr(given, "text", None) is not None:
+        parser.error("--text needs a MODEL: --synthetic has no tokenizer for it, and random tokens do as well")
     else:
         given.model = f"synthetic-{given.synthetic}"
 

@@ -24,20 +24,26 @@ class Client:
         api_key: Sent as a bearer token.
         timeout: Seconds for one whole answer.
         transport: For tests.
+
+    Raises:
+        ServerError: the URL is none.
     """
 
     def __init__(
         self, url: str, api_key: str | None, timeout: float, transport: httpx.AsyncBaseTransport | None = None
     ) -> None:
         self._timeout = timeout
-        self._http = httpx.AsyncClient(
-            base_url=url.rstrip("/").removesuffix("/v1") + "/v1/",
-            headers={"authorization": f"Bearer {api_key}"} if api_key else {},
-            timeout=timeout,
-            transport=transport,
-            limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
-            trust_env=False,  # no proxy on the way
-        )
+        try:
+            self._http = httpx.AsyncClient(
+                base_url=url.rstrip("/").removesuffix("/v1") + "/v1/",
+                headers={"authorization": f"Bearer {api_key}"} if api_key else {},
+                timeout=timeout,
+                transport=transport,
+                limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
+                trust_env=False,  # no proxy on the way
+            )
+        except httpx.InvalidURL as error:
+            raise ServerError(f"{url}: {error}") from error
 
     async def close(self) -> None:
         await self._http.aclose()
@@ -84,8 +90,10 @@ class Client:
                         if "error" in event:
                             error = "error in the stream"
                         if event.get("choices"):
-                            pieces.append(clock())
-                            finished = finished or event["choices"][0].get("finish_reason") is not None
+                            choice = event["choices"][0]
+                            if choice.get("text"):
+                                pieces.append(clock())
+                            finished = finished or choice.get("finish_reason") is not None
                         tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         except (TimeoutError, httpx.TimeoutException):
             error = "timeout"

@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..evaluation.policies import labels_of
 from .figures import growth, percentile, shares
 from .report import table
 
@@ -15,17 +16,23 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     groups: dict[tuple[str, int], list[Mapping[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["digest"], line["length"]), []).append(line)
-    cells = [_cell(group) for _, group in sorted(groups.items(), key=lambda item: item[0][1]) if _runs(group)]
+    labels = labels_of((line["digest"], line["attention"]) for line in lines)
+    by_length = sorted(groups.items(), key=lambda item: item[0][1])
+    cells = [_cell(labels[digest], group) for (digest, _), group in by_length if _runs(group)]
     for cell in cells:
         shorter = [one for one in cells if one["digest"] == cell["digest"] and one["length"] < cell["length"]]
         if shorter:
             last = shorter[-1]
             cell["growth"] = growth(last["length"], last["first_seconds"], cell["length"], cell["first_seconds"])
+    # What was given up and not measured since.
+    ends = [group[-1] for group in groups.values()]
     skipped = [
-        {name: line[name] for name in ("length", "label", "attention", "limit_seconds", "reason")}
-        for group in groups.values()
-        for line in group
-        if line["kind"] == "skipped" and not _runs(group)
+        {
+            "label": labels[line["digest"]],
+            **{name: line[name] for name in ("length", "attention", "limit_seconds", "reason")},
+        }
+        for line in ends
+        if line["kind"] == "skipped"
     ]
     return {"cells": cells, "skipped": skipped}
 
@@ -34,14 +41,14 @@ def _runs(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in group if line["kind"] == "run"]
 
 
-def _cell(group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _cell(label: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     runs = _runs(group)
     first = [line["first_seconds"] for line in runs]
     gaps = [gap for line in runs for gap in line["gaps_seconds"]]
     loads = [load for line in group if "load" in line for load in line["load"]]
     cell: dict[str, Any] = {
         "length": runs[0]["length"],
-        "label": runs[0]["label"],
+        "label": label,
         "attention": runs[0]["attention"],
         "digest": runs[0]["digest"],
         "repeats": len(runs),

@@ -13,6 +13,8 @@ from tqdm import tqdm
 
 from foveate.sparse_attn.ops import native
 
+from ..exceptions import EngineError
+from ..loader import device_of
 from ..memory import tune_allocator
 from . import ops_attention, ops_linear, ops_selection
 from .arguments import OPS
@@ -36,7 +38,7 @@ def run(given: Namespace) -> int:
         Exit code: 1 if nothing could be measured.
     """
     try:
-        device = torch.device(given.device)
+        device = device_of(given.device)
         isas = _isas(given.isas, device)
         if given.queries > given.context:
             raise ValueError(f"a chunk of {given.queries} queries does not fit a context of {given.context}")
@@ -51,7 +53,7 @@ def run(given: Namespace) -> int:
         torch.manual_seed(given.seed)
         report = Report("ops", given, device)
         rows = measure(given, device, isas)
-    except (ValueError, RuntimeError, OSError) as error:
+    except (EngineError, ValueError, RuntimeError, OSError) as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
     print(report.finish({"rows": rows}, _told(rows), _draw))

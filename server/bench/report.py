@@ -18,8 +18,8 @@ from ..options import EngineOptions
 
 FORMAT, VERSION = "foveate-bench", 1
 
-# Given on the command line, but no matter of a report: functions, keys, and where the report goes.
-_NOT_TOLD = ("run", "api_key", "output", "fresh")
+# Given on the command line, but no matter of a report: functions, keys (also as they were typed), and where it goes.
+_NOT_TOLD = ("run", "api_key", "command_line", "default_schemes", "output", "fresh")
 
 
 class Report:

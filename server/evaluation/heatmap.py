@@ -10,7 +10,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .policies import DENSE, label
+from .policies import DENSE
 from .report import Cell
 
 _PANEL_INCHES = (3.4, 2.6)
@@ -30,13 +30,13 @@ def draw(directory: Path, cells: Sequence[Cell]) -> list[Path]:
     figures = {}
     for scheme in [name for name in schemes if name != DENSE] or schemes:
         chosen = [cell for cell in cells if cell.attention["scheme"] in (DENSE, scheme)]
-        names = _distinct(label(cell.attention) for cell in chosen)
+        names = _distinct(cell.label for cell in chosen)
         figures[f"heatmap-{scheme}.png"] = _figure([[(task, name) for name in names] for task in tasks], chosen)
     if len(schemes) > 2:
         for task in tasks:
             own = [cell for cell in cells if cell.task == task]
             rows = [
-                [(task, name) for name in _distinct(label(c.attention) for c in own if c.attention["scheme"] == scheme)]
+                [(task, name) for name in _distinct(c.label for c in own if c.attention["scheme"] == scheme)]
                 for scheme in schemes
             ]
             figures[f"overview-{task}.png"] = _figure(rows, own, _OVERVIEW_INCHES)
@@ -60,7 +60,7 @@ def _figure(
     for number, row in enumerate(rows):
         for column in range(columns):
             task, name = row[column] if column < len(row) else ("", "")
-            own = [cell for cell in cells if cell.task == task and label(cell.attention) == name]
+            own = [cell for cell in cells if cell.task == task and cell.label == name]
             if not own:
                 panels[number][column].set_axis_off()
                 continue

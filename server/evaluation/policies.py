@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any
@@ -56,6 +57,19 @@ def label(attention: Mapping[str, Any]) -> str:
         f"{name}={json.dumps(value)}" for name, value in sorted(attention.items()) if name not in ("scheme", BUDGET)
     ]
     return " ".join(words)
+
+
+def labels_of(policies: Iterable[tuple[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """By digest, the label of each policy.
+
+    Those that share one, with another profile or other defaults, get the beginning of their digest behind it.
+
+    Args:
+        policies: Digest and policy; may repeat.
+    """
+    labels = {digest: label(attention) for digest, attention in policies}
+    shared = Counter(labels.values())
+    return {digest: f"{name} [{digest[:6]}]" if shared[name] > 1 else name for digest, name in labels.items()}
 
 
 def choices(

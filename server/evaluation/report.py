@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from .policies import Refused, label
+from .policies import Refused, label, labels_of
 from .trials import Trial, Trials
 
 VERSION = 2
@@ -41,13 +41,14 @@ class Cell:
     length: int
     depth: float | None
     attention: Mapping[str, Any]
+    label: str
     trials: int
     values: Mapping[str, float]
     keys_read_fraction: float
     mass_kept: float | None
 
     @classmethod
-    def of(cls, task: str, trials: Sequence[Trial], depth: float | None = None) -> Cell:
+    def of(cls, task: str, label: str, trials: Sequence[Trial], depth: float | None = None) -> Cell:
         """Trials that differ in sample, and in depths if ``depth`` is ``None``; else their facts at that depth."""
         first = trials[0]
         values = {name: _mean(trial.values[name] for trial in trials) for name in first.values}
@@ -63,6 +64,7 @@ class Cell:
             first.length,
             depth,
             first.attention,
+            label,
             count,
             values,
             _mean(trial.keys_read_fraction for trial in trials),
@@ -83,6 +85,8 @@ class Cell:
 
 def cells(trials: Iterable[Trial], by_depth: bool) -> list[Cell]:
     """The trials in groups, in the order in which they first appear; with ``by_depth``, each depth's facts apart."""
+    trials = list(trials)
+    labels = labels_of((trial.digest, trial.attention) for trial in trials)
     groups: dict[tuple[Any, ...], list[Trial]] = {}
     for trial in trials:
         depths: list[float | None] = [*sorted(set(trial.depths))] if by_depth else []
@@ -90,7 +94,7 @@ def cells(trials: Iterable[Trial], by_depth: bool) -> list[Cell]:
             # What is asked for in turn gets harder with their number.
             task = trial.task if len(trial.depths) < 2 else f"{trial.task}-{len(trial.depths)}"
             groups.setdefault((task, trial.length, depth, trial.digest), []).append(trial)
-    return [Cell.of(key[0], group, key[2]) for key, group in groups.items()]
+    return [Cell.of(key[0], labels[key[3]], group, key[2]) for key, group in groups.items()]
 
 
 def table(found: Sequence[Cell]) -> str:
@@ -103,8 +107,8 @@ def table(found: Sequence[Cell]) -> str:
         trials = f"{counts[0]}" if len(counts) == 1 else f"{counts[0]} to {counts[-1]}"
         measure = next(_CAPTIONS[name] for name in own[0].values if name in _CAPTIONS)
         rows = [[task, *map(str, lengths)], ["---", *["---:"] * len(lengths)]]
-        for name in dict.fromkeys(label(cell.attention) for cell in own):
-            by_length = {cell.length: str(cell) for cell in own if label(cell.attention) == name}
+        for name in dict.fromkeys(cell.label for cell in own):
+            by_length = {cell.length: str(cell) for cell in own if cell.label == name}
             rows.append([name, *(by_length.get(length, "-") for length in lengths)])
         parts.append(
             f"{task}: {measure} (keys read, in %); {trials} trials a cell\n\n"

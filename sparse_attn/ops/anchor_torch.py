@@ -14,7 +14,7 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Tiles
-from .attention_torch import _has_fast_bfloat16
+from .attention_torch import has_bfloat16_products
 from .reference import gather_pages
 
 # Logits made at once: 2 MiB in float32, and half of that again in bfloat16.
@@ -30,7 +30,7 @@ def scores(
     longest = max(ends[rows.start : rows.stop])
     pooled = torch.zeros(len(rows), 1 if pool_all else kv_heads, longest)
     keys, held = torch.empty(0), -1
-    if query.dtype != torch.float32 and not _has_fast_bfloat16():
+    if query.dtype != torch.float32 and not has_bfloat16_products():
         query = query.float()
     block = _Block(query.dtype, spec, longest)
     for place, row in enumerate(rows):

@@ -11,6 +11,9 @@ rows so that a KV head's keys are read once for its whole group:
 
 from __future__ import annotations
 
+import platform
+from functools import cache
+
 import torch
 
 from foveate.kv_cache.stored import StoredRows
@@ -197,7 +200,7 @@ def _two_gemms(
     rows: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, mask: torch.Tensor | None, spec: AttentionSpec
 ) -> Result:
     dtype = rows.dtype
-    if not _has_fast_bfloat16():  # without bfloat16 instructions a bfloat16 GEMM runs at 5 GFLOP/s
+    if not has_bfloat16_products():  # without bfloat16 instructions a bfloat16 GEMM runs at 5 GFLOP/s
         rows, keys, values = rows.float(), keys.float(), values.float()
     logits = torch.bmm(rows, keys.transpose(1, 2)).float().mul_(spec.scale)
     if spec.softcap:
@@ -209,7 +212,11 @@ def _two_gemms(
     return torch.bmm(weights.to(values.dtype), values).to(dtype), lse
 
 
-def _has_fast_bfloat16() -> bool:
+@cache
+def has_bfloat16_products() -> bool:
+    """Does this CPU multiply bfloat16? oneDNN alone would say so of any with AVX-512, where it widens them."""
+    if platform.machine() in ("x86_64", "AMD64"):
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 

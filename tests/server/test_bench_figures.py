@@ -167,9 +167,21 @@ def test_cells_are_medians_with_growth_and_shares():
     assert "skipped: dense at 4,000 tokens: too long" in text
 
 
-def test_a_length_that_was_measured_and_then_skipped_counts_as_measured():
-    found = summary([line(1000, 1.0), line(1000, 0, "skipped")])
-    assert (len(found["cells"]), found["skipped"]) == (1, [])
+def test_a_repeat_that_was_cut_off_is_told_beside_what_was_measured():
+    found = summary([line(1000, 1.0), line(1000, 0, "skipped", repeat=1)])
+    assert (len(found["cells"]), len(found["skipped"])) == (1, 1)
+    found = summary([line(1000, 1.0), line(1000, 0, "skipped", repeat=1), line(1000, 3.0, repeat=1)])
+    assert (found["cells"][0]["repeats"], found["skipped"]) == (2, [])
+
+
+def test_two_profiles_of_one_scheme_are_two_rows():
+    found = summary(
+        [line(1000, 1.0, label="kascade", digest="0123456789"), line(1000, 2.0, label="kascade", digest="abcdef0123")]
+    )
+    assert {cell["label"]: cell["first_seconds"] for cell in found["cells"]} == {
+        "kascade [012345]": 1.0,
+        "kascade [abcdef]": 2.0,
+    }
 
 
 def test_an_answer_of_one_token_has_no_gap():

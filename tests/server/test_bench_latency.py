@@ -147,7 +147,7 @@ def test_prompts_beyond_the_limit_are_skipped_and_told(tmp_path, monkeypatch, ca
     reasons = {(item["label"], item["length"]): item["reason"] for item in report["skipped"]}
     assert reasons["dense", 64] == "cut off after 4 s, 32 prompt tokens done"
     assert reasons["dense", 128] == "64 tokens took longer than 4 s"
-    assert reasons["streaming", 64] == "32 tokens took 3 s, so at least 6 s"
+    assert reasons["streaming", 64] == "the first token of 32 tokens took 3 s, so this one would take more than 6 s"
     assert ("streaming", 64) not in asked
     assert "skipped: dense at 64 tokens: cut off" in capsys.readouterr().out
     asked.clear()
@@ -294,6 +294,7 @@ def test_letters_stand_for_tokens():
         (["latency", "m", "--synthetic", "tiny"], "not both"),
         (["latency", "m", "--vocab", "9"], "--vocab goes with --synthetic"),
         (["latency", "--synthetic", "tiny", "--profile", "p"], "profiles are made"),
+        (["latency", "--synthetic", "tiny", "--text", "f"], "--text needs a MODEL"),
         (["latency", "--synthetic", "9b"], "invalid choice: '9b'"),
         (["latency", "m", "--lengths", "1,x"], "'x' is not a whole number above 0"),
         (["latency", "m", "--scheme", "dense,nosuch"], "there is no scheme 'nosuch'"),
@@ -323,11 +324,37 @@ def test_help_teaches_by_examples(capsys, what):
     assert f"foveate bench {what}" in capsys.readouterr().out.split("examples:")[1]
 
 
-def test_a_key_is_not_in_the_report():
+def test_a_key_is_not_in_the_report(monkeypatch):
     import torch
 
+    from foveate.server.bench import serve
     from foveate.server.bench.report import Report
 
-    report = Report("serve", Namespace(api_key="secret", output=None, url="u"), torch.device("cpu"))
+    seen = []
+    monkeypatch.setattr(serve, "run", lambda given: seen.append(given) or 0)
+    assert cli.main(["bench", "serve", "--url", "u", "--api-key", "secret", "--lengths", "64"]) == 0
+    report = Report("serve", seen[0], torch.device("cpu"))
     assert "secret" not in json.dumps(report._about)
-    assert report._about["options"] == {"url": "u"}
+    assert (report._about["options"]["url"], report._about["options"]["lengths"]) == ("u", [64])
+
+
+def test_a_text_that_is_too_short_is_told_before_anything_is_measured(model_dir, tmp_path, capsys):
+    text = tmp_path / "short.txt"
+    text.write_text("a few words")
+    out = tmp_path / "out"
+    assert (
+        cli.main(["bench", "latency", str(model_dir), "--lengths", "16,64", "--text", str(text), "-o", str(out)]) == 1
+    )
+    assert "short.txt has" in capsys.readouterr().err
+    assert not (out / latency.FILE).exists()
+
+
+@pytest.mark.parametrize(
+    ("device", "said"), [("nonsense", "choose auto, cpu, cuda"), ("cuda:99", "this torch can use")]
+)
+@pytest.mark.parametrize(
+    "what", [["latency", "--synthetic", "tiny", "--lengths", "16"], ["ops"]], ids=["latency", "ops"]
+)
+def test_a_device_that_is_not_there_is_told(capsys, what, device, said):
+    assert cli.main(["bench", *what, "--device", device]) == 1
+    assert said in capsys.readouterr().err

@@ -104,7 +104,12 @@ def test_a_policy_that_the_server_refuses_is_left_out(url, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("where", "said"),
-    [("http://127.0.0.1:9", "127.0.0.1:9/v1/models"), ("no url", "/v1/models"), ("ftp://127.0.0.1:9", "/v1/models")],
+    [
+        ("http://127.0.0.1:9", "127.0.0.1:9/v1/models"),
+        ("no url", "/v1/models"),
+        ("ftp://127.0.0.1:9", "/v1/models"),
+        ("http://host:abc", "host:abc"),
+    ],
 )
 def test_a_server_that_is_not_there(tmp_path, capsys, where, said):
     assert bench(where, tmp_path) == 1
@@ -139,6 +144,11 @@ def chunk(text="x", reason=None):
 def stream(*events, done=True):
     lines = [f"data: {event if isinstance(event, str) else json.dumps(event)}\n\n" for event in events]
     return httpx.Response(200, text=": ping\n\n" + "".join(lines) + ("data: [DONE]\n\n" if done else ""))
+
+
+def test_a_chunk_without_text_is_no_piece():
+    answer = answer_of(lambda request: stream(chunk(), chunk("y"), chunk("", "length")))
+    assert (answer.error, len(answer.pieces), answer.tokens) == (None, 2, 2)
 
 
 def test_a_whole_answer_counts_the_servers_tokens():

@@ -45,6 +45,15 @@ def test_machine_report(small, capsys):
     assert "GOPS on cpu" in printed
 
 
+def test_an_instruction_set_that_this_machine_lacks_is_told(monkeypatch, capsys):
+    def library():
+        raise ValueError("FOVEATE_CPU_ISA=nosuch: this machine has avx2")
+
+    monkeypatch.setattr(doctor.native, "library", library)
+    assert doctor.run(None) == 1
+    assert capsys.readouterr().out == "FOVEATE_CPU_ISA=nosuch: this machine has avx2\n"
+
+
 def test_sound_model(small, model_dir, capsys):
     assert doctor.run(model_dir) == 0
     printed = capsys.readouterr().out

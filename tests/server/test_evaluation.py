@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from foveate.server import cli
 from foveate.server.engine import Engine
 from foveate.server.evaluation import forced, report
-from foveate.server.evaluation.policies import Refused, build, choices, label
+from foveate.server.evaluation.policies import Refused, build, choices, label, labels_of
 from foveate.server.evaluation.tasks import TASKS, Depths, Prompt, Turn
 from foveate.server.evaluation.text import read_text
 from foveate.server.evaluation.trials import Said, Trial, Trials
@@ -78,11 +78,18 @@ def test_named_schemes_are_measured_without_their_dense_tail():
 def test_a_task_that_a_policy_did_not_run_leaves_its_panel_empty(tmp_path):
     heatmap = pytest.importorskip("foveate.server.evaluation.heatmap")
     cells = [
-        report.Cell(task, 2048, 0.5, {"scheme": scheme}, 1, {"score": 1.0}, 1.0, None)
+        report.Cell(task, 2048, 0.5, {"scheme": scheme}, scheme, 1, {"score": 1.0}, 1.0, None)
         for task, scheme in [("needle", "dense"), ("multikey", "dense"), ("needle", "streaming")]
     ]
     [path] = heatmap.draw(tmp_path, cells)
     assert path.read_bytes().startswith(b"\x89PNG")
+
+
+def test_policies_that_share_a_label_are_told_apart():
+    """The same words with another profile, or with the defaults of another version, are not the same policy."""
+    found = labels_of([("aaaaaaaa", STREAMING), ("bbbbbbbb", STREAMING), ("cccccccc", {"scheme": "dense"})])
+    name = label(STREAMING)
+    assert found == {"aaaaaaaa": f"{name} [aaaaaa]", "bbbbbbbb": f"{name} [bbbbbb]", "cccccccc": "dense"}
 
 
 def test_a_policy_keeps_its_own_budget():

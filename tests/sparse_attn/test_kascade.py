@@ -345,7 +345,7 @@ def test_scores_equal_the_reference(shape, spec, pool, block, monkeypatch):
 @pytest.mark.parametrize("fast", [True, False], ids=["bfloat16-products", "float32-products"])
 def test_scores_of_bfloat16_keys(heads, fast, monkeypatch):
     kv_heads, group = heads
-    monkeypatch.setattr(anchor_torch, "_has_fast_bfloat16", lambda: fast)
+    monkeypatch.setattr(anchor_torch, "has_bfloat16_products", lambda: fast)
     view = make_view((130, 40), (70, 40), kv_heads=kv_heads, dim=80, dtype=torch.bfloat16)
     query, tiles = make_query(view, kv_heads * group), Tiles.of(view.rows, TILE)
     spec = AttentionSpec(80**-0.5)

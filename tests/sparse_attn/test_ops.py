@@ -80,7 +80,29 @@ SHAPES = {
 @pytest.fixture(params=[False, True], ids=["no-bf16", "bf16"])
 def fast_bfloat16(request, monkeypatch):
     """Whether the CPU multiplies bfloat16, whatever this one does."""
-    monkeypatch.setattr(attention_torch, "_has_fast_bfloat16", lambda: request.param)
+    monkeypatch.setattr(attention_torch, "has_bfloat16_products", lambda: request.param)
+
+
+@pytest.mark.parametrize(
+    ("machine", "bf16", "amx", "onednn", "has"),
+    [
+        ("x86_64", False, False, True, False),  # AVX-512 alone: oneDNN widens
+        ("x86_64", True, False, True, True),
+        ("x86_64", False, True, True, True),
+        ("aarch64", False, False, True, True),
+        ("aarch64", False, False, False, False),
+    ],
+)
+def test_which_cpus_multiply_bfloat16(monkeypatch, machine, bf16, amx, onednn, has):
+    monkeypatch.setattr(attention_torch.platform, "machine", lambda: machine)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
+    attention_torch.has_bfloat16_products.cache_clear()
+    try:
+        assert attention_torch.has_bfloat16_products() is has
+    finally:
+        attention_torch.has_bfloat16_products.cache_clear()
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)
