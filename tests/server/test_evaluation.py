@@ -337,7 +337,7 @@ def test_a_tiny_model_from_end_to_end(long_dir, tmp_path, capsys):
     measures = {"perplexity": {"loss", "perplexity"}, "agreement": {"match", "kl"}}
     for (task, name), cell in found.items():
         assert set(cell) == {
-            "task", "length", "depth", "attention", "trials", "values", "keys_read_fraction", "mass_kept",
+            "task", "length", "depth", "attention", "label", "trials", "values", "keys_read_fraction", "mass_kept",
         }  # fmt: skip
         assert (cell["length"], cell["trials"]) == (LENGTH, 1)
         assert cell["depth"] == (None if TASKS[task].depths is Depths.NONE else 0.5)
