@@ -92,7 +92,7 @@ class GatedMLP(nn.Module):
 
 
 def supports(model: PreTrainedModel) -> bool:
-    """Is the model one for which packing pays: in bfloat16, on a CPU that has instructions for it?"""
+    """Is the model one for which packing pays: in bfloat16, on a CPU for which oneDNN has it, be it widened?"""
     on_cpu = model.device.type == "cpu" and model.dtype is torch.bfloat16
     return on_cpu and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 

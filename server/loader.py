@@ -76,12 +76,12 @@ def load(options: EngineOptions) -> LoadedModel:
         OSError: nothing can be loaded under that name.
         UnsupportedModel: the model's attention cannot be ours; the message says why.
         QuantizationError: its weights cannot be quantised so, or it is not on a CPU.
-        InvalidRequest: an option does not fit the model.
+        InvalidRequest: an option does not fit the model, or there is no such device.
         ProfileError: a profile cannot be read, or was made for another model.
     """
-    path = resolve(options.model)
     device = device_of(options.device)
     check_kv_dtype(options, device)
+    path = resolve(options.model)  # which may download it
     if device.type == "cpu":
         tune_allocator()
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
@@ -188,9 +188,12 @@ def device_of(name: str) -> torch.device:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
         raise InvalidRequest(f"device {name!r}: choose auto, cpu, cuda or cuda:N", param="device")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        count = torch.cuda.device_count()
-        raise InvalidRequest(f"device {name}: this torch can use {count} GPUs; try cpu", param="device")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InvalidRequest(f"device {name}: this torch can use no GPU; try cpu", param="device")
+        if (device.index or 0) >= count:
+            raise InvalidRequest(f"device {name}: this torch can use cuda:0 to cuda:{count - 1}", param="device")
     return device
 
 

@@ -49,7 +49,7 @@ _LATENCY = (
     """\
 How long until the first token, and between tokens, for one prompt alone: by length and by scheme. Then each prompt
 once more under a watch that tells the share of time in attention, selection (choosing keys), linear layers, and
-the rest (sampling, scheduling); --no-parts leaves that out.
+the rest (sampling, scheduling, and norms where layers are not fused); --no-parts leaves that out.
 
 A run that was cut off goes on where it was if -o names the same directory. --max-seconds skips what would take
 longer: a prompt is not begun if the shorter ones say that it cannot be done in time (an estimate), is cut off at

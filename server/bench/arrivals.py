@@ -36,6 +36,7 @@ class Answer:
         end: When it was over, well or not.
         tokens: Generated, as the server counts them.
         error: ``None`` if the answer is whole, else what went wrong: ``429``, ``timeout`` and the like.
+        last: When the last token came, with the reason why it was the last; it may have had no text.
     """
 
     due: float
@@ -44,6 +45,7 @@ class Answer:
     end: float
     tokens: int
     error: str | None = None
+    last: float | None = None
 
     @property
     def ttft(self) -> float | None:
@@ -52,8 +54,11 @@ class Answer:
 
     @property
     def tpot(self) -> float | None:
-        """Time per output token after the first; ``None`` of one token."""
-        return (self.pieces[-1] - self.pieces[0]) / (self.tokens - 1) if self.pieces and self.tokens > 1 else None
+        """Time per output token after the first that has text; ``None`` of one token."""
+        if not self.pieces or self.tokens < 2:
+            return None
+        last = self.pieces[-1] if self.last is None else self.last
+        return (last - self.pieces[0]) / (self.tokens - 1)
 
     @property
     def gaps(self) -> list[float]:

@@ -78,7 +78,7 @@ class Client:
         """
         sent = clock()
         pieces: list[float] = []
-        tokens, error, finished = 0, None, False
+        tokens, error, last = 0, None, None
         whole = {**body, "stream": True, "stream_options": {"include_usage": True}}
         try:
             async with asyncio.timeout(self._timeout):
@@ -90,10 +90,11 @@ class Client:
                         if "error" in event:
                             error = "error in the stream"
                         if event.get("choices"):
-                            choice = event["choices"][0]
+                            choice, now = event["choices"][0], clock()
                             if choice.get("text"):
-                                pieces.append(clock())
-                            finished = finished or choice.get("finish_reason") is not None
+                                pieces.append(now)
+                            if choice.get("finish_reason") is not None:
+                                last = now
                         tokens = (event.get("usage") or {}).get("completion_tokens", tokens)
         except (TimeoutError, httpx.TimeoutException):
             error = "timeout"
@@ -101,9 +102,9 @@ class Client:
             error = "connection"
         except (ValueError, AttributeError, TypeError, KeyError):
             error = "not a stream of completions"
-        if error is None and not finished:
+        if error is None and last is None:
             error = "cut off"
-        return Answer(due, sent, tuple(pieces), clock(), tokens or len(pieces), error)
+        return Answer(due, sent, tuple(pieces), clock(), tokens or len(pieces), error, last)
 
     async def refusal(self, body: Mapping[str, Any]) -> str | None:
         """What the server has against a request, in its own words; ``None`` if it answers.

@@ -24,21 +24,26 @@ def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         if shorter:
             last = shorter[-1]
             cell["growth"] = growth(last["length"], last["first_seconds"], cell["length"], cell["first_seconds"])
-    # What was given up and not measured since.
-    ends = [group[-1] for group in groups.values()]
     skipped = [
         {
             "label": labels[line["digest"]],
-            **{name: line[name] for name in ("length", "attention", "limit_seconds", "reason")},
+            **{name: line[name] for name in ("length", "what", "repeat", "attention", "limit_seconds", "reason")},
         }
-        for line in ends
-        if line["kind"] == "skipped"
+        for group in groups.values()
+        for line in _given_up(group)
     ]
     return {"cells": cells, "skipped": skipped}
 
 
 def _runs(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return [line for line in group if line["kind"] == "run"]
+
+
+def _given_up(group: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """What was skipped, under the last limit, and not measured since."""
+    measured = {(line["kind"], line["repeat"]) for line in group}
+    skipped = {(line["what"], line["repeat"]): line for line in group if line["kind"] == "skipped"}
+    return [line for key, line in skipped.items() if key not in measured]
 
 
 def _cell(label: str, group: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -97,11 +102,18 @@ def told(body: Mapping[str, Any]) -> str:
     if any("prefill_shares" in cell for cell in cells):
         parts.append(rows("prefill: % attention / selection / linear / rest", lambda cell: _shares(cell, "prefill")))
         parts.append(rows("decode: % attention / selection / linear / rest", lambda cell: _shares(cell, "decode")))
-    notes = [f"skipped: {item['label']} at {item['length']:,} tokens: {item['reason']}" for item in body["skipped"]]
+    notes = [f"skipped: {item['label']} at {item['length']:,} tokens{_part(item)}: {item['reason']}"
+             for item in body["skipped"]]  # fmt: skip
     notes += [f"not run: {item['attention']['scheme']}: {item['reason']}" for item in body["unavailable"]]
     if body["synthetic_profiles"]:
         notes.append(f"synthetic profiles, made from random tokens: {', '.join(body['synthetic_profiles'])}")
     return "\n\n".join([*parts, "\n".join(notes)]).strip()
+
+
+def _part(item: Mapping[str, Any]) -> str:
+    if item["what"] == "parts":
+        return ", the shares"
+    return f", repeat {item['repeat'] + 1}" if item["repeat"] else ""
 
 
 def _first(cell: Mapping[str, Any]) -> str:

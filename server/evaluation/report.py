@@ -31,6 +31,8 @@ class Cell:
         length: Tokens of prompt and answer.
         depth: Where the fact stood, or ``None``.
         attention: The policy.
+        label: Of it, among all that were run (``policies.labels_of``).
+        digest: Of it, its options and its profile.
         trials: How many; at one depth, how many facts there were asked for.
         values: Means of what was measured; ``perplexity`` where there is a ``loss``.
         keys_read_fraction: Mean.
@@ -42,6 +44,7 @@ class Cell:
     depth: float | None
     attention: Mapping[str, Any]
     label: str
+    digest: str
     trials: int
     values: Mapping[str, float]
     keys_read_fraction: float
@@ -65,6 +68,7 @@ class Cell:
             depth,
             first.attention,
             label,
+            first.digest,
             count,
             values,
             _mean(trial.keys_read_fraction for trial in trials),

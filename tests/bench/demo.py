@@ -24,7 +24,8 @@ DOCUMENT = Path(__file__).parent / "data" / "gpl-3.0.txt"
 QUESTION = '\n\nReminder. An "entity transaction" is a transaction transferring'
 ANSWER = "control of an organization"
 NEW_TOKENS = 24
-SPARSE = {"scheme": "kascade", "tile_tokens": 64, "scored_queries": 8}
+TILE, QUERIES = 64, 8
+SPARSE = {"scheme": "kascade", "tile_tokens": TILE, "scored_queries": QUERIES}
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,8 +169,9 @@ def report(runs: list[Run]) -> None:
         print(
             f"{run.name:32} {run.first_token_seconds:10.2f} s {run.tokens_per_second:8.1f} tok/s {pages:>7} {keys:>10}"
         )
-    options = ", ".join(f"{name}={value}" for name, value in SPARSE.items() if name != "scheme")
-    print(f"\n{SPARSE['scheme']} with {options}: every eighth query chooses the keys of a tile of 64\n")
+    print(
+        f"\nkascade: {QUERIES} of the {TILE} queries of a tile choose its keys (all 32 of 32 without these options)\n"
+    )
     for run in runs:
         right = "right" if ANSWER in " ".join(run.answer.split()) else f"WRONG, expected {ANSWER!r}"
         print(f"{run.name} ({right}):\n    {' '.join(run.answer.split())}\n")

@@ -104,6 +104,7 @@ def test_goodput_counts_whole_answers_that_kept_both_promises():
 
 
 def test_pieces_that_hold_several_tokens_do_not_flatter_time_per_token():
+    assert Answer(0.0, 0.0, (1.0, 1.5), 4.1, 4, last=4.0).tpot == 1.0, "tokens without text take their time"
     answer = Answer(0.0, 0.0, (1.0, 1.5), 1.5, 6)
     assert answer.tpot == pytest.approx(0.1)
     assert answer.gaps == [0.5]
@@ -123,7 +124,7 @@ def line(length, first, kind="run", repeat=0, label="dense", gaps=(0.1, 0.3), **
     attention = {"scheme": label}
     common = {"kind": kind, "length": length, "repeat": repeat, "digest": label, "label": label, "attention": attention}
     if kind == "skipped":
-        return {**common, "limit_seconds": 5.0, "reason": "too long", **more}
+        return {**common, "what": "run", "limit_seconds": 5.0, "reason": "too long", **more}
     return {
         **common,
         "first_seconds": first,
@@ -169,7 +170,11 @@ def test_cells_are_medians_with_growth_and_shares():
 
 def test_a_repeat_that_was_cut_off_is_told_beside_what_was_measured():
     found = summary([line(1000, 1.0), line(1000, 0, "skipped", repeat=1)])
-    assert (len(found["cells"]), len(found["skipped"])) == (1, 1)
+    [skipped] = found["skipped"]
+    assert (len(found["cells"]), skipped["repeat"]) == (1, 1)
+    body = {**found, "model": {"name": "m", "dtype": "float32", "quantization": "none"}}
+    text = told({**body, "unavailable": [], "synthetic_profiles": []})
+    assert "skipped: dense at 1,000 tokens, repeat 2: too long" in text
     found = summary([line(1000, 1.0), line(1000, 0, "skipped", repeat=1), line(1000, 3.0, repeat=1)])
     assert (found["cells"][0]["repeats"], found["skipped"]) == (2, [])
 

@@ -9,6 +9,7 @@ import torch
 
 from foveate.server import cli
 from foveate.server.bench import cases
+from foveate.server.bench import ops as bench_ops
 from foveate.server.bench.arguments import OPS
 from foveate.server.bench.cases import Setting, Taken, causal_pairs, pages_of, stopwatch, take_turns
 from foveate.server.bench.ops import CASES
@@ -141,12 +142,18 @@ def test_a_cpu_is_measured_until_the_call_returns():
         (["--queries", "512"], "does not fit a context of 256"),
         (["--cpu-time", "--threads", "2"], "measures one thread"),
         (["--device", "nosuch"], "nosuch"),
-        (["--device", "meta", "--kv-dtype", "int8"], "for a CPU"),
+        (["--device", "meta"], "choose auto, cpu, cuda"),
     ],
 )
 def test_what_cannot_be_measured_is_told(small, capsys, arguments, said):
     assert run(*arguments) == 1
     assert said in capsys.readouterr().err
+
+
+def test_int8_pages_are_no_matter_of_a_gpu(small, monkeypatch, capsys):
+    monkeypatch.setattr(bench_ops, "device_of", torch.device)
+    assert run("--device", "cuda", "--kv-dtype", "int8") == 1
+    assert "for a CPU" in capsys.readouterr().err
 
 
 def test_without_native_kernels_torch_is_measured(small, monkeypatch, capsys):

@@ -149,6 +149,7 @@ def stream(*events, done=True):
 def test_a_chunk_without_text_is_no_piece():
     answer = answer_of(lambda request: stream(chunk(), chunk("y"), chunk("", "length")))
     assert (answer.error, len(answer.pieces), answer.tokens) == (None, 2, 2)
+    assert answer.last > answer.pieces[-1], "the last token, which had no text, took its time too"
 
 
 def test_a_whole_answer_counts_the_servers_tokens():

@@ -78,7 +78,7 @@ def test_named_schemes_are_measured_without_their_dense_tail():
 def test_a_task_that_a_policy_did_not_run_leaves_its_panel_empty(tmp_path):
     heatmap = pytest.importorskip("foveate.server.evaluation.heatmap")
     cells = [
-        report.Cell(task, 2048, 0.5, {"scheme": scheme}, scheme, 1, {"score": 1.0}, 1.0, None)
+        report.Cell(task, 2048, 0.5, {"scheme": scheme}, scheme, scheme, 1, {"score": 1.0}, 1.0, None)
         for task, scheme in [("needle", "dense"), ("multikey", "dense"), ("needle", "streaming")]
     ]
     [path] = heatmap.draw(tmp_path, cells)
@@ -337,7 +337,8 @@ def test_a_tiny_model_from_end_to_end(long_dir, tmp_path, capsys):
     measures = {"perplexity": {"loss", "perplexity"}, "agreement": {"match", "kl"}}
     for (task, name), cell in found.items():
         assert set(cell) == {
-            "task", "length", "depth", "attention", "label", "trials", "values", "keys_read_fraction", "mass_kept",
+            "task", "length", "depth", "attention", "label", "digest", "trials", "values", "keys_read_fraction",
+            "mass_kept",
         }  # fmt: skip
         assert (cell["length"], cell["trials"]) == (LENGTH, 1)
         assert cell["depth"] == (None if TASKS[task].depths is Depths.NONE else 0.5)

@@ -67,7 +67,9 @@ def test_sequences_of_one_prompt_share_its_pages(model_dir):
     assert [list(one.token_ids) for one in branches] == [list(alone.token_ids)] * 3
 
 
-def test_a_gpu_is_refused_before_anything_is_loaded():
+def test_a_gpu_is_refused_before_anything_is_loaded(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     options = EngineOptions("there-is-no-such-model", kv_dtype="int8", device="cuda")
     with pytest.raises(InvalidRequest, match=r"kv_dtype int8 .* on cuda.*--device cpu") as error:
         load(options)
