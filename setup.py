@@ -36,7 +36,7 @@ INSTRUCTION_SETS = {
     "amx": AMX,
     "anchor_avx2": AVX2,
     "anchor_avx512": AVX512,
-    "anchor_avx512bf16": AVX512BF16,
+    "anchor_avx512bf16": [*AVX512BF16, "-mavx512vnni"],
     "anchor_amx": AMX,
     "gate_avx2": AVX2,
     "gate_avx512": AVX512,
@@ -56,6 +56,7 @@ INSTRUCTION_SETS = {
 }
 # Sources that choose among them, or are the same for all.
 SHARED = (
+    "cpu",
     "dispatch",
     "anchor",
     "gate",
@@ -102,8 +103,9 @@ class BuildKernels(build_ext):
         try:
             self._build(library)
         except CompileError:
-            for old in (library, FOLDER / LIBRARY):  # what cannot be built again must not serve on
-                old.unlink(missing_ok=True)
+            library.unlink(missing_ok=True)  # what cannot be built again must not serve on
+            if self.inplace or self.editable_mode:
+                (FOLDER / LIBRARY).unlink(missing_ok=True)
             raise
 
     def _build(self, library: Path) -> None:

@@ -231,7 +231,7 @@ private:
 #pragma GCC unroll 16
                 for (int i = 0; i < 4 * kAtOnce; ++i) {
                     F row = Rows::load(keys[quad * 4 + i] + d, dim_ - d);
-                    asm("" : "+v"(row));  // or GCC loads it anew for each head, and loads are the limit
+                    FOVEATE_HOLD(row);  // or GCC loads it anew for each head, and loads are the limit
                     for (int h = 0; h < H; ++h)
                         acc[h][i / 4][i % 4] = Rows::mac(acc[h][i / 4][i % 4], row, channels[h]);
                 }

@@ -11,14 +11,6 @@
 #include "runtime.h"
 #include "work.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-#if defined(__linux__)
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace {
 
 foveate_parallel g_parallel = nullptr;
@@ -42,67 +34,22 @@ private:
     int64_t size_ = 0;
 };
 
-#if defined(__x86_64__)
-
-struct CpuId {
-    unsigned eax, ebx, ecx, edx;
-    CpuId(unsigned leaf, unsigned subleaf) { __cpuid_count(leaf, subleaf, eax, ebx, ecx, edx); }
-};
-
-// State components that the operating system saves: AVX is 0x6, AVX-512 0xe6, AMX 0x60000.
-bool saves(uint64_t components) {
-    unsigned low, high;
-    __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
-    return (((uint64_t(high) << 32) | low) & components) == components;
-}
-
-bool may_use_tiles() {
-#if defined(__linux__)
-    constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILE_DATA
-    return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
-#else
-    return false;
-#endif
-}
-
-bool cpu_has(int isa) {
-    if (__get_cpuid_max(0, nullptr) < 7) return false;
-    const CpuId one(1, 0), seven(7, 0);
-    const bool osxsave = one.ecx >> 27 & 1, fma = one.ecx >> 12 & 1;
-    if (!osxsave || !fma || !(seven.ebx >> 5 & 1) || !saves(0x6)) return false;
-    if (isa == FOVEATE_AVX2) return true;
-    const unsigned avx512 = 1u << 16 | 1u << 17 | 1u << 30 | 1u << 31;  // F, DQ, BW, VL
-    if ((seven.ebx & avx512) != avx512 || !saves(0xe6)) return false;
-    if (isa == FOVEATE_AVX512) return true;
-    if (seven.eax < 1 || !(CpuId(7, 1).eax >> 5 & 1)) return false;  // AVX512-BF16
-    if (isa == FOVEATE_AVX512BF16) return true;
-    const bool tiles = seven.edx >> 24 & 1, tile_bf16 = seven.edx >> 22 & 1, tile_int8 = seven.edx >> 25 & 1;
-    return tiles && tile_bf16 && tile_int8 && saves(0x60000) && may_use_tiles();
-}
-
-#endif
-
 bool has_isa(int isa) {
-#if defined(__x86_64__)
     switch (isa) {
 #if defined(FOVEATE_BUILT_AVX2)
-        case FOVEATE_AVX2: return cpu_has(isa);
+        case FOVEATE_AVX2: return foveate_cpu_has(isa);
 #endif
 #if defined(FOVEATE_BUILT_AVX512)
-        case FOVEATE_AVX512: return cpu_has(isa);
+        case FOVEATE_AVX512: return foveate_cpu_has(isa);
 #endif
 #if defined(FOVEATE_BUILT_AVX512BF16)
-        case FOVEATE_AVX512BF16: return cpu_has(isa);
+        case FOVEATE_AVX512BF16: return foveate_cpu_has(isa);
 #endif
 #if defined(FOVEATE_BUILT_AMX)
-        case FOVEATE_AMX: return cpu_has(isa);
+        case FOVEATE_AMX: return foveate_cpu_has(isa);
 #endif
         default: return false;
     }
-#else
-    (void)isa;
-    return false;
-#endif
 }
 
 // The kernels of a call: what its instruction set lacks for its element type comes from the one below.
@@ -270,15 +217,6 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
 }
 
 }  // namespace
-
-bool foveate_cpu_has(int isa) {
-#if defined(__x86_64__)
-    return cpu_has(isa);
-#else
-    (void)isa;
-    return false;
-#endif
-}
 
 void foveate_on_threads(void (*body)(void*), void* data, int64_t threads) {
     if (threads > 1 && g_parallel) g_parallel(body, data, unsigned(threads), 0);

@@ -5,51 +5,30 @@
 
 #include "runtime.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 namespace {
 
-#if defined(__x86_64__)
-
-struct Features {
-    bool avx512vnni = false, avxvnni = false, amx_int8 = false;
-    Features() {
-        unsigned eax, ebx, ecx, edx;
-        if (!__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) return;
-        avx512vnni = ecx >> 11 & 1;
-        amx_int8 = edx >> 25 & 1;
-        if (eax >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx)) avxvnni = eax >> 4 & 1;
-    }
-};
-
+const LinearKernels* compiled(int isa) {
+    switch (isa) {
+#if defined(FOVEATE_BUILT_LINEAR_AVX2)
+        case FOVEATE_LINEAR_AVX2: return &kLinearAvx2;
 #endif
+#if defined(FOVEATE_BUILT_LINEAR_AVXVNNI)
+        case FOVEATE_LINEAR_AVXVNNI: return &kLinearAvxVnni;
+#endif
+#if defined(FOVEATE_BUILT_LINEAR_AVX512VNNI)
+        case FOVEATE_LINEAR_AVX512VNNI: return &kLinearAvx512Vnni;
+#if defined(FOVEATE_BUILT_LINEAR_AMX)
+        case FOVEATE_LINEAR_AMX: return &kLinearAmx;
+#endif
+#endif
+        default: return nullptr;
+    }
+}
 
 // Null where it was not compiled in, or the CPU lacks it.
 const LinearKernels* kernels_for(int isa) {
-#if defined(__x86_64__)
-    static const Features features;
-    switch (isa) {
-#if defined(FOVEATE_BUILT_LINEAR_AVX2)
-        case FOVEATE_LINEAR_AVX2: return foveate_cpu_has(FOVEATE_AVX2) ? &kLinearAvx2 : nullptr;
-#endif
-#if defined(FOVEATE_BUILT_LINEAR_AVXVNNI)
-        case FOVEATE_LINEAR_AVXVNNI:
-            return foveate_cpu_has(FOVEATE_AVX2) && features.avxvnni ? &kLinearAvxVnni : nullptr;
-#endif
-#if defined(FOVEATE_BUILT_LINEAR_AVX512VNNI)
-        case FOVEATE_LINEAR_AVX512VNNI:
-            return foveate_cpu_has(FOVEATE_AVX512) && features.avx512vnni ? &kLinearAvx512Vnni : nullptr;
-#if defined(FOVEATE_BUILT_LINEAR_AMX)
-        case FOVEATE_LINEAR_AMX:
-            return foveate_cpu_has(FOVEATE_AMX) && features.avx512vnni && features.amx_int8 ? &kLinearAmx : nullptr;
-#endif
-#endif
-    }
-#endif
-    (void)isa;
-    return nullptr;
+    const LinearKernels* kernels = compiled(isa);
+    return kernels && foveate_cpu_has_linear(isa) ? kernels : nullptr;
 }
 
 const LinearKernels* kernels_for(const foveate_linear& call, int64_t byte_rows) {

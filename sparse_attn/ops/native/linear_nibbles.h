@@ -81,7 +81,8 @@ FOVEATE_INLINE void add_groups(const NibbleRows& rows, const Weights& weights, i
                 const __m256i l = _mm256_maddubs_epi16(left, x), h = _mm256_maddubs_epi16(right, x);
                 acc[r][0] = i ? _mm256_add_epi16(acc[r][0], l) : l;
                 acc[r][1] = i ? _mm256_add_epi16(acc[r][1], h) : h;
-                __asm__("" : "+x"(acc[r][0]), "+x"(acc[r][1]));  // or GCC moves sums
+                FOVEATE_HOLD(acc[r][0]);  // or GCC moves sums
+                FOVEATE_HOLD(acc[r][1]);
             }
         }
         const auto* step = weights.steps + g * 2 * kBlock;

@@ -6,6 +6,9 @@
 // Do this CPU and its kernel have it? ``isa`` as in kernels.h. Asks for leave to use AMX.
 bool foveate_cpu_has(int isa);
 
+// The same for quantised linear layers: ``isa`` as in linear.h.
+bool foveate_cpu_has_linear(int isa);
+
 // Runs ``body(data)`` on that many of torch's threads, the caller's among them, and waits.
 void foveate_on_threads(void (*body)(void*), void* data, int64_t threads);
 

@@ -12,6 +12,13 @@
 
 #define FOVEATE_INLINE inline __attribute__((always_inline))
 
+// Keeps a vector in a register; one of emulated instructions has none.
+#if defined(FOVEATE_EMULATED)
+#define FOVEATE_HOLD(vector) __asm__("" : "+m"(vector))
+#else
+#define FOVEATE_HOLD(vector) __asm__("" : "+v"(vector))
+#endif
+
 namespace {
 
 using bfloat16 = uint16_t;
