@@ -18,6 +18,29 @@ FOVEATE_INLINE void add_products(__m256i& sums, __m256i a, __m256i b) {
     __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
 }
 
+// Adds the products of four unsigned and four signed bytes to each sum. Left to GCC, it is the same as above: 18 of the 24
+// sums of multiply8 in linear_dot.h were spilled.
+#if defined(__AVX512VNNI__)
+FOVEATE_INLINE __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
+#if defined(FOVEATE_EMULATED)
+    return _mm512_dpbusd_epi32(sum, a, b);
+#else
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
+    return sum;
+#endif
+}
+#endif
+#if defined(__AVXVNNI__)
+FOVEATE_INLINE __m256i dot_bytes(__m256i sum, __m256i a, __m256i b) {
+#if defined(FOVEATE_EMULATED)
+    return _mm256_dpbusd_avx_epi32(sum, a, b);
+#else
+    __asm__("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sum) : "x"(a), "x"(b));
+    return sum;
+#endif
+}
+#endif
+
 // 8 lanes; ``Dot`` says how four bytes are multiplied.
 template <class Dot>
 struct Lanes8 : Dot {
@@ -99,10 +122,10 @@ struct VnniDot8 {
     }
     static FOVEATE_INLINE Inputs inputs(const uint8_t* p) { return _mm256_set1_epi32(four_bytes(p)); }
     static FOVEATE_INLINE __m256i dot(__m256i sum, Inputs a, Weights w) {
-        return _mm256_dpbusd_avx_epi32(sum, a, w);
+        return dot_bytes(sum, a, w);
     }
     static FOVEATE_INLINE __m256i dot_nibbles(__m256i sum, __m256i w, const uint8_t* p) {
-        return _mm256_dpbusd_avx_epi32(sum, w, inputs(p));
+        return dot_bytes(sum, w, inputs(p));
     }
 };
 
@@ -150,8 +173,8 @@ struct Lanes16 {
     }
     static FOVEATE_INLINE Weights weights(const void* p) { return _mm512_loadu_si512(p); }
     static FOVEATE_INLINE Inputs inputs(const uint8_t* p) { return _mm512_set1_epi32(four_bytes(p)); }
-    static FOVEATE_INLINE I dot(I sum, Inputs a, Weights w) { return _mm512_dpbusd_epi32(sum, a, w); }
-    static FOVEATE_INLINE I dot_nibbles(I sum, I w, const uint8_t* p) { return _mm512_dpbusd_epi32(sum, w, inputs(p)); }
+    static FOVEATE_INLINE I dot(I sum, Inputs a, Weights w) { return dot_bytes(sum, a, w); }
+    static FOVEATE_INLINE I dot_nibbles(I sum, I w, const uint8_t* p) { return dot_bytes(sum, w, inputs(p)); }
 };
 
 #endif
