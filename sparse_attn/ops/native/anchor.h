@@ -152,18 +152,18 @@ FOVEATE_INLINE void add_columns(const KeptWeight<Engine>* kept, const float* sha
         for (int i = 0; i < W; ++i) sums[i] = Simd::zero();
         for (int v = 0; v < vectors; ++v, kept += kTile) {
             const F share = Simd::load(shares + v * W);
-            if constexpr (Engine::kPairs) {
+            if constexpr (Engine::kBytes) {
+                for (int i = 0; i < W; i += 4) {
+                    F rows[4];
+                    Simd::load_bytes(kept + i * W, rows);
+                    for (int j = 0; j < 4; ++j) sums[i + j] = Simd::fma(rows[j], share, sums[i + j]);
+                }
+            } else if constexpr (Engine::kPairs) {
                 for (int i = 0; i < W; i += 2) {
                     const __m512i both = _mm512_loadu_si512(kept + i * W);
                     sums[i] = Simd::fma(_mm512_castsi512_ps(_mm512_slli_epi32(both, 16)), share, sums[i]);
                     sums[i + 1] = Simd::fma(
                         _mm512_castsi512_ps(_mm512_and_si512(both, _mm512_set1_epi32(int(0xffff0000u)))), share, sums[i + 1]);
-                }
-            } else if constexpr (Engine::kBytes) {
-                for (int i = 0; i < W; i += 4) {
-                    F rows[4];
-                    Simd::load_bytes(kept + i * W, rows);
-                    for (int j = 0; j < 4; ++j) sums[i + j] = Simd::fma(rows[j], share, sums[i + j]);
                 }
             } else {
                 for (int i = 0; i < W; ++i) sums[i] = Simd::fma(Simd::load(kept + i * W), share, sums[i]);

@@ -69,7 +69,7 @@ struct FmaEngine {
     static constexpr int kBlock = kKeys;
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
-    static constexpr bool kBytes = false;
+    static constexpr bool kBytes = KeyBlock<Row>::kScaled;
     static constexpr bool kWiden = sizeof(Row) < 4;
     using Loops = Products<FloatMac<S>, kRows, kVectors, kBlock>;
 

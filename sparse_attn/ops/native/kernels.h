@@ -16,7 +16,7 @@ enum foveate_dtype : int32_t { FOVEATE_FLOAT32 = 0, FOVEATE_BFLOAT16 = 1 };
 enum foveate_isa : int32_t {
     FOVEATE_AVX2 = 0,        // FMA in float32; bfloat16 is widened
     FOVEATE_AVX512 = 1,      // the same, 16 lanes
-    FOVEATE_AVX512BF16 = 2,  // bfloat16 dot products
+    FOVEATE_AVX512BF16 = 2,  // dot products of bfloat16, and of bytes (VNNI)
     FOVEATE_AMX = 3,         // tiles of bfloat16 and of bytes
     FOVEATE_NUM_ISAS = 4,
 };

@@ -12,6 +12,7 @@ public:
     using T = typename Engine::T;
     using Row = int8_t;
     static constexpr int kBlock = Engine::kBlock;
+    static constexpr bool kBytes = true;
 
     static int64_t scratch(int dim) {
         Arena arena(nullptr);

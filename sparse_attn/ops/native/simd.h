@@ -202,6 +202,29 @@ struct Vec16 {
     static FOVEATE_INLINE I load_int(const int32_t* p) { return _mm512_loadu_si512(p); }
     static FOVEATE_INLINE void store(float* p, F x) { _mm512_storeu_ps(p, x); }
     static FOVEATE_INLINE void store_past_caches(float* p, F x) { _mm512_stream_ps(p, x); }
+    // As in Vec8.
+    static constexpr float kRoughUnit = Vec8::kRoughUnit, kRoughZero = Vec8::kRoughZero, kRoughMean = Vec8::kRoughMean;
+    static constexpr float kBytesScale = Vec8::kBytesScale;
+    static FOVEATE_INLINE F rough_exp2(F x) { return _mm512_castsi512_ps(_mm512_cvtps_epi32(max(x, zero()))); }
+    static FOVEATE_INLINE void store_bytes(uint8_t* p, const F (&rows)[4], bool past_caches) {  // p: a multiple of 64
+        const __m512i lowest = set_int((Vec8::kBytesExponent << 23) - (1 << 19));
+        __m512i codes[4];
+        for (int i = 0; i < 4; ++i)
+            codes[i] = _mm512_srai_epi32(_mm512_sub_epi32(_mm512_castps_si512(rows[i]), lowest), 20);
+        const __m512i bytes = _mm512_packus_epi16(_mm512_packs_epi32(codes[0], codes[1]), _mm512_packs_epi32(codes[2], codes[3]));
+        const __m512i kept = _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(bytes, _mm512_set1_epi8(8)), bytes);
+        if (past_caches) _mm512_stream_si512(reinterpret_cast<__m512i*>(p), kept);
+        else _mm512_store_si512(p, kept);
+    }
+    static FOVEATE_INLINE void load_bytes(const uint8_t* p, F (&rows)[4]) {
+        const __m512i bytes = _mm512_load_si512(p);
+        for (int i = 0; i < 4; ++i) {
+            const char a = char(4 * i), b = char(a + 1), c = char(a + 2), d = char(a + 3), z = -1;
+            const __m128i high = _mm_setr_epi8(z, z, z, a, z, z, z, b, z, z, z, c, z, z, z, d);
+            const __m512i spread = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(high));
+            rows[i] = _mm512_castsi512_ps(_mm512_srli_epi32(spread, 4));
+        }
+    }
     static FOVEATE_INLINE void store(bfloat16* p, F x) {  // to nearest even
         const __m512i bits = _mm512_castps_si512(x);
         const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), set_int(1));

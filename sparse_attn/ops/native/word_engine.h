@@ -16,7 +16,6 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
     using Base::dim_, Base::kBlock, Base::kVectors, Base::W;
     using T = Result;
     using Row = int8_t;
-    static constexpr bool kBytes = true;
 
     // Pairs of words, and what a level is worth.
     static constexpr int units(int dim) { return dim / 2 + 1; }
