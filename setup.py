@@ -98,13 +98,17 @@ class BuildKernels(build_ext):
     def get_ext_filename(self, fullname: str) -> str:
         return str(Path(*fullname.split(".")[:-1], LIBRARY))
 
+    def run(self) -> None:
+        self.in_tree = bool(self.inplace or self.editable_mode)  # setuptools forgets the first while it builds
+        super().run()
+
     def build_extension(self, ext: Extension) -> None:
         library = Path(self.get_ext_fullpath(ext.name))
         try:
             self._build(library)
         except CompileError:
             library.unlink(missing_ok=True)  # what cannot be built again must not serve on
-            if self.inplace or self.editable_mode:
+            if self.in_tree:
                 (FOLDER / LIBRARY).unlink(missing_ok=True)
             raise
 

@@ -19,7 +19,7 @@ from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.tune import tune
 from foveate.patches.verify import verify
-from foveate.sparse_attn.ops.attention_torch import has_bfloat16_products
+from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 from foveate.sparse_attn.profile import Profile
 
 from .exceptions import InvalidRequest

@@ -14,7 +14,7 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Tiles
-from .attention_torch import has_bfloat16_products
+from .cpu import has_bfloat16_products
 from .reference import gather_pages
 
 # Logits made at once: 2 MiB in float32, and half of that again in bfloat16.

@@ -11,9 +11,6 @@ rows so that a KV head's keys are read once for its whole group:
 
 from __future__ import annotations
 
-import platform
-from functools import cache
-
 import torch
 
 from foveate.kv_cache.stored import StoredRows
@@ -21,6 +18,7 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Band, Selection
+from .cpu import has_bfloat16_products
 from .reference import gather_sequence
 
 Result = tuple[torch.Tensor, torch.Tensor]
@@ -210,14 +208,6 @@ def _two_gemms(
     lse = torch.logsumexp(logits, dim=-1)
     weights = logits.sub_(lse[..., None]).exp_()
     return torch.bmm(weights.to(values.dtype), values).to(dtype), lse
-
-
-@cache
-def has_bfloat16_products() -> bool:
-    """Does this CPU multiply bfloat16? oneDNN alone would say so of any with AVX-512, where it widens them."""
-    if platform.machine() in ("x86_64", "AMD64"):
-        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def with_sinks(out: torch.Tensor, lse: torch.Tensor, spec: AttentionSpec) -> Result:

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foveate.server.llm import LLM
 from foveate.server.request import SamplingParams
-from foveate.sparse_attn.ops.attention_torch import has_bfloat16_products
+from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 
 DOCUMENT = Path(__file__).parents[1] / "bench" / "data" / "gpl-3.0.txt"
 LENGTHS = (10, 11, 15, 16, 17, 31, 47, 64, 65, 100, 127, 128, 150, 200, 256, 333, 400, 512, 777, 4000)

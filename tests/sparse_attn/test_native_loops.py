@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+from bisect import bisect_left
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,48 +21,60 @@ if native.library() is None:
 if shutil.which("objdump") is None:
     pytest.skip("binutils are not installed", allow_module_level=True)
 
-# What multiplies. Loops of as many are those that prompts spend their time in.
-PRODUCTS = {"float32": "vfmadd", "bfloat16": "vdpbf16ps", "bytes": "vpdpbusd"}
-LEAST = 24
-MOST_SPILLS = 2  # GCC 12 stores one column of queries where floats are multiplied
+# The loops that prompts spend their time in, by function: what multiplies, how often in a turn, and how many vectors it
+# may store (where floats are multiplied, GCC 12 stores a column of queries).
+LOOPS = {
+    "attention-float32": (r"prefill_item.*FmaEngine.*Vec16Eff", "vfmadd", 24, 2),
+    "attention-bfloat16": (r"prefill_item.*DotEngine", "vdpbf16ps", 24, 0),
+    "anchors-bfloat16": (r"pool_part.*DotEngine", "vdpbf16ps", 24, 0),
+    "anchors-bytes": (r"ByteEngine.*multiply", "vpdpbusd", 24, 0),
+    "linear-8-bits": (r"Lanes16.*multiply8ILi6ELi1ELi4", "vpdpbusd", 24, 0),
+    "linear-4-bits": (r"Lanes16.*multiply4ILi4ELi1", "vpdpbusd", 32, 0),
+}
 
 
-def loops() -> Iterator[list[str]]:
-    """The instructions of each innermost loop: from the target of a jump back to the jump."""
+def disassembled() -> str:
     path = Path(native.__file__).with_name(native.LIBRARY_NAME)
-    text = subprocess.run(
+    return subprocess.run(
         ["objdump", "-d", "--no-show-raw-insn", str(path)], capture_output=True, text=True, check=True
     ).stdout
+
+
+def loops(text: str) -> Iterator[tuple[str, list[str]]]:
+    """Function and instructions of each innermost loop: from the target of a jump back to the jump."""
     addresses: list[int] = []
     code: list[str] = []
-    begins = -1  # where the innermost loop so far began
+    function, begins = "", -1  # where the innermost loop so far began
     for line in text.splitlines():
-        found = re.match(r" +([0-9a-f]+):\t(.*)", line)
-        if not found:
+        if named := re.match(r"[0-9a-f]+ <(.*)>:", line):
+            function = named[1]
+        if not (found := re.match(r" +([0-9a-f]+):\t(.*)", line)):
             continue
         address, instruction = int(found[1], 16), found[2]
         addresses.append(address)
         code.append(instruction)
         jump = re.match(r"j\w+ +([0-9a-f]+)", instruction)
         if jump and begins < (target := int(jump[1], 16)) < address:
-            first = len(addresses) - 1
-            while first > 0 and addresses[first] > target:
-                first -= 1
             begins = target
-            yield code[first:]
+            yield function, code[bisect_left(addresses, target) :]
 
 
 @pytest.fixture(scope="module")
-def innermost() -> list[list[str]]:
-    return list(loops())
+def innermost() -> list[tuple[str, list[str]]]:
+    return list(loops(disassembled()))
 
 
-@pytest.mark.parametrize("product", PRODUCTS.values(), ids=PRODUCTS)
-def test_sums_of_products_stay_in_registers(product, innermost):
-    spills = []
-    for body in innermost:
-        if sum(line.startswith(product) and "%zmm" in line for line in body) >= LEAST:
-            spills.append(sum(re.match(r"vmov\w+ +%zmm\d+,[^,]*\(%r[sb]p\)", line) is not None for line in body))
-    if not spills:
+@pytest.mark.parametrize("name", LOOPS)
+def test_sums_of_products_stay_in_registers(name, innermost):
+    function, product, count, most = LOOPS[name]
+    if not any(line.startswith(product) and "%zmm" in line for _, body in innermost for line in body):
         pytest.skip("the compiler did not know this instruction set")
-    assert max(spills) <= MOST_SPILLS, spills
+    bodies = [
+        body
+        for owner, body in innermost
+        if re.search(function, owner) and sum(line.startswith(product) and "%zmm" in line for line in body) >= count
+    ]
+    assert bodies, f"no loop of {count} products: sums are kept in memory"
+    for body in bodies:
+        stored = [line for line in body if re.match(r"vmov\w+ +%zmm\d+,[^,]*\(%r[sb]p\)", line)]
+        assert len(stored) <= most, stored

@@ -12,7 +12,7 @@ from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, KEY_SUM_16, VALUE_SUM
 from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import ops
-from foveate.sparse_attn.ops import attention_torch, native
+from foveate.sparse_attn.ops import attention_torch, cpu, native
 from foveate.sparse_attn.protocol import AttentionSpec
 from foveate.sparse_attn.selection import CAUSAL, Band, Selection, Tiles
 
@@ -94,15 +94,15 @@ def fast_bfloat16(request, monkeypatch):
     ],
 )
 def test_which_cpus_multiply_bfloat16(monkeypatch, machine, bf16, amx, onednn, has):
-    monkeypatch.setattr(attention_torch.platform, "machine", lambda: machine)
+    monkeypatch.setattr(cpu.platform, "machine", lambda: machine)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bf16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: amx)
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: onednn)
-    attention_torch.has_bfloat16_products.cache_clear()
+    cpu.has_bfloat16_products.cache_clear()
     try:
-        assert attention_torch.has_bfloat16_products() is has
+        assert cpu.has_bfloat16_products() is has
     finally:
-        attention_torch.has_bfloat16_products.cache_clear()
+        cpu.has_bfloat16_products.cache_clear()
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -92,10 +92,9 @@ FOVEATE_INLINE void keep_bytes(const float* logits, typename Engine::Simd::F fac
     int k = 0;
     for (; k < seen; k += 4) {
         typename Simd::F rows[4];
-        for (int i = 0; i < 4; ++i) {
+        for (int i = 0; i < 4; ++i)
             rows[i] = Simd::rough_exp2(Simd::fmsub(Simd::load(logits + (k + i) * W), factor, offset));
-            sum = Simd::add(sum, rows[i]);
-        }
+        sum = Simd::add(sum, Simd::add(Simd::add(rows[0], rows[1]), Simd::add(rows[2], rows[3])));  // one wait for four
         Simd::store_bytes(tile + k * W, rows, far);
     }
     if (k < W) __builtin_memset(tile + k * W, 0, size_t(W - k) * W);

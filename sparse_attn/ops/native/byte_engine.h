@@ -1,5 +1,5 @@
-// Logits of int8 keys on AVX512-VNNI by dot products of bytes, at twice the rate of bfloat16's: for anchors alone, where a
-// query rounded to 8 bits costs about what rounding its keys did.
+// Logits of int8 keys by dot products of bytes (VNNI), at twice the rate of bfloat16's, where there are no tiles: for anchors
+// alone, where a query rounded to 8 bits costs about what rounding its keys did.
 //
 // Keys are multiplied as they lie in their pages. Queries are 128 too high, since one side must be unsigned.
 #pragma once

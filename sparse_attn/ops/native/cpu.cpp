@@ -60,7 +60,7 @@ struct Features {
         const bool tiles = seven.edx >> 24 & 1, tile_bf16 = seven.edx >> 22 & 1, tile_int8 = seven.edx >> 25 & 1;
         if (!tiles || !tile_bf16 || !tile_int8 || !saves(0x60000) || !may_use_tiles()) return;
         attention[FOVEATE_AMX] = attention[FOVEATE_AVX512BF16];
-        linear[FOVEATE_LINEAR_AMX] = vnni;
+        linear[FOVEATE_LINEAR_AMX] = attention[FOVEATE_AMX];
     }
 };
 

@@ -42,7 +42,7 @@ bool has_isa(int isa) {
 #if defined(FOVEATE_BUILT_AVX512)
         case FOVEATE_AVX512: return foveate_cpu_has(isa);
 #endif
-#if defined(FOVEATE_BUILT_AVX512BF16)
+#if defined(FOVEATE_BUILT_AVX512BF16) && defined(FOVEATE_BUILT_ANCHOR_AVX512BF16)
         case FOVEATE_AVX512BF16: return foveate_cpu_has(isa);
 #endif
 #if defined(FOVEATE_BUILT_AMX)

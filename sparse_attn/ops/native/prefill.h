@@ -148,7 +148,8 @@ template <class Simd>
 FOVEATE_INLINE typename Simd::F capped(typename Simd::F s, float scale, float softcap) {
     // cap * tanh(x / cap), tanh(y) = 1 - 2 / (1 + e^2y)
     const typename Simd::F two_y = Simd::mul(s, Simd::set(2.0f * kLog2E * scale / softcap));
-    const typename Simd::F bounded = Simd::sub(Simd::zero(), Simd::max(Simd::sub(Simd::zero(), two_y), Simd::set(-120.0f)));
+    // Of a number and NaN the maximum is the second.
+    const typename Simd::F bounded = Simd::sub(Simd::zero(), Simd::max(Simd::set(-120.0f), Simd::sub(Simd::zero(), two_y)));
     const typename Simd::F e = Simd::template exp2<true>(bounded);
     const typename Simd::F one = Simd::set(1.0f);
     const typename Simd::F t = Simd::sub(one, Simd::div(Simd::set(2.0f), Simd::add(one, e)));

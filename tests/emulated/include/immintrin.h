@@ -49,7 +49,19 @@ inline P* emulated_aligned(P* p) {
 #define _mm512_load_si512(p) simde_mm512_loadu_si512(emulated_aligned(p))
 #define _mm512_store_si512(p, x) simde_mm512_storeu_si512(emulated_aligned(p), x)
 
-// What SIMDe does not have.
+// What SIMDe does not have; and of masked loads what lies behind the mask may be nobody's.
+
+inline __m512i emulated_maskz_loadu_epi8(uint64_t held, const void* p) {
+    const int8_t* from = static_cast<const int8_t*>(p);
+    int8_t bytes[64] = {};
+    for (int i = 0; i < 64; ++i)
+        if (held >> i & 1) bytes[i] = from[i];
+    __m512i result;
+    std::memcpy(&result, bytes, sizeof(result));
+    return result;
+}
+#undef _mm512_maskz_loadu_epi8
+#define _mm512_maskz_loadu_epi8 emulated_maskz_loadu_epi8
 
 #undef _mm512_stream_ps
 #undef _mm512_stream_si512
