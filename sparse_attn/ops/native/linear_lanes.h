@@ -18,8 +18,8 @@ FOVEATE_INLINE void add_products(__m256i& sums, __m256i a, __m256i b) {
     __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
 }
 
-// Adds the products of four unsigned and four signed bytes to each sum. Left to GCC, it is the same as above: 18 of the 24
-// sums of multiply8 in linear_dot.h were spilled.
+// Adds the products of four unsigned and four signed bytes to each sum. Left to GCC, it is the same as above: the 24 sums of
+// multiply8 in linear_dot.h were moved 48 times, and 18 of them stored.
 #if defined(__AVX512VNNI__)
 FOVEATE_INLINE __m512i dot_bytes(__m512i sum, __m512i a, __m512i b) {
 #if defined(FOVEATE_EMULATED)
