@@ -14,8 +14,7 @@ namespace {
 
 // Rounds a row of a multiple of 16 channels to levels of its largest value, plus 128, fills up to a multiple of 64, and
 // returns what a level is worth; NaN if not all are finite.
-template <class T>
-FOVEATE_INLINE float round_to_bytes(const T* x, int dim, uint8_t* to) {
+FOVEATE_INLINE float round_to_bytes(const bfloat16* x, int dim, uint8_t* to) {
     constexpr int W = Vec16::W;
     __m512i most = Vec16::set_int(0);
     for (int d = 0; d < dim; d += W) most = Lanes16::larger_magnitude(most, Vec16::load(x + d));
@@ -31,11 +30,10 @@ FOVEATE_INLINE float round_to_bytes(const T* x, int dim, uint8_t* to) {
     return scale.worth;
 }
 
-template <class Result>
 class ByteEngine {
 public:
     using Simd = Vec16;
-    using T = Result;
+    using T = bfloat16;
     using Row = int8_t;
     static constexpr int W = Simd::W;
     static constexpr int kRows = 8;  // 24 of 32 registers are sums
@@ -49,23 +47,13 @@ public:
     static int64_t scratch(int) { return 0; }
 
     static void pack(const T* const* source, int dim, float* target) {
-        struct Fours {  // rows that ``pack_columns`` turns
-            using T = uint8_t;
-            using Simd = Vec16;
-            static FOVEATE_INLINE __m512 load_units(const uint8_t* row, int unit) { return _mm512_loadu_ps(row + 4 * unit); }
-            static FOVEATE_INLINE float load_unit(const uint8_t* row, int unit) {
-                float bits;
-                __builtin_memcpy(&bits, row + 4 * unit, 4);
-                return bits;
-            }
-        };
         alignas(64) uint8_t rows[W][kMaxHeadDim];
         const uint8_t* turned[W];
         for (int lane = 0; lane < W; ++lane) {
             turned[lane] = rows[lane];
             target[dim / 4 * W + lane] = round_to_bytes(source[lane], dim, rows[lane]);
         }
-        pack_columns<Fours>(turned, dim / 4, dim / 4, target);
+        pack_columns<Units<Vec16, uint8_t>>(turned, dim / 4, dim / 4, target);
     }
 
     ByteEngine(void*, int dim) : dim_(dim) {}

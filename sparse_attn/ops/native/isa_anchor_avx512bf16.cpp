@@ -6,7 +6,7 @@
 namespace {
 constexpr AnchorKernels kTables[2] = {
     anchor_kernels_of<DotEngine, VectorProducts<DotRows>>(),
-    anchor_kernels_of<ByteEngine<bfloat16>, VectorProducts<FloatRows<Vec16, bfloat16, int8_t>>>(),
+    anchor_kernels_of<ByteEngine, VectorProducts<FloatRows<Vec16, bfloat16, int8_t>>>(),
 };
 }
 extern const AnchorKernels* const kAnchorAvx512Bf16 = kTables;

@@ -20,6 +20,7 @@
 //   accumulate(...)     O[v][channel][W] += weights x values
 #pragma once
 
+#include "columns.h"
 #include "keys.h"
 #include "lanes.h"
 #include "work.h"
@@ -90,23 +91,6 @@ struct PrefillState {
         if (bytes) *bytes = arena.used(memory);
     }
 };
-
-// Copies the first ``filled`` units of W query rows into the columns of one vector, ``target [units][W]``.
-template <class Engine>
-FOVEATE_INLINE void pack_columns(const typename Engine::T* const* source, int filled, int units, float* target) {
-    using Simd = typename Engine::Simd;
-    constexpr int W = Simd::W;
-    int u = 0;
-    for (; u + W <= filled; u += W) {
-        typename Simd::F tile[W];
-        for (int lane = 0; lane < W; ++lane) tile[lane] = Engine::load_units(source[lane], u);
-        Simd::transpose(tile);
-        for (int i = 0; i < W; ++i) Simd::store(target + (u + i) * W, tile[i]);
-    }
-    for (; u < filled; ++u)
-        for (int lane = 0; lane < W; ++lane) target[u * W + lane] = Engine::load_unit(source[lane], u);
-    for (; u < units; ++u) Simd::store(target + u * W, Simd::zero());
-}
 
 // Copies the item's query rows into columns, and sets up what is kept per column.
 template <class Engine>

@@ -21,25 +21,13 @@ struct WordEngine : FmaEngine<Vec8, Result, int8_t> {
     static constexpr int units(int dim) { return dim / 2 + 1; }
 
     static void pack(const T* const* source, int dim, float* target) {
-        struct Words {  // rows that ``pack_columns`` turns
-            using T = int16_t;
-            using Simd = Vec8;
-            static FOVEATE_INLINE __m256 load_units(const int16_t* row, int unit) {
-                return _mm256_loadu_ps(reinterpret_cast<const float*>(row + 2 * unit));
-            }
-            static FOVEATE_INLINE float load_unit(const int16_t* row, int unit) {
-                float bits;
-                __builtin_memcpy(&bits, row + 2 * unit, 4);
-                return bits;
-            }
-        };
         alignas(32) int16_t rows[W][kMaxHeadDim];
         const int16_t* turned[W];
         for (int lane = 0; lane < W; ++lane) {
             turned[lane] = rows[lane];
             target[dim / 2 * W + lane] = round_to_words(source[lane], dim, rows[lane]);
         }
-        pack_columns<Words>(turned, dim / 2, dim / 2, target);
+        pack_columns<Units<Vec8, int16_t>>(turned, dim / 2, dim / 2, target);
     }
 
     WordEngine(void* memory, int dim) : Base(memory, dim), words_(reinterpret_cast<int16_t*>(Base::wide_)) {}
