@@ -214,6 +214,17 @@ class FusedLayer:
             ops.write_kv(key, value, pages, step.slots)
         return attend.attend(query, self._call, step).flatten(1)
 
+    def write(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, slots: torch.Tensor
+    ) -> None:
+        """Keys and values of ``x [T, E]``, and nothing else; ``cos`` and ``sin`` are ``[T, R]``, ``slots`` ``[T]``."""
+        key, value = self.project.keys_values(x if self._before is None else self._before(x))
+        pages = step.pool.layer(self._call.index)
+        if self.rotates:
+            ops.rotate_write_kv(key.new_empty((len(key), 0, key.shape[2])), key, value, cos, sin, pages, slots)
+        else:
+            ops.write_kv(key, value, pages, slots)
+
     def known(self, step: StepState, prepared: PreparedStep) -> Known | None:
         """What ``run`` takes, if the kernels know, or can find out by themselves, what the layer reads."""
         if self.whole is None:

@@ -21,6 +21,7 @@ from foveate.sparse_attn.protocol import StepState
 from .decoder_layer import TRIAL, FusedLayer, Read, hooks_of
 from .errors import UnsupportedCall
 from .interface import PackedStep, no_mask
+from .last_layer import last
 from .native_decoder import Known, run
 from .quantize import QuantizedLinear
 from .rotary import plain_angles
@@ -119,7 +120,8 @@ class FusedModel:
         waiting: list[Known] = []  # layers to be run in one call
         for layer in self._layers:
             if prepared is None:
-                x = layer.compute(x, cos, sin, step, read)
+                is_last = read is None and layer is self._layers[-1]
+                x = last(layer, x, cos, sin, step) if is_last else layer.compute(x, cos, sin, step, read)
                 continue
             known = layer.known(step, prepared)
             if known is not None:

@@ -20,6 +20,8 @@ from .native_product import NativeProduct
 from .packed import GatedMLP, PackedLinear
 from .quantize import QuantizedLinear
 
+# x [T, K] -> [T, N]
+Product = Callable[[torch.Tensor], torch.Tensor]
 # x [T, K], residual [T, N] -> [T, N]; the residual is left as it is
 Sum = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -30,6 +32,9 @@ _MLP = ("gate_proj", "up_proj", "down_proj")
 class ProjectedHeads:
     """Queries, keys and values, and the norms of heads.
 
+    Args:
+        parts: One product for each of the three beside ``products``, where that is one; or none.
+
     Attributes:
         products: One, ``[T, E]`` to ``[T, (H + 2 G) * D]``, or one for each of the three.
         counts: H, G and G.
@@ -39,12 +44,14 @@ class ProjectedHeads:
 
     def __init__(
         self,
-        products: Sequence[Callable[[torch.Tensor], torch.Tensor]],
+        products: Sequence[Product],
         counts: Sequence[int],
         dim: int,
         norms: Sequence[nn.Module | None],
+        parts: Sequence[Product] = (),
     ) -> None:
         self.products, self.counts, self.dim, self.norms = list(products), list(counts), dim, norms
+        self._parts = list(parts or products)
         self._by_head = [_by_head(norm, dim) for norm in norms]
 
     def __call__(self, x: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -53,6 +60,15 @@ class ProjectedHeads:
         query, key, value = rows if len(rows) == 3 else rows[0].split_with_sizes(self.counts, 1)
         of_query, of_key = self._by_head
         return query if of_query is None else of_query(query), key if of_key is None else of_key(key), value
+
+    def keys_values(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """``x [T, E]`` to keys and values ``[T, G, D]``; queries are projected only where one weight is for all."""
+        if len(self._parts) != 3:
+            _, key, value = self(x)
+            return key, value
+        key, value = (product(x).view(x.shape[0], -1, self.dim) for product in self._parts[1:])
+        of_key = self._by_head[1]
+        return key if of_key is None else of_key(key), value
 
 
 def heads_of(attention: nn.Module) -> ProjectedHeads:
@@ -69,13 +85,14 @@ def heads_of(attention: nn.Module) -> ProjectedHeads:
         counts = [given.config.num_attention_heads, kv_heads, kv_heads]
         return ProjectedHeads([product_of(given.qkv_proj)], counts, dim, norms)
     parts = [getattr(given, name) for name in _QKV]
-    products = [joined(parts)] if _joinable(parts) else [product_of(part) for part in parts]
-    return ProjectedHeads(products, [part.out_features // dim for part in parts], dim, norms)
+    whole = [joined(parts)] if _joinable(parts) else []
+    alone = [product_of(part) for part in parts]  # of what joining has made of them
+    return ProjectedHeads(whole or alone, [part.out_features // dim for part in parts], dim, norms, alone)
 
 
-def product_of(linear: Any) -> Callable[[torch.Tensor], torch.Tensor]:
+def product_of(linear: Any) -> Product:
     """What a linear layer calls on rows ``[T, K]``; itself, if that is nothing of ours."""
-    product: Callable[[torch.Tensor], torch.Tensor] = linear
+    product: Product = linear
     if isinstance(linear, NarrowLinear | QuantizedLinear):
         product = linear.product
     return product
@@ -90,7 +107,7 @@ def _by_head(norm: Any, dim: int) -> Callable[[torch.Tensor], torch.Tensor] | No
     return lambda rows: norm(rows.flatten(1)).view(rows.shape)
 
 
-def joined(parts: Sequence[Any]) -> Callable[[torch.Tensor], torch.Tensor]:
+def joined(parts: Sequence[Any]) -> Product:
     """Layers of one input as one product ``[T, K]`` to ``[T, N1 + N2 + ...]``.
 
     Args:
@@ -141,7 +158,7 @@ class JoinedMLP:
         down: Added to the residual stream.
     """
 
-    def __init__(self, gates: Callable[[torch.Tensor], torch.Tensor], glu: NativeGlu, down: Sum) -> None:
+    def __init__(self, gates: Product, glu: NativeGlu, down: Sum) -> None:
         self.gates, self.glu, self.down = gates, glu, down
 
     def __call__(self, x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:

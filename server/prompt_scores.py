@@ -40,6 +40,11 @@ class PromptScorer:
         self._wanted = [_positions(chunk) for chunk in chunks]
         self._rows: list[dict[int, int]] = [{} for _ in chunks]  # position -> row
 
+    @property
+    def asks(self) -> bool:
+        """Is anything asked for?"""
+        return any(self._wanted)
+
     def place(self, owner: int, start: int, count: int, row: int) -> None:
         """Says that positions ``start`` to ``start + count - 1`` of chunk ``owner`` are packed from ``row`` on."""
         wanted = self._wanted[owner]

@@ -29,6 +29,12 @@ class _Part:
     start: int
     count: int
 
+    @property
+    def ends_sequence(self) -> bool:
+        """Does a token follow on its last query that nobody knows yet?"""
+        chunk = self.chunk
+        return chunk.ends_sequence and self.start + self.count == chunk.start + chunk.count
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepResult:
@@ -63,12 +69,12 @@ class Runner:
         K and V go to the reserved pages, and the sequences' ``num_computed`` move on.
         """
         device = self._device
-        groups, parts = self._pack(chunks)
+        scorer = PromptScorer(self.loaded, chunks)
+        groups, parts = self._pack(chunks, scorer.asks)
         ids: list[int] = []
         positions: list[int] = []
         slots: list[int] = []
         last_row: dict[int, int] = {}
-        scorer = PromptScorer(self.loaded, chunks)
         for part in parts:
             table = part.chunk.sequence.table
             assert table is not None
@@ -114,8 +120,13 @@ class Runner:
         logits = output.logits[0]
         return StepResult(logits if wanted else logits[:0], reads, mass, scores)
 
-    def _pack(self, chunks: list[Chunk]) -> tuple[list[StepGroup], list[_Part]]:
-        """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row."""
+    def _pack(self, chunks: list[Chunk], all_wanted: bool) -> tuple[list[StepGroup], list[_Part]]:
+        """Sorts the chunks' queries into groups of one policy and phase, each a run of the packed row.
+
+        Args:
+            chunks: At least one.
+            all_wanted: Somebody wants logits of other tokens than the last ones.
+        """
         members: dict[tuple[Scheme | None, Phase], list[_Part]] = defaultdict(list)
         split: list[tuple[tuple[Scheme | None, Phase], list[_Part]]] = []
         for owner, chunk in enumerate(chunks):
@@ -151,7 +162,8 @@ class Runner:
                 [len(part.chunk.sequence.group.request.prompt_token_ids) for part in group],
                 [part.chunk.sequence.tokens for part in group] if policy and policy.needs_token_ids else None,
             )
-            groups.append(StepGroup(policy, phase, first, rows, tuple(part.owner for part in group)))
+            wanted = all_wanted or any(part.ends_sequence for part in group)
+            groups.append(StepGroup(policy, phase, first, rows, tuple(part.owner for part in group), wanted=wanted))
             parts += group
             first += rows.num_queries
         return groups, parts

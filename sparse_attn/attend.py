@@ -23,12 +23,14 @@ def attend(query: torch.Tensor, layer: LayerCall, step: StepState) -> torch.Tens
         step: Groups, pool and what anchor layers have carried; ``keys_read`` is added to.
 
     Returns:
-        ``[T, H, D]``.
+        ``[T, H, D]``, in the last layer zeros where it is not wanted.
     """
-    if len(step.groups) == 1:
-        return _attend_group(query, layer, step, step.groups[0])
-    out = torch.empty_like(query)
-    for group in step.groups:
+    is_last = layer.index == step.num_layers - 1
+    groups = [group for group in step.groups if group.wanted or not is_last]
+    if len(groups) == len(step.groups) == 1:
+        return _attend_group(query, layer, step, groups[0])
+    out = torch.empty_like(query) if len(groups) == len(step.groups) else torch.zeros_like(query)
+    for group in groups:
         part = slice(group.start, group.start + group.rows.num_queries)
         out[part] = _attend_group(query[part], layer, step, group)
     return out

@@ -238,6 +238,8 @@ class StepGroup:
         owners: For each sequence, the caller's index for ``StepState.keys_read``.
         carried: Plans of anchor layers, for the layers that reuse them.
         tiles: Tiles by size, made once per step.
+        wanted: Whether anybody wants what the last layer makes of its queries. If not, it only writes their keys and
+            values, and what else it makes of them may be anything.
     """
 
     scheme: Scheme | None
@@ -247,6 +249,7 @@ class StepGroup:
     owners: tuple[int, ...]
     carried: dict[int, Plan] = field(default_factory=dict)
     tiles: dict[int, Tiles] = field(default_factory=dict)
+    wanted: bool = True
 
     def tiles_of(self, size: int) -> Tiles:
         if size not in self.tiles:
