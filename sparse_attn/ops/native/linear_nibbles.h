@@ -24,24 +24,61 @@ struct PackedNibbles {
         for (int64_t at = 0; at < 256; at += 64)
             _mm_prefetch(reinterpret_cast<const char*>(weights + group * 256 + kAhead + at), _MM_HINT_T0);
     }
+    FOVEATE_INLINE __m256 step(int64_t group, int j) const { return Vec8::load(steps + group * 2 * kBlock + j * Vec8::W); }
+    FOVEATE_INLINE __m256 zero(int64_t group, int j) const {
+        return Vec8::load(steps + (group * 2 + 1) * kBlock + j * Vec8::W);
+    }
+    // The sum of two words each, in steps.
+    FOVEATE_INLINE __m256 stepped(__m256i words, int64_t group, int j) const {
+        return Vec8::mul(_mm256_cvtepi32_ps(_mm256_madd_epi16(words, _mm256_set1_epi16(1))), step(group, j));
+    }
+    static FOVEATE_INLINE __m256 in_units(__m256 sum, int) { return sum; }
+    static FOVEATE_INLINE __m256 of_units(__m256 sum, int) { return sum; }
 };
 
-// A byte per weight, for many rows.
+// A byte per weight, for many rows, and steps as words, by which sums are multiplied as they are widened. An output
+// channel has a unit for them, a power of two, so that sums come out as those of PackedNibbles, to the bit, but for steps
+// that are less than a 128th of the largest: those are rounded by at most 2^-16 of it.
 struct UnpackedNibbles {
     uint8_t* weights;  // [groups][8][kBlock][4]
-    float* steps;
+    int32_t* steps;    // [groups][kBlock], a word twice
+    float* zeros;      // [groups][kBlock]
+    float* units;      // [2][kBlock]: and 1 over it
 
     FOVEATE_INLINE __m256i fours(int64_t group, int i, int j) const {
         return Lanes8<WordDot>::load(weights + group * 512 + i * 64 + j * 32);
     }
     FOVEATE_INLINE void fetch(int64_t) const {}
+    FOVEATE_INLINE __m256 zero(int64_t group, int j) const { return Vec8::load(zeros + group * kBlock + j * Vec8::W); }
+    FOVEATE_INLINE __m256 stepped(__m256i words, int64_t group, int j) const {
+        return _mm256_cvtepi32_ps(_mm256_madd_epi16(words, Lanes8<WordDot>::load(steps + group * kBlock + j * Vec8::W)));
+    }
+    FOVEATE_INLINE __m256 in_units(__m256 sum, int j) const {
+        return Vec8::mul(sum, Vec8::load(units + kBlock + j * Vec8::W));
+    }
+    FOVEATE_INLINE __m256 of_units(__m256 sum, int j) const { return Vec8::mul(sum, Vec8::load(units + j * Vec8::W)); }
 
     void take(const PackedNibbles& from, int64_t groups) const {
-        for (int64_t g = 0; g < groups; ++g)
-            for (int i = 0; i < 8; ++i)
-                for (int j = 0; j < 2; ++j)
+        for (int j = 0; j < 2; ++j) {
+            __m256 top = Vec8::set(0x1p-50f);
+            for (int64_t g = 0; g < groups; ++g) top = Vec8::max(top, _mm256_andnot_ps(Vec8::set(-0.0f), from.step(g, j)));
+            // The largest step is 2^14 units and less than 2^15.
+            const __m256 power = _mm256_and_ps(_mm256_min_ps(top, Vec8::set(0x1p100f)), Vec8::set(__builtin_inff()));
+            const __m256 unit = Vec8::mul(power, Vec8::set(0x1p-14f)), inverse = Vec8::div(Vec8::set(1.0f), unit);
+            Vec8::store(units + j * Vec8::W, unit);
+            Vec8::store(units + kBlock + j * Vec8::W, inverse);
+            for (int64_t g = 0; g < groups; ++g) {
+                const __m256 step = from.step(g, j);
+                const __m256i word = _mm256_cvtps_epi32(Vec8::mul(step, inverse));
+                const __m256i twice = _mm256_blend_epi16(word, _mm256_slli_epi32(word, 16), 0xaa);
+                Lanes8<WordDot>::store(steps + g * kBlock + j * Vec8::W, twice);
+                // What a word does not hold, inf and NaN, zero does.
+                const __m256 zero = Vec8::add(from.zero(g, j), _mm256_sub_ps(step, step));
+                Vec8::store(zeros + g * kBlock + j * Vec8::W, Vec8::mul(zero, inverse));
+                for (int i = 0; i < 8; ++i)
                     Lanes8<WordDot>::store(weights + g * 512 + i * 64 + j * 32, from.fours(g, i, j));
-        for (int64_t i = 0; i < groups * 2 * kBlock; i += Vec8::W) Vec8::store(steps + i, Vec8::load(from.steps + i));
+            }
+        }
     }
 };
 
@@ -63,12 +100,11 @@ struct NibbleRows {
 template <int R, class Weights>
 FOVEATE_INLINE void add_groups(const NibbleRows& rows, const Weights& weights, int64_t groups, float* to,
                                int64_t to_stride) {
-    const __m256i ones = _mm256_set1_epi16(1);
     const int64_t stride = rows.stride, of_row = stride / kGroup;
     __m256 out[R][2];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 2; ++j) out[r][j] = Vec8::load(to + r * to_stride + j * Vec8::W);
+        for (int j = 0; j < 2; ++j) out[r][j] = weights.in_units(Vec8::load(to + r * to_stride + j * Vec8::W), j);
     for (int64_t g = 0; g < groups; ++g) {
         weights.fetch(g);
         __m256i acc[R][2];
@@ -85,21 +121,20 @@ FOVEATE_INLINE void add_groups(const NibbleRows& rows, const Weights& weights, i
                 FOVEATE_HOLD(acc[r][1]);
             }
         }
-        const auto* step = weights.steps + g * 2 * kBlock;
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const __m256 worth = Vec8::set(rows.worths[r * of_row + g]), total = Vec8::set(rows.totals[r * of_row + g]);
 #pragma GCC unroll 2
             for (int j = 0; j < 2; ++j) {
-                const __m256 levels = _mm256_cvtepi32_ps(_mm256_madd_epi16(acc[r][j], ones));
-                out[r][j] = Vec8::fma(total, Vec8::load(step + kBlock + j * Vec8::W), out[r][j]);
-                out[r][j] = Vec8::fma(levels, Vec8::mul(worth, Vec8::load(step + j * Vec8::W)), out[r][j]);
+                const __m256 stepped = weights.stepped(acc[r][j], g, j);
+                out[r][j] = Vec8::fma(total, weights.zero(g, j), out[r][j]);
+                out[r][j] = Vec8::fma(stepped, worth, out[r][j]);
             }
         }
     }
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
-        for (int j = 0; j < 2; ++j) Vec8::store(to + r * to_stride + j * Vec8::W, out[r][j]);
+        for (int j = 0; j < 2; ++j) Vec8::store(to + r * to_stride + j * Vec8::W, weights.of_units(out[r][j], j));
 }
 
 // The same for ``rows`` rows from ``row`` on.
@@ -122,7 +157,7 @@ struct NibblePieces {
     static constexpr int64_t kGroups = 24;     // of a piece: its weights are 12 KiB of L1
     static constexpr int64_t kChannels = 256;  // most output channels of an item
     static constexpr int64_t kLeastRows = 8;   // from which on unpacking the weights pays
-    static constexpr int64_t kShared = kGroups * (8 * kBlock * 4 + 2 * kBlock * 4);
+    static constexpr int64_t kShared = kGroups * (8 * kBlock * 4 + 2 * kBlock * 4) + 2 * kBlock * 4;
     // Scratch per row: its sums, and a share of the weights and their steps.
     static constexpr int64_t kRowBytes = kChannels * 4 + kShared / kLeastRows;
 };
@@ -133,8 +168,10 @@ inline void multiply_nibbles(const foveate_linear& call, const Activations& inpu
     constexpr int64_t kChannels = NibblePieces::kChannels;
     const int64_t rows = last - first, groups = input.stride / kGroup;
     float* sums = static_cast<float*>(scratch);  // [rows][kChannels]
-    float* steps = sums + rows * kChannels;
-    const UnpackedNibbles unpacked{reinterpret_cast<uint8_t*>(steps + NibblePieces::kGroups * 2 * kBlock), steps};
+    float* units = sums + rows * kChannels;
+    float* zeros = units + 2 * kBlock;
+    int32_t* steps = reinterpret_cast<int32_t*>(zeros + NibblePieces::kGroups * kBlock);
+    const UnpackedNibbles unpacked{reinterpret_cast<uint8_t*>(steps + NibblePieces::kGroups * kBlock), steps, zeros, units};
     const bool many = rows >= NibblePieces::kLeastRows;
     const int64_t depth = many ? NibblePieces::kGroups : groups;
     __builtin_memset(sums, 0, size_t(rows * kChannels) * 4);
