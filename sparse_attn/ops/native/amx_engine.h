@@ -21,6 +21,7 @@ struct AmxEngine {
     static constexpr int kPad = 32;
     static constexpr bool kPairs = true;
     static constexpr bool kBytes = false;
+    static constexpr bool kWords = false;
 
     static int padded(int dim) { return round_up(dim, 32); }
     static int units(int dim) { return padded(dim) / 2; }

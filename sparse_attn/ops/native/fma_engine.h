@@ -70,6 +70,7 @@ struct FmaEngine {
     static constexpr int kPad = 1;
     static constexpr bool kPairs = false;
     static constexpr bool kBytes = KeyBlock<Row>::kScaled;
+    static constexpr bool kWords = false;
     static constexpr bool kWiden = sizeof(Row) < 4;
     using Loops = Products<FloatMac<S>, kRows, kVectors, kBlock>;
 
@@ -183,6 +184,7 @@ struct DotEngine {
     static constexpr int kPad = 2;
     static constexpr bool kPairs = true;
     static constexpr bool kBytes = false;
+    static constexpr bool kWords = false;
     using Loops = Products<DotMac, kRows, kVectors, kBlock>;
 
     static constexpr int units(int dim) { return dim / 2; }

@@ -10,6 +10,7 @@
 //   Row                 the type of K and V in memory: T, or int8 (see quantised.h)
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
+//   kWords              or as pairs of words, with what a level of a column's is worth (word_values.h)
 //   kBytes              anchors (anchor.h) keep weights as bytes
 //   kPad                keys that the products round up to
 //   units(dim)          32-bit units of a query row: channels, or pairs of them
@@ -67,6 +68,7 @@ struct PrefillState {
     int32_t* recent;   // column reads positions above it anyway
     int32_t* counts;   // keys read
     float* logits;     // [kVectors][kBlock][W]
+    float* worths;     // [kVectors][W] of weights as words
     KeyBlock<Row>* blocks;  // [2]
     char* engine;
 
@@ -86,6 +88,7 @@ struct PrefillState {
         recent = arena.take<int32_t>(columns);
         counts = arena.take<int32_t>(columns);
         logits = arena.take<float>(int64_t(Engine::kVectors) * Engine::kBlock * W);
+        worths = arena.take<float>(Engine::kWords ? Engine::kVectors * W : 0);
         blocks = arena.take<KeyBlock<Row>>(2);
         engine = arena.take<char>(Engine::scratch(call.head_dim));
         if (bytes) *bytes = arena.used(memory);
@@ -146,11 +149,13 @@ static inline float exponent_unit(const foveate_attention& call) {
 }
 
 // Caps and hides logits of keys [first, last) and one vector of columns, in place. Where they outgrow the reference by
-// more than 2^slack, moves it and the sums, those of ``dim`` channels of values too. Returns the reference.
+// more than 2^slack, moves it and the sums, those of ``dim`` channels of values too. Returns the reference; ``tops`` is the
+// largest logit of each column, if asked for.
 template <class Engine>
 FOVEATE_INLINE typename Engine::Simd::F raise_reference(const foveate_attention& call, PrefillState<Engine>& state, int v,
                                                         float* logits, const KeyBlock<typename Engine::Row>& block,
-                                                        int first, int last, bool masked, float slack, int dim) {
+                                                        int first, int last, bool masked, float slack, int dim,
+                                                        typename Engine::Simd::F* tops = nullptr) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
     constexpr int W = Simd::W;
@@ -174,6 +179,7 @@ FOVEATE_INLINE typename Engine::Simd::F raise_reference(const foveate_attention&
         top = Simd::max(Simd::max(tops[0], tops[1]), Simd::max(tops[2], tops[3]));
     }
 
+    if (tops) *tops = top;
     const float unit = exponent_unit(call);
     const F reference = Simd::load(state.reference + v * W);
     if (!Simd::any_above(top, Simd::add(reference, Simd::set(slack / unit)))) return reference;
@@ -243,6 +249,11 @@ FOVEATE_INLINE void softmax(const foveate_attention& call, PrefillState<Engine>&
 template <class Engine>
 void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, int v, float* logits,
                    const KeyBlock<typename Engine::Row>& block, int first, int last, int padded, bool masked);
+
+// Into words; ``state.worths`` of the vector ``c`` of the pass. In word_values.h.
+template <class Engine>
+void softmax_words(const foveate_attention& call, const Engine& engine, PrefillState<Engine>& state, int v, int c,
+                   const KeyBlock<typename Engine::Row>& block, int first, int last, bool masked);
 
 // Divides by the sums, turns columns back into rows, and writes out and log-sum-exp.
 template <class Engine>
@@ -342,19 +353,24 @@ FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, cons
     const bool masked = block.positions[last - 1] > high[0] || block.positions[first] <= low[C * W - 1];
     const int padded = smaller(round_up(last, Engine::kPad), kBlock);
     engine.logits(block, state.queries + int64_t(v) * Engine::units(dim) * W, state.logits, first, last);
-    for (int c = 0; c < C; ++c) {
-        float* logits = state.logits + c * kBlock * W;
-        if (call.threshold) softmax_above<Engine>(call, state, v + c, logits, block, first, last, padded, masked);
-        else softmax<Engine>(call, state, v + c, logits, block, first, last, padded, masked);
+    if constexpr (Engine::kWords) {
+        for (int c = 0; c < C; ++c) softmax_words<Engine>(call, engine, state, v, c, block, first, last, masked);
+        engine.accumulate(state.logits, state.worths, state.outputs + int64_t(v) * dim * W, first, last);
+    } else {
+        for (int c = 0; c < C; ++c) {
+            float* logits = state.logits + c * kBlock * W;
+            if (call.threshold) softmax_above<Engine>(call, state, v + c, logits, block, first, last, padded, masked);
+            else softmax<Engine>(call, state, v + c, logits, block, first, last, padded, masked);
+        }
+        engine.accumulate(block, state.logits, state.outputs + int64_t(v) * dim * W, first, last);
     }
-    engine.accumulate(block, state.logits, state.outputs + int64_t(v) * dim * W, first, last);
     return true;
 }
 
 template <class Engine>
 void prefill_item(const foveate_attention& call, const PrefillItem& item, void* scratch) {
     using Row = typename Engine::Row;
-    constexpr int W = Engine::Simd::W, C = Engine::kVectors, kBlock = Engine::kBlock;
+    constexpr int C = Engine::kVectors, kBlock = Engine::kBlock;
     static_assert(kBlock <= KeyBlock<Row>::kCapacity);
     const int group = heads_per_kind(call), dim = call.head_dim;
     const int rows = item.count * group;

@@ -317,10 +317,24 @@ void softmax_above(const foveate_attention& call, PrefillState<Engine>& state, i
     L::store(state.counts + v * W, count);
 }
 
+// Prompts: of ``Engine``, or of ``Above`` where keys are chosen by a threshold.
+template <class Engine, class Above>
+void either_item(const foveate_attention& call, const PrefillItem& item, void* scratch) {
+    if (call.threshold) prefill_item<Above>(call, item, scratch);
+    else prefill_item<Engine>(call, item, scratch);
+}
+
+template <class Engine, class Above>
+int64_t either_scratch(const foveate_attention& call, int rows) {
+    return call.threshold ? prefill_scratch<Above>(call, rows) : prefill_scratch<Engine>(call, rows);
+}
+
 // The table of one instruction set and element type.
-template <class Engine, class Products, class Gathered = Engine>
+template <class Engine, class Products, class Gathered = Engine, class Above = Engine>
 constexpr IsaKernels threshold_kernels_of() {
     IsaKernels kernels = kernels_of<Engine, Products, Gathered>();
+    kernels.prefill_scratch = either_scratch<Engine, Above>;
+    kernels.prefill = either_item<Engine, Above>;
     kernels.threshold_scratch = threshold_scratch<Products>;
     kernels.threshold = threshold_item<Products>;
     kernels.threshold_merge = threshold_merge<Products>;

@@ -1,8 +1,8 @@
 // Logits of int8 keys on AVX2 by products of words, which go 1.6 times as fast as those of floats.
 //
 // A key is widened to words once per block, and a query rounded to 16 bits once per item: its error is a hundredth of
-// what rounding the keys cost. Sums of products of 127 and 32,512 over 512 channels fit 32 bits. Values stay in float32:
-// the weights are of any size.
+// what rounding the keys cost. Sums of products of 127 and 32,512 over 512 channels fit 32 bits. Values stay in float32
+// here; for those see word_values.h.
 #pragma once
 
 #include "fma_engine.h"
