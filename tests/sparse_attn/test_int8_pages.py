@@ -145,6 +145,65 @@ def test_native_prefill(isa, dtype, heads, kind):
     check(got, want, tolerance(isa, dtype, "prefill"))
 
 
+def one_sequence(key, value, queries):
+    """A view of int8 pages that hold ``key`` and ``value [T, G, D]``, for the last ``queries`` of them."""
+    context, kv_heads, dim = key.shape
+    pages = -(-context // 16)
+    pool = PagePool(CacheGeometry(1, kv_heads, dim, 16, pages, torch.int8), ())
+    ops.write_kv(key, value, pool.layer(0), torch.arange(context))
+    return PagedView(pool.layer(0), Rows.build([list(range(pages))], [context], [queries], CPU))
+
+
+@pytest.mark.parametrize("apart", [4.0, 9.0, 14.0])
+def test_native_prefill_behind_an_attention_sink(isa, apart):
+    """The first key, ``apart`` nats above the rest, takes most of the attention and has no value: weights may be off by
+    2^-16 of the largest among 64 keys, which the sink is of those beside it, but not of others."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (0.3 * torch.randn(700, 2, 64, generator=generator) for _ in range(2))
+    key[0], value[0] = 0.0, 0.0
+    key[0, :, 0] = apart
+    query = 0.3 * torch.randn(90, 6, 64, generator=generator)
+    query[:, :, 0] = 1.0
+    spec = AttentionSpec(1.0)
+    view = one_sequence(key, value, 90)
+    want = reference.attention(query, view, None, spec)
+    out, lse = attention_native.prefill(query, view, None, spec, isa=isa)
+    torch.testing.assert_close(lse, want[1], rtol=0, atol=5e-4)
+    assert (out - want[0]).pow(2).mean().sqrt() < 8 * 2**-16 * value.pow(2).mean().sqrt(), "64 keys"
+    value[:64] = 0.0
+    view = one_sequence(key, value, 90)
+    got = attention_native.prefill(query, view, None, spec, isa=isa)
+    check(got, reference.attention(query, view, None, spec), WORDS)
+
+
+@pytest.mark.parametrize("factor", [1e-24, 1e-12, 1e12, 1e30], ids="x{:g}".format)
+def test_native_prefill_of_values_of_any_size(isa, factor):
+    """Large beside small in one block, and zeros."""
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(150, 2, 64, generator=generator) for _ in range(2))
+    value[::3] *= 1e-3
+    value[1::7] = 0.0
+    query, spec = torch.randn(40, 6, 64, generator=generator), AttentionSpec(0.125)
+    view = one_sequence(key, factor * value, 40)
+    want = reference.attention(query, view, None, spec)
+    got = attention_native.prefill(query, view, None, spec, isa=isa)
+    check([part / scale for part, scale in zip(got, (factor, 1.0), strict=True)], (want[0] / factor, want[1]), WORDS)
+
+
+@pytest.mark.parametrize("bad", [NAN, float("inf")], ids=["nan", "inf"])
+def test_values_that_are_not_numbers_reach_those_who_read_them(isa, bad):
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(200, 2, 64, generator=generator) for _ in range(2))
+    value[100, 0, 3] = bad
+    query = torch.randn(200, 6, 64, generator=generator)
+    view = one_sequence(key, value, 200)
+    out, lse = attention_native.prefill(query, view, None, AttentionSpec(0.125), isa=isa)
+    assert bool(out[100:, :3].isnan().all()), "heads of the first KV head"
+    assert bool(out[:60].isfinite().all()), "queries before it; those of one pass share what is not seen by all"
+    assert bool(out[:, 3:].isfinite().all())
+    assert bool(lse.isfinite().all())
+
+
 @pytest.mark.parametrize("phase", ["prefill", "decode"])
 def test_largest_sums_of_the_widest_heads(isa, dtype, phase):
     """512 products of the largest key and query: 98 % of what 32 bits hold, where words are multiplied."""
@@ -191,9 +250,16 @@ def most_anchor_error(isa, dtype):
     return (1e-4 if isa == "avx2" else 1e-6) if dtype == torch.float32 else 1e-2
 
 
+def in_six_bits(query):
+    """As AVX2 rounds queries that choose for a prompt."""
+    level = query.float().abs().amax(-1, keepdim=True) / 31
+    return (query.float() / level).round() * level
+
+
 def check_prompt_anchors(isa, eight, floats, query, tiles, spec):
     """Element by element: weights are kept as bytes, and one is 0.90 to 1.11 of what it should be."""
-    want = ops.anchor_scores(query, floats, tiles, spec, backend="reference")
+    exact = in_six_bits(query) if isa == "avx2" else query
+    want = ops.anchor_scores(exact, floats, tiles, spec, backend="reference")
     got = anchor_native.scores(query, eight, tiles, spec, range(len(tiles)), False, isa=isa)
     assert (got[want == 0] == 0).all(), "what no query sees"
     torch.testing.assert_close(got, want, rtol=0.12, atol=1e-6)
@@ -242,7 +308,8 @@ def test_keys_that_native_anchors_choose_are_worth_as_much_as_the_best(isa, shar
     assert (counts == 60).all()
     worth = ops.anchor_scores(query, floats, tiles, spec, backend="reference")[:, :, :600]
     best = worth.topk(60, dim=2).values.sum(2)
-    torch.testing.assert_close(worth.gather(2, chosen.long()).sum(2), best, rtol=2e-3, atol=0)
+    allowed = 5e-3 if isa == "avx2" else 2e-3  # of queries in 6 bits where scores are as far apart as with x4.0
+    torch.testing.assert_close(worth.gather(2, chosen.long()).sum(2), best, rtol=allowed, atol=0)
 
 
 @pytest.mark.parametrize("heads", [*HEADS, (1, 16, 48)], ids="kv{0[0]}xgroup{0[1]}xdim{0[2]}".format)

@@ -4,31 +4,12 @@
 // Keys are multiplied as they lie in their pages. Queries are 128 too high, since one side must be unsigned.
 #pragma once
 
-#include "linear_input.h"
-#include "linear_lanes.h"
+#include "byte_queries.h"
 #include "prefill.h"
 
 #if defined(__AVX512VNNI__)
 
 namespace {
-
-// Rounds a row of a multiple of 16 channels to levels of its largest value, plus 128, fills up to a multiple of 64, and
-// returns what a level is worth; NaN if not all are finite.
-FOVEATE_INLINE float round_to_bytes(const bfloat16* x, int dim, uint8_t* to) {
-    constexpr int W = Vec16::W;
-    __m512i most = Vec16::set_int(0);
-    for (int d = 0; d < dim; d += W) most = Lanes16::larger_magnitude(most, Vec16::load(x + d));
-    const LevelScale scale(Lanes16::largest(most), kLevels8);
-    for (int d = 0; d < dim; d += 4 * W) {
-        __m512i levels[4];
-        for (int i = 0; i < 4; ++i) {
-            const int at = d + i * W;
-            levels[i] = at < dim ? Lanes16::to_int(Vec16::mul(Vec16::load(x + at), Vec16::set(scale.steps))) : Vec16::set_int(0);
-        }
-        Lanes16::store_bytes(to + d, levels, true);
-    }
-    return scale.worth;
-}
 
 class ByteEngine {
 public:
@@ -41,19 +22,14 @@ public:
     static constexpr int kBlock = 128;
     static constexpr bool kPairs = false;
     static constexpr bool kBytes = true;
+    static constexpr bool kWords = false;
 
     // Fours of bytes, and what a level is worth.
     static constexpr int units(int dim) { return dim / 4 + 1; }
     static int64_t scratch(int) { return 0; }
 
     static void pack(const T* const* source, int dim, float* target) {
-        alignas(64) uint8_t rows[W][kMaxHeadDim];
-        const uint8_t* turned[W];
-        for (int lane = 0; lane < W; ++lane) {
-            turned[lane] = rows[lane];
-            target[dim / 4 * W + lane] = round_to_bytes(source[lane], dim, rows[lane]);
-        }
-        pack_columns<Units<Vec16, uint8_t>>(turned, dim / 4, dim / 4, target);
+        pack_bytes<Lanes16, int(kLevels8), 128>(source, dim, target);
     }
 
     ByteEngine(void*, int dim) : dim_(dim) {}

@@ -18,6 +18,13 @@ FOVEATE_INLINE void add_products(__m256i& sums, __m256i a, __m256i b) {
     __asm__("vpaddd %1, %0, %0" : "+x"(sums) : "x"(products));
 }
 
+// Sums of four vectors, half by half. As for floats in decode_vectors.h.
+FOVEATE_INLINE __m256i sum_quads(const __m256i (&r)[4]) {
+    const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[0], r[1]));
+    const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(r[2], r[3]), _mm256_unpackhi_epi32(r[2], r[3]));
+    return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
+}
+
 // Adds the products of four unsigned and four signed bytes to each sum. Left to GCC, it is the same as above: the 24 sums of
 // multiply8 in linear_dot.h were moved 48 times, and 18 of them stored.
 #if defined(__AVX512VNNI__)

@@ -103,13 +103,6 @@ private:
         }
     }
 
-    // As for floats in decode_vectors.h.
-    static FOVEATE_INLINE __m256i sum_quads(const __m256i (&r)[4]) {
-        const __m256i a = _mm256_add_epi32(_mm256_unpacklo_epi32(r[0], r[1]), _mm256_unpackhi_epi32(r[0], r[1]));
-        const __m256i b = _mm256_add_epi32(_mm256_unpacklo_epi32(r[2], r[3]), _mm256_unpackhi_epi32(r[2], r[3]));
-        return _mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b));
-    }
-
     int16_t* queries_;  // [group][dim]
     float* worths_;     // [group]
     int16_t* words_;    // [kRun][dim]
