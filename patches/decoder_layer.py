@@ -60,7 +60,9 @@ class FusedLayer:
 
     Attributes:
         project: ``[T, E]`` to queries, keys and values.
+        keys_values: ``[T, E]`` to keys and values alone.
         read: Rotates, writes and attends.
+        write: Keys and values of ``x [T, E]``, and nothing else, to ``slots [T]``; cos and sin are ``[T, R]``.
         finish: What follows: the attention's output layer and the MLP, both added to the residual stream.
         rotates: Whether queries and keys are rotated (not in NoPE layers).
         whole: All of it in a decode step, where the layer is made of such parts as that knows.
@@ -73,7 +75,9 @@ class FusedLayer:
         self._stock = type(layer).forward.__get__(layer)
         self._before, after, self._between, last = norms
         self.project: ProjectedHeads = heads_of(attention)
+        self.keys_values = self.project.keys_values
         self.read: Read = self._read
+        self.write = self._write
         self._output: Sum = _normed(attention.o_proj, after)
         mlp: Any = layer.mlp
         self._feed: Sum = mlp_plus(mlp) if last is None else _normed(mlp, last)
@@ -214,11 +218,10 @@ class FusedLayer:
             ops.write_kv(key, value, pages, step.slots)
         return attend.attend(query, self._call, step).flatten(1)
 
-    def write(
+    def _write(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, step: StepState, slots: torch.Tensor
     ) -> None:
-        """Keys and values of ``x [T, E]``, and nothing else; ``cos`` and ``sin`` are ``[T, R]``, ``slots`` ``[T]``."""
-        key, value = self.project.keys_values(x if self._before is None else self._before(x))
+        key, value = self.keys_values(x if self._before is None else self._before(x))
         pages = step.pool.layer(self._call.index)
         if self.rotates:
             ops.rotate_write_kv(key.new_empty((len(key), 0, key.shape[2])), key, value, cos, sin, pages, slots)

@@ -35,7 +35,7 @@ def last(layer: FusedLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tenso
         return layer.compute(x, cos, sin, step)
     cos, sin = cos.flatten(0, 1), sin.flatten(0, 1)
     rest = _rows_of([group for group in step.groups if not group.wanted])
-    # First these: statistics of a page are added up in the order of its tokens.
+    # First these: a sequence's last tokens read them, and statistics of a page are added up in the order of its tokens.
     layer.write(x[rest], cos[rest], sin[rest], step, step.slots[rest])
     if not wanted:
         return x

@@ -24,7 +24,13 @@ from .interface import NAME, paged_attention, register
 PARTS = ("attention", "selection", "linear")
 # The same of what a fused decoder layer is made of: rotation counts to attention, the MLP's activation and the norm
 # before it to its products.
-FUSED_PARTS = {"project": "linear", "read": "attention", "finish": "linear"}
+FUSED_PARTS = {
+    "project": "linear",
+    "read": "attention",
+    "finish": "linear",
+    "keys_values": "linear",
+    "write": "attention",
+}
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -82,6 +82,8 @@ class Reader:
             )
             begin = len(self._read)
             self._read += ids[start:stop]
+            for group in step.groups:  # as the engine has it
+                group.wanted = group.rows.host_context_lens[-1] > first
             kept = max(min(len(self._read) - first, stop - start), 0)
             output = self._loaded.model(
                 input_ids=torch.tensor([self._read[begin:]], device=self._loaded.device),

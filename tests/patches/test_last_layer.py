@@ -9,6 +9,8 @@ from itertools import product
 import pytest
 import torch
 
+from foveate.kv_cache.stats import KEY_SUM, KEY_SUM_16, VALUE_SUM, Fold, PageStat
+from foveate.kv_cache.view import Rows
 from foveate.patches import fused_model
 from foveate.patches.attach import attach_engine
 from foveate.patches.decoder_layer import FusedLayer
@@ -18,6 +20,7 @@ from foveate.patches.quantize import quantize
 from foveate.patches.step import build_step
 from foveate.patches.tune import tune
 from foveate.sparse_attn.ops.native import library
+from foveate.sparse_attn.protocol import Phase, StepGroup
 
 if library() is None:
     pytest.skip("the native CPU kernels were not built", allow_module_level=True)
@@ -121,9 +124,8 @@ def test_the_queries_of_what_is_not_wanted_are_not_projected(run, monkeypatch):
     last = fused_model.last
 
     def look(layer, *given):
-        project = layer.project
-        keys_values = project.keys_values
-        monkeypatch.setattr(project, "keys_values", lambda x: (asked.append(len(x)), keys_values(x))[1])
+        keys_values = layer.keys_values
+        monkeypatch.setattr(layer, "keys_values", lambda x: (asked.append(len(x)), keys_values(x))[1])
         return last(layer, *given)
 
     monkeypatch.setattr(fused_model, "last", look)
@@ -132,3 +134,34 @@ def test_the_queries_of_what_is_not_wanted_are_not_projected(run, monkeypatch):
     assert [one.call.out_channels for one in products[1:]] == [32, 32]
     step((False, False, True))
     assert asked == [LENGTHS[0] + LENGTHS[1]]
+
+
+def test_a_page_that_both_write_keeps_its_statistics(tiny, tokens, manager_for):
+    """One sequence whose end is wanted: its last tokens read what the others wrote, in the same page."""
+    model = copy.deepcopy(tiny("qwen2")).requires_grad_(False)
+    tune(model)
+    attach_engine(model)
+    ids, split = tokens(1, 30), 21
+    seen = []
+    for wanted in (True, False):
+        manager = manager_for(model)
+        manager.pool.declare((KEY_SUM, VALUE_SUM, PageStat("key", Fold.MAX), KEY_SUM_16))
+        table = manager.open([], b"")
+        step = build_step(manager, [(table, 30)], None)
+        pages, cpu = [list(table.pages)], torch.device("cpu")
+        first, last = Rows.build(pages, [split], [split], cpu), Rows.build(pages, [30], [30 - split], cpu)
+        step.groups = [
+            StepGroup(None, Phase.PREFILL, 0, first, (0,), wanted=wanted),
+            StepGroup(None, Phase.PREFILL, split, last, (0,)),
+        ]
+        given = {"position_ids": step.positions[None], "use_cache": False, "foveate_step": PackedStep(step)}
+        with torch.inference_mode():
+            logits = model(ids, logits_to_keep=torch.tensor([29]), **given).logits
+        kept = [
+            tensor[torch.tensor(table.pages)]
+            for layer in range(len(model.model.layers))
+            for tensor in (manager.pool.layer(layer).keys, *manager.pool.layer(layer).stats.values())
+        ]
+        seen.append([logits, *kept])
+    for got, want in zip(*seen, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)

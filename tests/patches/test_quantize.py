@@ -110,6 +110,36 @@ def test_widened_weight_is_the_exact_one(isa):
     assert torch.equal(linear_native.NativeLinear(weight, None, 16, isa=isa).widen(torch.float32), weight.exact())
 
 
+def test_many_rows_of_4_bits_are_computed_as_few(isa):
+    x, weight, _ = made(40, 1600, 48)
+    linear = linear_native.NativeLinear(Int4Weight.of(weight), None, 8, isa=isa)
+    assert torch.equal(linear(x), torch.cat([linear(part) for part in x.split(4)]))
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+def test_steps_of_4_bits_may_be_of_any_size(isa, rows):
+    """Groups of 32 whose weights are 1 to 2^-60 times as large, and all of them 0."""
+    x, weight, _ = made(rows, 1600, 48)
+    weight *= (2.0 ** -torch.arange(50).mul(1.2)).repeat_interleave(32)
+    weight[16:32] = weight[16:32].flip(1)
+    weight[40] = 0.0
+    weight[41] *= 2.0**-30
+    quantized = Int4Weight.of(weight)
+    got = linear_native.NativeLinear(quantized, None, 8, isa=isa)(x)
+    want = linear_torch.linear(x, quantized, None, 8)
+    assert bool(((got - want).abs() <= 3e-4 * want.abs().amax(0)).all())
+
+
+@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=["inf", "nan"])
+def test_weights_of_4_bits_that_are_not_numbers_show(isa, rows, bad):
+    x, weight, _ = made(rows, 128, 48)
+    weight[17, 70] = bad
+    got = linear_native.NativeLinear(Int4Weight.of(weight), None, 8, isa=isa)(x)
+    assert not bool(got[:, 17].isfinite().any())
+    assert bool(got[:, [*range(17), *range(18, 48)]].isfinite().all())
+
+
 @settings(deadline=None, max_examples=50)
 @given(channels=st.integers(1, 40), depth=st.integers(1, 140), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
 def test_weights_are_rounded_by_less_than_a_step(channels, depth, scale, seed):

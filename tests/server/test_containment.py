@@ -332,7 +332,7 @@ def test_a_fault_in_the_middle_of_a_prompt_leaves_its_whole_pages_good(engine, m
     engine.cache.reset_prefix()
     engine._stepper.scheduler.max_batch_tokens = 16
     steps = []
-    replace_at(monkeypatch, engine, "_stepper.runner._pack", lambda chunks: steps.append(1) or len(steps) == 3)
+    replace_at(monkeypatch, engine, "_stepper.runner._pack", lambda *_: steps.append(1) or len(steps) == 3)
     assert isinstance(error_of(submit(engine, BAD)), StepFailed)
     engine._stepper.scheduler.max_batch_tokens = 64
     seen = collect(submit(engine, BAD))

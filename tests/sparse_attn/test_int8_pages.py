@@ -176,6 +176,32 @@ def test_native_prefill_behind_an_attention_sink(isa, apart):
     check(got, reference.attention(query, view, None, spec), WORDS)
 
 
+@pytest.mark.parametrize("nats", [-5000.0, -400.0, 400.0, 5000.0], ids="{:g}".format)
+def test_native_prefill_of_logits_of_any_size(isa, nats):
+    """Every other key has the largest logit; what is read is the mean of their values."""
+    generator = torch.Generator().manual_seed(0)
+    key = torch.zeros(256, 2, 64)
+    key[::2, :, 0], key[1::2, :, 0] = (1.0, 0.5) if nats > 0 else (0.5, 1.0)
+    value = torch.randint(0, 2, key.shape, generator=generator) * 2.0 - 1.0
+    query = torch.zeros(1, 6, 64)
+    query[..., 0] = 1.0 if nats > 0 else -1.0
+    out, _ = attention_native.prefill(query, one_sequence(key, value, 1), None, AttentionSpec(abs(nats)), isa=isa)
+    want = value[::2].mean(0).repeat_interleave(3, 0)
+    torch.testing.assert_close(out[0], want, rtol=1e-3, atol=1e-4)
+
+
+def test_a_large_value_takes_no_bits_from_those_who_do_not_see_it(isa):
+    generator = torch.Generator().manual_seed(0)
+    key, value = (torch.randn(200, 2, 64, generator=generator) for _ in range(2))
+    value[100] *= 1e5
+    query, spec = torch.randn(200, 6, 64, generator=generator), AttentionSpec(0.125)
+    view = one_sequence(key, value, 200)
+    got = attention_native.prefill(query, view, None, spec, isa=isa)
+    want = reference.attention(query, view, None, spec)
+    check([part[:96] for part in got], [part[:96] for part in want], WORDS)
+    check([part[100:] for part in got], [part[100:] for part in want], WORDS)
+
+
 @pytest.mark.parametrize("factor", [1e-24, 1e-12, 1e12, 1e30], ids="x{:g}".format)
 def test_native_prefill_of_values_of_any_size(isa, factor):
     """Large beside small in one block, and zeros."""

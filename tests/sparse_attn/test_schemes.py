@@ -141,8 +141,8 @@ def test_int8_pages_are_read_as_the_floats_they_stand_for(scheme, layer, monkeyp
                 patch.setattr(anchor, "_default_backend", lambda *_: "torch")
             outs = [world.run(spans, phase, layer)[0] for world in (eight, floats)]
         for got, want in zip(*outs, strict=True):
-            if words:  # multiplies words: queries have 16 bits
-                torch.testing.assert_close(got, want, atol=6e-5, rtol=1e-4)
+            if words:  # multiplies words: queries have 16 bits, and in prompts weights too
+                torch.testing.assert_close(got, want, atol=2e-4 if phase is Phase.PREFILL else 6e-5, rtol=1e-4)
             else:
                 close(got, want)
 

@@ -37,8 +37,8 @@ struct PackedNibbles {
 };
 
 // A byte per weight, for many rows, and steps as words, by which sums are multiplied as they are widened. An output
-// channel has a unit for them, a power of two, so that sums come out as those of PackedNibbles, to the bit, but for steps
-// that are less than a 128th of the largest: those are rounded by at most 2^-16 of it.
+// channel has a unit for those of a piece, a power of two, so that sums come out as those of PackedNibbles, to the bit, but
+// for steps that are less than a 128th of the largest: those are rounded by at most 2^-15 of it.
 struct UnpackedNibbles {
     uint8_t* weights;  // [groups][8][kBlock][4]
     int32_t* steps;    // [groups][kBlock], a word twice
@@ -63,7 +63,7 @@ struct UnpackedNibbles {
             __m256 top = Vec8::set(0x1p-50f);
             for (int64_t g = 0; g < groups; ++g) top = Vec8::max(top, _mm256_andnot_ps(Vec8::set(-0.0f), from.step(g, j)));
             // The largest step is 2^14 units and less than 2^15.
-            const __m256 power = _mm256_and_ps(_mm256_min_ps(top, Vec8::set(0x1p100f)), Vec8::set(__builtin_inff()));
+            const __m256 power = _mm256_and_ps(_mm256_min_ps(top, Vec8::set(0x1p127f)), Vec8::set(__builtin_inff()));
             const __m256 unit = Vec8::mul(power, Vec8::set(0x1p-14f)), inverse = Vec8::div(Vec8::set(1.0f), unit);
             Vec8::store(units + j * Vec8::W, unit);
             Vec8::store(units + kBlock + j * Vec8::W, inverse);

@@ -10,7 +10,8 @@
 //   Row                 the type of K and V in memory: T, or int8 (see quantised.h)
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
-//   kWords              or as pairs of words, with what a level of a column's is worth (word_values.h)
+//   kWords              or as pairs of words, and a column's levels are worth something (see word_values.h, whose engine
+//                       has ``choose_levels``, ``levels`` and ``worth``, and accumulates by what those are)
 //   kBytes              anchors (anchor.h) keep weights as bytes
 //   kPad                keys that the products round up to
 //   units(dim)          32-bit units of a query row: channels, or pairs of them
@@ -149,13 +150,13 @@ static inline float exponent_unit(const foveate_attention& call) {
 }
 
 // Caps and hides logits of keys [first, last) and one vector of columns, in place. Where they outgrow the reference by
-// more than 2^slack, moves it and the sums, those of ``dim`` channels of values too. Returns the reference; ``tops`` is the
-// largest logit of each column, if asked for.
+// more than 2^slack, moves it and the sums, those of ``dim`` channels of values too. Returns the reference; ``highest`` is
+// the largest logit of each column, if asked for.
 template <class Engine>
 FOVEATE_INLINE typename Engine::Simd::F raise_reference(const foveate_attention& call, PrefillState<Engine>& state, int v,
                                                         float* logits, const KeyBlock<typename Engine::Row>& block,
                                                         int first, int last, bool masked, float slack, int dim,
-                                                        typename Engine::Simd::F* tops = nullptr) {
+                                                        typename Engine::Simd::F* highest = nullptr) {
     using Simd = typename Engine::Simd;
     using F = typename Simd::F;
     constexpr int W = Simd::W;
@@ -179,7 +180,7 @@ FOVEATE_INLINE typename Engine::Simd::F raise_reference(const foveate_attention&
         top = Simd::max(Simd::max(tops[0], tops[1]), Simd::max(tops[2], tops[3]));
     }
 
-    if (tops) *tops = top;
+    if (highest) *highest = top;
     const float unit = exponent_unit(call);
     const F reference = Simd::load(state.reference + v * W);
     if (!Simd::any_above(top, Simd::add(reference, Simd::set(slack / unit)))) return reference;
@@ -354,6 +355,7 @@ FOVEATE_INLINE bool multiply(const foveate_attention& call, Engine& engine, cons
     const int padded = smaller(round_up(last, Engine::kPad), kBlock);
     engine.logits(block, state.queries + int64_t(v) * Engine::units(dim) * W, state.logits, first, last);
     if constexpr (Engine::kWords) {
+        engine.choose_levels(block, first, last);
         for (int c = 0; c < C; ++c) softmax_words<Engine>(call, engine, state, v, c, block, first, last, masked);
         engine.accumulate(state.logits, state.worths, state.outputs + int64_t(v) * dim * W, first, last);
     } else {

@@ -1,4 +1,4 @@
-// Logits of int8 keys on AVX2 by products of bytes, for anchors alone, at 1.7 times the rate of words: queries are rounded
+// Logits of int8 keys on AVX2 by products of bytes, for anchors alone, at 1.5 times the rate of words: queries are rounded
 // to 6 bits.
 //
 // AVX2's product of bytes adds two of them in 16 bits, which hold four of 63 and 127; so 64 products take two of those

@@ -1,10 +1,10 @@
-// Attention of prompts over int8 pages on AVX2 by products of words: those of weights and values too, which go twice as
+// Attention of prompts over int8 pages on AVX2 by products of words: those of weights and values too, which go 1.5 times as
 // fast as in float32.
 //
-// A weight is rounded to 16 bits of the largest that its column has in the block, so that a sink does not take the bits
-// of keys in other blocks; the value's scale is multiplied in before. So a product is off by 2^-16 of the largest at most,
-// where rounding values cost each 2^-8 of its own. Sums of 64 products of 127 and 32,767 fit 32 bits, and are added up in
-// float32 per block.
+// A weight, its value's scale multiplied in, is rounded to 16 bits of the largest weight that its column has in the block
+// times the largest scale that the pass reads there: so a sink does not take the bits of keys in other blocks. A product is
+// off by 2^-16 of those two at most, where rounding values cost each 2^-8 of its own. Sums of 64 products of 127 and 32,767
+// fit 32 bits, and are added up in float32 per block.
 #pragma once
 
 #include "word_engine.h"
@@ -37,22 +37,20 @@ struct WordValueEngine : WordEngine<Result> {
                 store(pair + d + 8, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)));
             }
         }
-        float top = 0x1p-100f;  // less would make weights overflow
-        unknown_ = block.count;
-        for (int i = block.count - 1; i >= 0; --i) {
-            if (block.value_scales[i] > top) top = block.value_scales[i];
-            if (!(block.value_scales[i] <= __FLT_MAX__)) unknown_ = i;
-        }
-        levels_ = 32767.0f / top;
+        set_levels(block, 0, block.count);
+        first_ = 0, last_ = block.count;
     }
 
-    // A weight of 1 is so many levels over the value's scale; what one is worth, if all keys [first, last) are numbers.
-    float levels() const { return levels_; }
-    float worth(const KeyBlock<Row>& block, int first, int last) const {
-        for (int k = larger(first, unknown_); k < last; ++k)
-            if (!(block.value_scales[k] <= __FLT_MAX__)) return __builtin_nanf("");
-        return 1.0f / levels_;
+    // Of the keys [first, last), which a pass reads.
+    void choose_levels(const KeyBlock<Row>& block, int first, int last) {
+        if (first == first_ && last == last_) return;
+        set_levels(block, first, last);
+        first_ = first, last_ = last;
     }
+
+    // A weight of 1 is so many levels over the value's scale, and what one is worth: NaN if not all values are numbers.
+    float levels() const { return levels_; }
+    float worth() const { return sound_ ? 1.0f / levels_ : __builtin_nanf(""); }
 
     // Two vectors of levels, ``a`` in the low halves.
     static FOVEATE_INLINE void store_pair(float* p, __m256 a, __m256 b) {
@@ -69,6 +67,16 @@ struct WordValueEngine : WordEngine<Result> {
 
 private:
     static constexpr int kChannels = 3;  // as many sums as for logits
+
+    void set_levels(const KeyBlock<Row>& block, int first, int last) {
+        float top = 0x1p-100f;  // less would make weights overflow
+        sound_ = true;
+        for (int k = first; k < last; ++k) {
+            top = block.value_scales[k] > top ? block.value_scales[k] : top;
+            sound_ &= block.value_scales[k] <= __FLT_MAX__;
+        }
+        levels_ = 32767.0f / top;
+    }
 
     static FOVEATE_INLINE void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
@@ -108,7 +116,8 @@ private:
 
     int32_t* pairs_;  // [kBlock / 2][dim]
     float levels_ = 0.0f;
-    int unknown_ = 0;  // first key whose values are not finite
+    bool sound_ = true;
+    int first_ = 0, last_ = 0;
 };
 
 template <class Engine>
@@ -122,9 +131,10 @@ FOVEATE_INLINE void softmax_words(const foveate_attention& call, const Engine& e
     const F reference =
         raise_reference<Engine>(call, state, v + c, logits, block, first, last, masked, kSlack, call.head_dim, &top);
     const F factor = Simd::set(exponent_unit(call));
-    const F offset = Simd::fmsub(Simd::finite(top), factor, Simd::set(std::log2(engine.levels())));
+    // The difference first: rounded with the levels, an exponent of a large logit would be off by more than one of them.
+    const F most = Simd::finite(top), levels = Simd::set(std::log2(engine.levels()));
     auto weight = [&](int k) {
-        return Simd::template exp2<true>(Simd::fmsub(Simd::load(logits + k * W), factor, offset));
+        return Simd::template exp2<true>(Simd::fma(Simd::sub(Simd::load(logits + k * W), most), factor, levels));
     };
     const auto scale = [&](int k) { return Simd::set(block.value_scales[k]); };
     F sums[2] = {Simd::zero(), Simd::zero()};
@@ -147,7 +157,7 @@ FOVEATE_INLINE void softmax_words(const foveate_attention& call, const Engine& e
                 Simd::fma(sum, Simd::mul(moved, Simd::set(1.0f / engine.levels())), Simd::load(state.sums + (v + c) * W)));
     // Levels of what is not finite are numbers all the same: their worth is not.
     const F unsound = Simd::sub(sum, sum);
-    Simd::store(state.worths + c * W, Simd::fma(moved, Simd::set(engine.worth(block, first, last)), unsound));
+    Simd::store(state.worths + c * W, Simd::fma(moved, Simd::set(engine.worth()), unsound));
 }
 
 }  // namespace
