@@ -37,14 +37,19 @@ struct WordValueEngine : WordEngine<Result> {
                 store(pair + d + 8, _mm256_cvtepi8_epi16(_mm_unpackhi_epi8(a, b)));
             }
         }
-        set_levels(block, 0, block.count);
-        first_ = 0, last_ = block.count;
+        last_ = 0;  // of no pass
     }
 
-    // Of the keys [first, last), which a pass reads.
+    // Of the keys [first, last), which a pass reads; most passes read all of a block.
     void choose_levels(const KeyBlock<Row>& block, int first, int last) {
         if (first == first_ && last == last_) return;
-        set_levels(block, first, last);
+        float top = 0x1p-100f;  // less would make weights overflow
+        sound_ = true;
+        for (int k = first; k < last; ++k) {
+            top = block.value_scales[k] > top ? block.value_scales[k] : top;
+            sound_ &= block.value_scales[k] <= __FLT_MAX__;
+        }
+        levels_ = 32767.0f / top;
         first_ = first, last_ = last;
     }
 
@@ -67,16 +72,6 @@ struct WordValueEngine : WordEngine<Result> {
 
 private:
     static constexpr int kChannels = 3;  // as many sums as for logits
-
-    void set_levels(const KeyBlock<Row>& block, int first, int last) {
-        float top = 0x1p-100f;  // less would make weights overflow
-        sound_ = true;
-        for (int k = first; k < last; ++k) {
-            top = block.value_scales[k] > top ? block.value_scales[k] : top;
-            sound_ &= block.value_scales[k] <= __FLT_MAX__;
-        }
-        levels_ = 32767.0f / top;
-    }
 
     static FOVEATE_INLINE void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
