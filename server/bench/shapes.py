@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,24 @@ class Shape:
     vocab: int
     context: int = 131_072
     tied: bool = True
+
+    def config(self, vocab: int | None = None) -> dict[str, Any]:
+        """Fields of the family's config in ``transformers``; ``vocab`` tokens instead of the shape's own."""
+        return {
+            "vocab_size": vocab or self.vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.intermediate,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv_heads,
+            "head_dim": self.head_dim,
+            "max_position_embeddings": self.context,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6},
+            "tie_word_embeddings": self.tied,
+            "bos_token_id": None,
+            "eos_token_id": None,
+            "pad_token_id": None,
+        }
 
 
 SHAPES = {

@@ -67,19 +67,7 @@ def load_synthetic(shape: str, options: EngineOptions, seed: int, vocab: int | N
         dtype if isinstance(dtype, torch.dtype) else torch.bfloat16,
         device,
         seed,
-        vocab_size=vocab or known.vocab,
-        hidden_size=known.hidden,
-        intermediate_size=known.intermediate,
-        num_hidden_layers=known.layers,
-        num_attention_heads=known.heads,
-        num_key_value_heads=known.kv_heads,
-        head_dim=known.head_dim,
-        max_position_embeddings=known.context,
-        rope_parameters={"rope_type": "default", "rope_theta": 1e6},
-        tie_word_embeddings=known.tied,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
+        **known.config(vocab),
     )
     return ready(model, LetterTokenizer(), options)
 

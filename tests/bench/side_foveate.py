@@ -1,4 +1,4 @@
-"""Our side of a comparison: answers prompts as ``turns`` says. Started by ``compare_openvino.py``."""
+"""Our side of a comparison: answers prompts as ``turns`` says. Started by ``compare_peers.py``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""OpenVINO GenAI's side of a comparison: answers prompts as ``turns`` says. Started by ``compare_openvino.py``.
+"""OpenVINO GenAI's side of a comparison: answers prompts as ``turns`` says. Started by ``compare_peers.py``.
 
 Runs in an environment of its own, which has ``openvino-genai`` and not necessarily anything of ours.
 """

@@ -6,7 +6,8 @@ whole run that is fair; of two answers that took different minutes of it, it is 
 
 A process, here a side, answers prompts: it writes ``{"event": "ready"}`` when its model is loaded; reads a line with
 the path of a JSON file, ``{"ids": [...], "new_tokens": n}``; and writes ``{"event": "first"}`` with the first token and
-``{"event": "last", "ids": [...]}`` with the last, ``ids`` being those of the answer. Other lines are its own affair.
+``{"event": "last", "ids": [...]}`` with the last, ``ids`` being those of the answer (and ``"tokens": n`` beside them if
+it cannot name all of its n). Other lines are its own affair.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Answer:
     ids: tuple[int, ...]
 
 
-def _die_with_parent() -> None:
+def die_with_parent() -> None:
     """In a child: no stopped process is left behind, however this one ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
 
@@ -80,7 +81,7 @@ class Side:
             text=True,
             errors="replace",
             start_new_session=True,
-            preexec_fn=_die_with_parent,
+            preexec_fn=die_with_parent,
         )
         self.pid = self._process.pid
         self._events: queue.SimpleQueue[tuple[float, dict[str, Any] | None]] = queue.SimpleQueue()
@@ -139,7 +140,7 @@ class Side:
                 if event["event"] == "first":
                     self._first = ran
                 elif event["event"] == "last":
-                    self._finish(ran, event["ids"])
+                    self._finish(ran, event["ids"], event.get("tokens", len(event["ids"])))
         finally:
             self._signal(signal.SIGSTOP)
             with suppress(ChildProcessError):  # until its last thread has stopped
@@ -157,10 +158,10 @@ class Side:
             self._process.stdin.write(f"{prompt}\n")
             self._process.stdin.flush()
 
-    def _finish(self, ran: float, ids: Sequence[int]) -> None:
-        if self._first is None or len(ids) < 2:
-            raise SideFailed(f"{self.name} answered {len(ids)} tokens, without a first and a last")
-        self.answers.append(Answer(self._first, (ran - self._first) / (len(ids) - 1), tuple(ids)))
+    def _finish(self, ran: float, ids: Sequence[int], tokens: int) -> None:
+        if self._first is None or tokens < 2:
+            raise SideFailed(f"{self.name} answered {tokens} tokens, without a first and a last")
+        self.answers.append(Answer(self._first, (ran - self._first) / (tokens - 1), tuple(ids)))
         self._asked = False
 
     def _next(self, timeout: float | None) -> tuple[float, dict[str, Any]]:

@@ -104,3 +104,40 @@ def test_what_a_dead_side_said_is_told(prompts, tells):
     dies = [sys.executable, "-c", program]
     with pytest.raises(SideFailed, match=r"(?s)second ended with 1.*no such model"):
         take_turns({"first": command(0.001), "second": dies}, prompts, prompts[0], EVEN)
+
+
+LLAMA_SERVER = """#!{python}
+import json, sys
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self): self.send_response(200); self.end_headers()
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        assert asked["cache_prompt"] is False and asked["temperature"] == 0
+        self.send_response(200); self.end_headers()
+        pieces = [dict(tokens=[token], tokens_predicted=number) for number, token in enumerate(asked["prompt"][:2], 1)]
+        for piece in [*pieces, dict(tokens=[], tokens_predicted=asked["n_predict"], stop=True)]:
+            self.wfile.write(b"data: " + json.dumps(piece).encode() + b"\\n\\n")
+
+HTTPServer(("127.0.0.1", int(sys.argv[sys.argv.index("--port") + 1])), Handler).serve_forever()
+"""
+
+
+def llamacpp(server: str) -> list[str]:
+    side = [sys.executable, str(BENCH / "side_llamacpp.py"), server, "model.gguf"]
+    return [*side, "--threads", "1", "--max-context", "64", "--kv-dtype", "f16"]
+
+
+def test_the_side_of_llamacpp_counts_tokens_that_its_server_does_not_name(prompts, tmp_path):
+    server = tmp_path / "llama-server"
+    server.write_text(LLAMA_SERVER.format(python=sys.executable))
+    server.chmod(0o755)
+    answers = take_turns({"llama.cpp": llamacpp(str(server))}, prompts[1:], prompts[0], {"llama.cpp": 10})
+    assert [answer.ids for answer in answers["llama.cpp"]] == [(1, 1), (2, 2)]  # of 3 and 4 tokens
+    assert all(answer.token_seconds >= 0 for answer in answers["llama.cpp"])
+
+
+def test_a_llama_server_that_ends_is_told(prompts):
+    with pytest.raises(SideFailed, match="llama-server ended with 1"):
+        take_turns({"llama.cpp": llamacpp("false")}, prompts, prompts[0], {"llama.cpp": 10})

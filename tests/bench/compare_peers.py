@@ -1,14 +1,17 @@
-"""Long prompts beside OpenVINO GenAI, in one run whose sides take turns: first token, decode, and is a fact found?
+"""Long prompts beside OpenVINO GenAI and llama.cpp, sides taking turns: first token, decode, is a fact found?
 
-    python tests/bench/compare_openvino.py MODEL --exported FOLDER --python ENV/bin/python [--lengths 2048,8192,32000]
+    python tests/bench/compare_peers.py MODEL --openvino FOLDER --python ENV/bin/python [--lengths 2048,8192,32000]
+    python tests/bench/compare_peers.py MODEL --llama-server BUILD/bin/llama-server --gguf FILE [--lengths 2048,8192]
 
-MODEL is a Hugging Face directory or a packaged name, FOLDER the same model as OpenVINO takes it, ENV an environment
+MODEL is a Hugging Face directory or a packaged name. FOLDER is the same model as OpenVINO takes it, ENV an environment
 with OpenVINO. ``foveate pull`` prints the directory of a packaged model:
 
     python -m venv ENV && ENV/bin/pip install openvino-genai "optimum-intel[openvino]"
     ENV/bin/optimum-cli export openvino -m DIRECTORY --task text-generation-with-past --weight-format fp16 FOLDER
 
 Export with ``--weight-format int4 --group-size 64 --ratio 1.0`` for OpenVINO's 4 bits; ours are ``--quantization``.
+FILE is the same model as llama.cpp takes it (its ``convert_hf_to_gguf.py DIRECTORY`` and ``llama-quantize`` make one).
+llama.cpp is built for the machine: ``cmake -B BUILD -DGGML_NATIVE=ON && cmake --build BUILD --target llama-server``.
 
 Only one side runs at a time, for ``--turn`` seconds (ours for ``--our-turn``), the others are stopped: what else the
 machine does slows all of them alike over the whole run (``turns.py``). Who is done begins again until the slowest is
@@ -47,13 +50,17 @@ DEPTHS = (0.35, 0.65, 0.1, 0.9)
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", help="packaged name or directory")
-    parser.add_argument("--exported", required=True, help="folder of the same model as OpenVINO takes it")
-    parser.add_argument("--python", required=True, help="interpreter of an environment with openvino-genai")
+    parser.add_argument("--openvino", metavar="FOLDER", help="the same model as OpenVINO takes it")
+    parser.add_argument("--python", help="interpreter of an environment with openvino-genai, for --openvino")
     parser.add_argument("--modes", default="dense,trishape", help="what OpenVINO runs (default: %(default)s)")
+    parser.add_argument("--cache-gib", type=int, default=1, help="OpenVINO's keys and values (default: %(default)s)")
+    parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server")
+    parser.add_argument("--gguf", metavar="FILE", help="the same model as llama.cpp takes it, for --llama-server")
+    parser.add_argument("--gguf-kv", default="f16", help="type of llama.cpp's keys and values (default: %(default)s)")
     parser.add_argument("--attention", type=json.loads, action="append", help="our policy, as JSON; may be repeated "
                         '(default: {"scheme": "kascade"})')  # fmt: skip
     parser.add_argument("--quantization", default="int4", help="ours (default: %(default)s)")
-    parser.add_argument("--kv-dtype", default="int8", help="ours (default: %(default)s; theirs is u8)")
+    parser.add_argument("--kv-dtype", default="int8", help="ours (default: %(default)s; OpenVINO's is u8)")
     parser.add_argument(
         "--profile", action="append", default=[], help="of `foveate calibrate`, where the scheme needs one"
     )
@@ -64,7 +71,6 @@ def main() -> int:
     parser.add_argument("--turn", type=float, default=10, help="seconds of a turn (default: %(default)s)")
     parser.add_argument("--our-turn", type=float, help="seconds of a turn of ours: a third of --turn, say, where we "
                         "are several times as quick, saves us answers and you time (default: --turn)")  # fmt: skip
-    parser.add_argument("--cache-gib", type=int, default=1, help="OpenVINO's keys and values (default: %(default)s)")
     args = parser.parse_args()
     if args.new_tokens < 2:
         parser.error("--new-tokens must be at least 2: a first token, and another to measure decode by")
@@ -74,8 +80,16 @@ def main() -> int:
         parser.error("--turn and --our-turn are seconds, more than 0")
     if unknown := set(args.modes.split(",")) - {"dense", "trishape"}:
         parser.error(f"--modes: {', '.join(sorted(unknown))} is neither dense nor trishape")
-    if shutil.which(args.python) is None:
-        parser.error(f"--python: {args.python} cannot be run")
+    if not (args.openvino or args.llama_server):
+        parser.error("beside whom? --openvino FOLDER --python ENV/bin/python, or --llama-server PROGRAM --gguf FILE")
+    for model, program in (("openvino", "python"), ("gguf", "llama_server")):
+        path, runs = getattr(args, model), getattr(args, program)
+        if (path is None) != (runs is None):
+            parser.error(f"--{model} and --{program.replace('_', '-')} go together")
+        if path is not None and not Path(path).exists():
+            parser.error(f"--{model}: {path} is not there")
+        if runs is not None and shutil.which(runs) is None:
+            parser.error(f"--{program.replace('_', '-')}: {runs} cannot be run")
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
     rows: list[dict[str, Any]] = []
     code = 0
@@ -122,14 +136,21 @@ def compare(args: argparse.Namespace, tokenizer: Any, length: int) -> list[dict[
 
 def commands(args: argparse.Namespace, length: int) -> dict[str, list[str]]:
     """How each side is started."""
+    context = str(max(length, WARM_UP_TOKENS) + args.new_tokens)
+    threads = ["--threads", str(torch.get_num_threads())]
     mine = [sys.executable, str(HERE / "side_foveate.py"), args.model, "--quantization", args.quantization]
-    mine += ["--kv-dtype", args.kv_dtype, "--max-context", str(max(length, WARM_UP_TOKENS) + args.new_tokens)]
+    mine += ["--kv-dtype", args.kv_dtype, "--max-context", context]
     mine += [word for profile in args.profile for word in ("--profile", profile)]
-    theirs = [args.python, str(HERE / "side_openvino.py"), args.exported, "--threads", str(torch.get_num_threads())]
-    theirs += ["--cache-gib", str(args.cache_gib)]
-    ours = {f"foveate {json.dumps(item)}": [*mine, "--attention", json.dumps(item)]
-            for item in args.attention or [{"scheme": "kascade"}]}  # fmt: skip
-    return ours | {f"openvino {mode}": [*theirs, "--mode", mode] for mode in args.modes.split(",")}
+    sides = {f"foveate {json.dumps(item)}": [*mine, "--attention", json.dumps(item)]
+             for item in args.attention or [{"scheme": "kascade"}]}  # fmt: skip
+    if args.openvino:
+        theirs = [args.python, str(HERE / "side_openvino.py"), args.openvino, *threads]
+        theirs += ["--cache-gib", str(args.cache_gib)]
+        sides |= {f"openvino {mode}": [*theirs, "--mode", mode] for mode in args.modes.split(",")}
+    if args.llama_server:
+        theirs = [sys.executable, str(HERE / "side_llamacpp.py"), args.llama_server, args.gguf, *threads]
+        sides[f"llama.cpp {args.gguf_kv}"] = [*theirs, "--max-context", context, "--kv-dtype", args.gguf_kv]
+    return sides
 
 
 def turn_seconds(args: argparse.Namespace, name: str) -> float:
@@ -161,7 +182,8 @@ def row(
     return {
         "side": name,
         "model": args.model,
-        "exported": args.exported,
+        "openvino": args.openvino,
+        "gguf": args.gguf,
         "quantization": args.quantization,
         "kv_dtype": args.kv_dtype,
         "prompt_tokens": length,
