@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -16,8 +17,10 @@ from foveate.sparse_attn.protocol import Scheme
 
 from .errors import AttachError, UnsupportedModel
 from .families import ModelFacts, facts
+from .fingerprint import fingerprint
 from .hook import StepHook
 from .interface import NAME, register
+from .profiles import profiles_for
 from .rotary import ModelRotary
 
 # Bound of a pool that nobody gave a size. On a CPU its pages cost memory only once written.
@@ -130,6 +133,7 @@ def attach(
     *,
     page_size: int | None = None,
     num_pages: int | None = None,
+    profile: Sequence[str | Path] = (),
 ) -> Attached:
     """Makes a model run on paged attention: forward, ``generate()``, or steps of the caller's own.
 
@@ -140,6 +144,8 @@ def attach(
             context length, of at most 4 GiB.
         page_size: Tokens per page of that pool.
         num_pages: Pages of that pool.
+        profile: Files of profiles of this model (``foveate calibrate``), for schemes that need one. Those that come
+            with the package are found by themselves.
 
     Returns:
         The attachment: call ``.detach()``, or use it in a ``with`` statement.
@@ -147,13 +153,13 @@ def attach(
     Raises:
         AttachError: the model is attached already.
         UnsupportedModel: its attention is not one that pages can serve.
-        SchemeError: no such scheme or option, or a profile is missing.
+        SchemeError: no such scheme or option, or a profile is missing or of another model.
     """
     if cache is not None and (page_size is not None or num_pages is not None):
         raise ValueError("a cache has its own page_size and num_pages")
     if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
         raise UnsupportedModel("the model lies on several devices, the pages on one")
-    scheme = _scheme(policy)
+    scheme = _scheme(model, policy, profile)
     if cache is not None:
         _check_fit(cache.pool.geometry, facts(model.config))
         cache.pool.declare(scheme.page_stats(cache.pool.geometry))
@@ -170,15 +176,16 @@ def attach_engine(model: PreTrainedModel) -> Attached:
     return Attached(model)
 
 
-def _scheme(policy: str | Scheme | Mapping[str, Any]) -> Scheme:
+def _scheme(model: PreTrainedModel, policy: str | Scheme | Mapping[str, Any], profile: Sequence[str | Path]) -> Scheme:
     if isinstance(policy, Scheme):
+        if profile:
+            raise ValueError("a scheme has its own profile: give its name and options, or no `profile`")
         return policy
-    if isinstance(policy, str):
-        return registry.build(policy)
-    options = dict(policy)
+    options = {"scheme": policy} if isinstance(policy, str) else dict(policy)
     if "scheme" not in options:
         raise ValueError(f"a policy names its scheme: {{'scheme': ...}}, one of {', '.join(registry.names())}")
-    return registry.build(options.pop("scheme"), **options)
+    name = options.pop("scheme")
+    return registry.build(name, profiles_for(fingerprint(model), profile), **options)
 
 
 def _configs(model: PreTrainedModel) -> Iterator[PreTrainedConfig]:

@@ -16,7 +16,7 @@ def profiles_for(fingerprint: Mapping[str, Any], paths: Sequence[str | Path]) ->
     """Profiles by scheme; a given file wins over one that comes with the package.
 
     Args:
-        fingerprint: The model's, see ``patches.fingerprint``.
+        fingerprint: The model's, see ``fingerprint.py``.
         paths: Files of profiles.
 
     Raises:
@@ -38,5 +38,5 @@ def profiles_for(fingerprint: Mapping[str, Any], paths: Sequence[str | Path]) ->
 
 def shipped() -> list[Path]:
     """Profiles that come with the package."""
-    folder = Path(str(resources.files("foveate.server"))) / "data"
+    folder = Path(str(resources.files("foveate.patches"))) / "data"
     return sorted(folder.glob("*.safetensors"))

@@ -15,6 +15,7 @@ from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.patches.attach import Attached, attach_engine
 from foveate.patches.families import VERIFIED, facts
 from foveate.patches.fingerprint import fingerprint
+from foveate.patches.profiles import profiles_for
 from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.tune import tune
@@ -26,7 +27,6 @@ from .exceptions import InvalidRequest
 from .memory import tune_allocator
 from .options import EngineOptions
 from .packaged import resolve
-from .profiles import profiles_for
 
 log = logging.getLogger(__name__)
 

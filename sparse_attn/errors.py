@@ -33,7 +33,8 @@ class CalibrationMissing(SchemeError):
         self.scheme = scheme
         super().__init__(
             f"{scheme} needs a profile of this model. Make one with "
-            f"`foveate calibrate MODEL --scheme {scheme} -o PROFILE` and give it: `--profile PROFILE`"
+            f"`foveate calibrate MODEL --scheme {scheme} -o PROFILE` and give it: `--profile PROFILE`, "
+            "in Python `profile=[PROFILE]`"
         )
 
 

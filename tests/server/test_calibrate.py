@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+import foveate
+from foveate.patches.profiles import profiles_for, shipped
 from foveate.server import calibrate, cli
 from foveate.server.calibration_text import documents, windows
 from foveate.server.llm import LLM
-from foveate.server.profiles import profiles_for, shipped
 from foveate.server.request import SamplingParams
 from foveate.sparse_attn import registry
-from foveate.sparse_attn.errors import ProfileError
+from foveate.sparse_attn.errors import CalibrationMissing, ProfileError
 from foveate.sparse_attn.profile import Profile
 
 KASCADE = ("--scheme", "kascade", "--samples", "4", "--tokens", "100", "--dtype", "float32")
@@ -26,6 +27,17 @@ KASCADE = ("--scheme", "kascade", "--samples", "4", "--tokens", "100", "--dtype"
 
 def run(model, output, *options):
     return cli.main(["calibrate", str(model), *KASCADE, "-o", str(output), *options])
+
+
+POLICY = {"scheme": "kascade", "anchors": 1, "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 8}
+POLICY |= {"dense_tail_tokens": 0}
+PROMPT = list(range(1, 120)) * 2
+
+
+def served(model_dir, profile_file):
+    with LLM(model_dir, profile=[str(profile_file)], dtype="float32", kv_cache_gib=0.01) as llm:
+        [answer] = llm.generate([PROMPT], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True), POLICY)
+    return answer
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +54,21 @@ def test_a_profile_is_written_and_served(model_dir, profile_file):
     assert profile.options["sample_tokens"] == 100
     assert profile.tensors["anchors.2"].tolist() == [0, 1]
     assert list(profile_file.parent.iterdir()) == [profile_file], "nothing else is left"
-    policy = {"scheme": "kascade", "anchors": 1, "budget_tokens": 8, "sink_tokens": 2, "window_tokens": 8}
-    with LLM(model_dir, profile=[str(profile_file)], dtype="float32", kv_cache_gib=0.01) as llm:
-        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
-        [answer] = llm.generate([list(range(1, 120)) * 2], params, policy | {"dense_tail_tokens": 0})
+    answer = served(model_dir, profile_file)
     assert answer.usage.scheme == "kascade"
     assert 0 < answer.usage.keys_read_fraction < 0.8
+
+
+def test_a_model_attached_with_a_profile_answers_as_the_served_one(model_dir, profile_file):
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with foveate.attach(model, POLICY, profile=[profile_file]) as attached:
+        ids = model.generate(torch.tensor([PROMPT]), max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert 0 < attached.keys_read_fraction < 0.8
+    assert ids[0, len(PROMPT) :].tolist() == list(served(model_dir, profile_file).token_ids)
+    with pytest.raises(ValueError, match="has its own profile"):
+        foveate.attach(model, registry.build("dense"), profile=[profile_file])
+    with pytest.raises(CalibrationMissing, match=r"profile=\[PROFILE\]"):
+        foveate.attach(model, "kascade")
 
 
 def test_the_same_call_makes_the_same_profile(model_dir, profile_file, tmp_path):
@@ -196,3 +217,6 @@ def test_profiles_that_come_with_the_package_are_sound(path):
 def test_the_packaged_model_needs_no_profile_to_be_given(smollm_dir):
     with LLM(str(smollm_dir), kv_cache_gib=0.1) as llm:
         assert llm.engine.build_scheme({"scheme": "kascade"}).profile is not None
+    model = AutoModelForCausalLM.from_pretrained(smollm_dir)
+    with foveate.attach(model, "kascade") as attached:
+        assert attached.scheme.profile is not None
