@@ -51,8 +51,8 @@ def anchor_scores(
     Returns:
         ``[len(rows), K, U]`` float32, K = G or 1, U the end of the last of these tiles; 0 for keys
         that a tile does not see. Without sinks the sum over U is (queries of the tile) * (heads pooled).
-        Only of a prompt's int8 pages on a CPU that has no more than AVX2, each query's share in a
-        score is rounded, by up to a tenth: they are there to rank keys (``native/anchor.h``).
+        Of a prompt's int8 pages on a CPU each query's share in a score is rounded, by up to a tenth: they are there
+        to rank keys (``native/anchor.h``).
 
     Raises:
         ValueError: shapes do not fit, or the layer has a window of its own.

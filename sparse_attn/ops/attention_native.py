@@ -97,7 +97,7 @@ def run(
         head_dim=dim,
         page_size=view.page_size,
         nearest=spec.band.nearest,
-        farthest=NO_END if spec.band.farthest is None else spec.band.farthest,
+        farthest=NO_END if spec.band.farthest is None else min(spec.band.farthest, NO_END),
         scale=spec.scale,
         softcap=spec.softcap,
         dtype=DTYPES[query.dtype],

@@ -29,7 +29,8 @@ def thresholded(
         if spec.softcap:
             logits = spec.softcap * torch.tanh(logits / spec.softcap)
         theta = plan.theta[part].T.float()[..., None]
-        read = _read(logits > theta, visible, plan, group)
+        # What is not a number is read too, and tells on the output.
+        read = _read(~(logits <= theta), visible, plan, group)
         peak = logits.masked_fill(~visible, float("-inf")).amax(-1, keepdim=True)
         # A query that sees nothing has peak -inf, and -inf - -inf is NaN.
         shift = peak.masked_fill(peak == float("-inf"), 0.0)
@@ -44,11 +45,12 @@ def thresholded(
             weights, dropped = weights * down, dropped * down
             denominator = denominator * down + torch.exp(sink.clamp(max=0.0))
         # Nothing read and nothing that stands for the rest: zero.
-        weights = (weights * read / denominator).nan_to_num(0.0)
+        denominator = denominator.masked_fill(denominator == 0, 1.0)
+        weights = weights * read / denominator
         out[part] = torch.einsum("hqk,hkd->qhd", weights, values)
         if plan.value_mean:
             mean = torch.einsum("hqk,hkd->qhd", visible / visible.sum(-1, keepdim=True).clamp(min=1), values)
-            out[part] += (dropped / denominator).nan_to_num(0.0).transpose(0, 1) * mean
+            out[part] += (dropped / denominator).transpose(0, 1) * mean
         lse[part] = (shift + total.log())[..., 0].T
         kept[part] = read.sum(-1, dtype=torch.int32).T
     return out.to(query.dtype), lse, kept

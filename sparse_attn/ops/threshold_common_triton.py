@@ -81,7 +81,7 @@ def read_above(
         visible = known[None, :] & (distance >= nearest)
         if farthest is not None:
             visible = visible & (distance < farthest)
-        above = logits > theta[:, None]
+        above = (logits <= theta[:, None]) == 0  # what is not a number is read too, and tells on the output
         if UNION:
             of_query = tl.reshape(above.to(tl.int32), [BLOCK_ROWS // FOLD, FOLD, BLOCK_KEYS])
             by_any = tl.max(of_query, 1)[:, None, :].broadcast_to(BLOCK_ROWS // FOLD, FOLD, BLOCK_KEYS)
@@ -132,8 +132,8 @@ def compensated(
         rest = tl.zeros_like(total)
     # Where nothing is left out there is nothing to make up for, whatever was expected.
     rest = tl.where(count < visible, rest * scale, 0.0)
-    seen = total > 0
-    lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
+    unseen = total <= 0
+    lse = tl.where(unseen, float("-inf"), (peak + tl.log2(tl.where(unseen, 1.0, total))) * LN2)
     factor = tl.full(total.shape, 1.0, tl.float32)
     whole = total + rest
     if sink is not None:
@@ -143,7 +143,7 @@ def compensated(
         shift = tl.where(top == float("-inf"), 0.0, top)
         factor = tl.exp2(peak - shift)
         whole = whole * factor + tl.exp2(sink - shift)
-    factor = factor / tl.where(whole > 0, whole, 1.0)
+    factor = factor / tl.where(whole <= 0, 1.0, whole)
     return factor, rest * factor, lse
 
 

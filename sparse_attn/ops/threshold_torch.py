@@ -80,7 +80,7 @@ def thresholded(query: torch.Tensor, view: PagedView, plan: ScoreThreshold, spec
             start += count
         if plan.dropped_sum == "exact" and not decoding:
             # Rounding can make a part larger than the whole.
-            share = torch.exp((parts.lse - lse).nan_to_num(0.0).clamp(max=0.0))
+            share = _share(parts.lse, lse).clamp(max=1.0)
             parts.rest = lse + torch.log1p(-share)
     out = _compensated(parts, view, plan, spec)
     return out.to(query.dtype), parts.lse, parts.kept
@@ -101,15 +101,19 @@ def _compensated(parts: _Parts, view: PagedView, plan: ScoreThreshold, spec: Att
     denominator = torch.logaddexp(parts.lse, dropped)
     if spec.sinks is not None:
         denominator = torch.logaddexp(denominator, spec.sinks.float())
-    # Nothing read and nothing that stands for the rest: -inf - -inf, which is to be zero.
-    out = parts.out * torch.exp(parts.lse - denominator).nan_to_num(0.0)[..., None]
+    out = parts.out * _share(parts.lse, denominator)[..., None]
     if plan.value_mean:
-        lost = torch.exp(dropped - denominator).nan_to_num(0.0)
+        lost = _share(dropped, denominator)
         tokens, heads, dim = out.shape
         mean = causal_value_mean(view)
         grouped = out.view(tokens, mean.shape[1], -1, dim)
         grouped.addcmul_(lost.view(tokens, mean.shape[1], heads // mean.shape[1], 1), mean[:, :, None])
     return out
+
+
+def _share(part: torch.Tensor, whole: torch.Tensor) -> torch.Tensor:
+    """``exp(part - whole)``; 0 of nothing, where both are -inf."""
+    return torch.exp(part - whole.masked_fill(whole == LOWEST, 0.0))
 
 
 def _visible_counts(view: PagedView, band: Band) -> torch.Tensor:
@@ -146,7 +150,7 @@ def _decode(
     logits = _scores(rows, view.pages.key_rows(rows.dtype), pages)[..., own].float() * spec.scale
     logits = _soft_capped(logits, spec)
     theta = plan.theta[sequence].view(kv_heads, -1, 1)
-    read = logits > theta
+    read = ~(logits <= theta)  # what is not a number is read too, and tells on the output
     if plan.union:
         read = read.any(1, keepdim=True).expand_as(read).contiguous()
     read[..., : max(0, plan.sink_tokens - begin)] = True
@@ -260,7 +264,7 @@ def _block(
     else:
         logits = torch.bmm(rows, keys.transpose(1, 2))
     logits = _soft_capped(logits.mul_(spec.scale), spec).view(*shape, length)
-    read = logits > folded(plan.theta[own][..., None]).to(logits.dtype)
+    read = ~(logits <= folded(plan.theta[own][..., None]).to(logits.dtype))
     if plan.union:
         read = read.any(1, keepdim=True).expand_as(read).contiguous()
     read[..., : max(0, plan.sink_tokens - begin)] = True

@@ -150,7 +150,7 @@ class PreparedLayer:
             key_token_stride=strides[1],
             value_token_stride=strides[2],
             rotates=rotates,
-            farthest=NO_END if spec.band.farthest is None else spec.band.farthest,
+            farthest=NO_END if spec.band.farthest is None else min(spec.band.farthest, NO_END),
             scale=spec.scale,
             softcap=spec.softcap,
         )

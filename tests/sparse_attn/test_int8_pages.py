@@ -190,15 +190,21 @@ def test_native_prefill_of_logits_of_any_size(isa, nats):
     torch.testing.assert_close(out[0], want, rtol=1e-3, atol=1e-4)
 
 
-def test_a_large_value_takes_no_bits_from_those_who_do_not_see_it(isa):
+@pytest.mark.parametrize("heads", [2, 6], ids=["group1", "group3"])  # a pass is of 24 queries, or of 8
+@pytest.mark.parametrize("seen", ["unseen", "hardly-weighed"])
+def test_a_large_value_takes_no_bits_from_others(isa, heads, seen):
+    """Before it and in its own pass; and from those who see it with a weight that makes little of it."""
     generator = torch.Generator().manual_seed(0)
     key, value = (torch.randn(200, 2, 64, generator=generator) for _ in range(2))
+    query, spec = torch.randn(200, heads, 64, generator=generator), AttentionSpec(0.125)
+    query[..., 0], key[..., 0] = 1.0, 0.0
     value[100] *= 1e5
-    query, spec = torch.randn(200, 6, 64, generator=generator), AttentionSpec(0.125)
+    if seen == "hardly-weighed":
+        key[100, :, 0] = -25 / spec.scale
     view = one_sequence(key, value, 200)
     got = attention_native.prefill(query, view, None, spec, isa=isa)
     want = reference.attention(query, view, None, spec)
-    check([part[:96] for part in got], [part[:96] for part in want], WORDS)
+    check([part[:100] for part in got], [part[:100] for part in want], WORDS)
     check([part[100:] for part in got], [part[100:] for part in want], WORDS)
 
 

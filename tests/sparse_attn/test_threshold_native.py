@@ -65,6 +65,21 @@ def test_what_is_always_read(shape, rest, union, isa):
             assert shape[1][0] > 1
 
 
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("bad", [3, 600, 699], ids="key{}".format)
+@pytest.mark.parametrize("compensation", COMPENSATIONS, ids=str)
+def test_a_key_that_is_not_a_number_is_told(queries, bad, compensation, isa):
+    """By every query that sees it and by no other: it is above no threshold, but it must not be lost."""
+    view = make_view((700,), (queries,))
+    table = view.rows.host_block_tables[0]
+    view.pages.keys[table[bad // view.page_size], :, bad % view.page_size] = NAN
+    query = make_query(view, 6)
+    got, want = both(view, query, make_plan(query, (*compensation[:2], False)), AttentionSpec(0.5), isa)
+    assert bool(want[0].isnan().any())
+    assert torch.equal(got[0].isnan(), want[0].isnan())
+    assert torch.equal(got[1].isnan(), want[1].isnan())
+
+
 @pytest.mark.parametrize("heads", HEADS, ids="kv{0[0]}-group{0[1]}-dim{0[2]}-page{0[3]}".format)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("phase", ["prefill", "decode"])

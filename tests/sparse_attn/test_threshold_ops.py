@@ -102,6 +102,20 @@ def test_torch_equals_reference(shape, spec, compensation):
     assert_same(*both(view, query, make_plan(query, compensation), spec), 2e-5)
 
 
+@pytest.mark.parametrize("queries", [1, 40], ids=["decode", "prefill"])
+@pytest.mark.parametrize("compensation", COMPENSATIONS, ids=str)
+def test_a_key_that_is_not_a_number_is_told(queries, compensation):
+    """By every query that sees it: it is above no threshold, but it must not be lost."""
+    view = make_view((700,), (queries,))
+    view.pages.keys[view.rows.host_block_tables[0][690 // view.page_size], :, 690 % view.page_size] = NAN
+    query = make_query(view, 6)
+    got, want = both(view, query, make_plan(query, (*compensation[:2], False)), AttentionSpec(0.5))
+    seen = torch.arange(700 - queries, 700) >= 690
+    assert torch.equal(want[0].isnan(), seen[:, None, None].expand_as(want[0]))
+    for a, b in zip(got[:2], want[:2], strict=True):
+        assert bool(a.isnan()[b.isnan()].all())
+
+
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("rest", [{"sink_tokens": 20}, {"recent_tokens": 1}, {"recent_tokens": 30, "sink_tokens": 3}])
 @pytest.mark.parametrize("union", [False, True], ids=["independent", "union"])

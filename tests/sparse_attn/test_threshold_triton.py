@@ -206,6 +206,27 @@ def run_unread_values() -> dict[str, Any]:
     return {"out": rms(got[0] - want[0]) / rms(want[0]), "share": float(kept.float().mean())}
 
 
+def run_not_a_number() -> dict[str, Any]:
+    """Which outputs are NaN where a key is."""
+    told = {}
+    for name, case in {"prefill": prefill(70, queries=(40,)), "decode": decode(70)}.items():
+        view = make_view(case)
+        heads = case.kv_heads * case.group
+        query = torch.randn(view.rows.num_queries, heads, case.dim, generator=torch.Generator().manual_seed(1)).to(
+            DEVICE
+        )
+        view.pages.keys[view.rows.host_block_tables[0][60 // view.page_size], :, 60 % view.page_size] = float("nan")
+        plan = ScoreThreshold(torch.full(query.shape[:2], 1.0, device=DEVICE), "exact")
+        parts = [
+            ops.thresholded(query, view, plan, AttentionSpec(0.5), backend=kind) for kind in ("triton", "reference")
+        ]
+        told[name] = all(
+            torch.equal(got.isnan(), want.isnan()) for got, want in zip(*(p[:2] for p in parts), strict=True)
+        )
+        told[name] &= bool(parts[1][0].isnan().any())
+    return told
+
+
 def rms(tensor: torch.Tensor) -> float:
     return float(tensor.pow(2).mean().sqrt())
 
@@ -240,9 +261,18 @@ def test_values_that_no_head_keeps_are_not_read(measured):
     assert measured["unread-values"]["out"] < 1e-5
 
 
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_key_that_is_not_a_number_is_told(phase, measured):
+    """By every query that sees it and by no other: it is above no threshold, but it must not be lost."""
+    assert measured["not-a-number"][phase]
+
+
 def main() -> None:
     teach_interpreter()
-    tell_cases({name: partial(run, case) for name, case in CASES.items()} | {"unread-values": run_unread_values})
+    tell_cases(
+        {name: partial(run, case) for name, case in CASES.items()}
+        | {"unread-values": run_unread_values, "not-a-number": run_not_a_number}
+    )
 
 
 if __name__ == "__main__":

@@ -26,11 +26,9 @@ struct AmxEngine {
     static int padded(int dim) { return round_up(dim, 32); }
     static int units(int dim) { return padded(dim) / 2; }
     static int64_t scratch(int dim) { return int64_t(kBlock) * (padded(dim) + dim) * 2; }
-    static FOVEATE_INLINE F load_units(const T* row, int unit) { return _mm512_loadu_ps(row + 2 * unit); }
-    static FOVEATE_INLINE float load_unit(const T* row, int unit) { return DotEngine::load_unit(row, unit); }
     static FOVEATE_INLINE void store_pair(float* p, F a, F b) { store_bfloat16_pairs(p, a, b); }
     static void pack(const T* const* source, int dim, float* target) {
-        pack_columns<AmxEngine>(source, dim / 2, units(dim), target);
+        pack_columns<Units<Simd, T>>(source, dim / 2, units(dim), target);
     }
 
     AmxEngine(void* memory, int dim)

@@ -1,11 +1,10 @@
 // The C interface of anchor scores: cuts a call into tiles and heads, and runs them on torch's threads.
 #include "anchor_call.h"
 
-#include <atomic>
 #include <cstring>
 
 #include "anchor_kernels.h"
-#include "runtime.h"
+#include "items.h"
 #include "work.h"
 
 namespace {
@@ -62,30 +61,12 @@ void run_item(const foveate_anchor& call, const AnchorKernels& kernels, int tile
     call.counts[at] = count;
 }
 
-// Calls ``work(item, scratch)`` on torch's threads, the last item first: the last tiles of a prompt have the most keys.
+// Runs ``work(item, scratch)``, the last item first: the last tiles of a prompt have the most keys.
 template <class Work>
 int32_t for_items(const foveate_anchor& call, const AnchorKernels& kernels, int64_t items, int64_t bytes, Work work) {
-    struct Shared {
-        const AnchorKernels& kernels;
-        Work& work;
-        int64_t bytes;
-        std::atomic<int64_t> next;
-        std::atomic<int> failed{0};
-    } shared{kernels, work, bytes, {items}};
-    auto body = [](void* data) {
-        Shared& shared = *static_cast<Shared*>(data);
-        char* scratch = static_cast<char*>(foveate_scratch(shared.bytes, 0));
-        if (!scratch) {
-            shared.failed = 1;
-            return;
-        }
-        shared.kernels.begin();
-        for (int64_t i; (i = shared.next.fetch_sub(1) - 1) >= 0;) shared.work(i, scratch);
-        shared.kernels.end();
-    };
-    const int threads = call.attention.num_threads;
-    foveate_on_threads(body, &shared, threads < items ? threads : items);
-    return shared.failed;
+    return run_items(kernels, items, call.attention.num_threads, bytes, [&](int64_t i, void* scratch) {
+        work(items - 1 - i, static_cast<char*>(scratch));
+    });
 }
 
 // Tiles of one query each: the weights of some tiles by parts of the keys, then their rows.

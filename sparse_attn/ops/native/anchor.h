@@ -19,7 +19,7 @@
 
 namespace {
 
-constexpr int64_t kKeptBytes = 64 << 20;  // of weights at once, by all threads together
+constexpr int64_t kKeptBytes = 64 << 20;  // of weights at once, by all threads together, where contexts allow it
 constexpr int64_t kLeastKept = 2 << 20;   // by a thread
 constexpr int64_t kNearKept = 4 << 20;    // beyond that, weights are stored past the caches
 

@@ -8,7 +8,7 @@
 #include <new>
 #include <vector>
 
-#include "runtime.h"
+#include "items.h"
 #include "work.h"
 
 namespace {
@@ -20,7 +20,8 @@ class Scratch {
 public:
     ~Scratch() { std::free(memory_); }
     void* reserve(int64_t bytes) {
-        if (bytes > size_) {
+        // What one very long prompt took is not kept for ever.
+        if (bytes > size_ || (size_ > kLarge && bytes < size_ / 8)) {
             std::free(memory_);
             size_ = (bytes + 4095) / 4096 * 4096;
             memory_ = std::aligned_alloc(4096, size_t(size_));
@@ -30,6 +31,7 @@ public:
     }
 
 private:
+    static constexpr int64_t kLarge = 16 << 20;
     void* memory_ = nullptr;
     int64_t size_ = 0;
 };
@@ -71,30 +73,6 @@ const IsaKernels* kernels_for(const foveate_attention& call) {
 #endif
         default: return nullptr;
     }
-}
-
-// Runs ``work(scratch)`` on the threads of a call, each with ``bytes`` of scratch memory.
-template <class Work>
-int run_threads(const foveate_attention& call, const IsaKernels& kernels, int64_t bytes, int64_t items, Work work) {
-    struct Shared {
-        Work& work;
-        const IsaKernels& kernels;
-        int64_t bytes;
-        std::atomic<int> failed{0};
-    } shared{work, kernels, bytes};
-    auto body = [](void* data) {
-        Shared& shared = *static_cast<Shared*>(data);
-        void* scratch = foveate_scratch(shared.bytes, 0);
-        if (!scratch) {
-            shared.failed = 1;
-            return;
-        }
-        shared.kernels.begin();
-        shared.work(scratch);
-        shared.kernels.end();
-    };
-    foveate_on_threads(body, &shared, call.num_threads < items ? call.num_threads : items);
-    return shared.failed;
 }
 
 void split(std::vector<PrefillItem>& items, int row, int sequence, int start, int count, int position, int longest,
@@ -197,22 +175,17 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
     std::vector<float> partials(size_t(partial_count * size));
     std::vector<std::atomic<int32_t>> done(static_cast<size_t>(rows));
     const int64_t bytes = by_score ? kernels.threshold_scratch(call) : kernels.decode_scratch(call);
-    std::atomic<int64_t> next{0};
-    // A thread that is woken for less than 64 KiB of K and V costs more than it saves.
     const int64_t element = call.key_scales ? 1 : call.dtype == FOVEATE_FLOAT32 ? 4 : 2;
-    const int64_t read = keys * 2 * call.head_dim * element;
-    const int64_t useful = read / (64 * 1024) + 1;
-    return run_threads(call, kernels, bytes + size * 4, useful < count ? useful : count, [&](void* scratch) {
-        for (int64_t i; (i = next.fetch_add(1)) < count;) {
-            const DecodeItem& item = items[size_t(i)];
-            const Row& row = split[size_t(item.whole)];
-            // A query in one part needs no partial result that outlives its item.
-            float* first = row.parts == 1 ? reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes)
-                                          : partials.data() + row.partial * size;
-            decode(call, item, first + item.part * size, scratch);
-            if (done[size_t(item.whole)].fetch_add(1) + 1 == row.parts)  // whoever ends last merges
-                merge(call, item.query, item.kind, first, row.parts);
-        }
+    const int64_t threads = threads_for(call.num_threads, keys * 2 * call.head_dim * element);
+    return run_items(kernels, count, threads, bytes + size * 4, [&](int64_t i, void* scratch) {
+        const DecodeItem& item = items[size_t(i)];
+        const Row& row = split[size_t(item.whole)];
+        // A query in one part needs no partial result that outlives its item.
+        float* first = row.parts == 1 ? reinterpret_cast<float*>(static_cast<char*>(scratch) + bytes)
+                                      : partials.data() + row.partial * size;
+        decode(call, item, first + item.part * size, scratch);
+        if (done[size_t(item.whole)].fetch_add(1) + 1 == row.parts)  // whoever ends last merges
+            merge(call, item.query, item.kind, first, row.parts);
     });
 }
 
@@ -272,10 +245,9 @@ int32_t foveate_prefill(const foveate_attention* call_pointer) try {
     const int64_t bytes = gathered ? kernels.gathered_scratch(call, longest, units_of(call, context))
                                    : kernels.prefill_scratch(call, longest * group);
     const auto compute = gathered ? kernels.gathered : kernels.prefill;
-    std::atomic<int64_t> next{count};  // from the back: the last tiles of a prompt read most keys
-    return run_threads(call, kernels, bytes, count, [&](void* scratch) {
-        for (int64_t i; (i = next.fetch_sub(1) - 1) >= 0;) compute(call, items[size_t(i)], scratch);
-    });
+    // From the back: the last tiles of a prompt read most keys.
+    return run_items(kernels, count, call.num_threads, bytes,
+                     [&](int64_t i, void* scratch) { compute(call, items[size_t(count - 1 - i)], scratch); });
 } catch (const std::bad_alloc&) {
     return 1;
 }

@@ -189,15 +189,9 @@ struct DotEngine {
 
     static constexpr int units(int dim) { return dim / 2; }
     static int64_t scratch(int dim) { return int64_t(kBlock / 2) * dim * 4; }
-    static FOVEATE_INLINE F load_units(const T* row, int unit) { return _mm512_loadu_ps(row + 2 * unit); }
-    static FOVEATE_INLINE float load_unit(const T* row, int unit) {
-        float bits;
-        __builtin_memcpy(&bits, row + 2 * unit, 4);
-        return bits;
-    }
     static FOVEATE_INLINE void store_pair(float* p, F a, F b) { store_bfloat16_pairs(p, a, b); }
     static void pack(const T* const* source, int dim, float* target) {
-        pack_columns<DotEngine>(source, dim / 2, dim / 2, target);
+        pack_columns<Units<Simd, T>>(source, dim / 2, dim / 2, target);
     }
 
     DotEngine(void* memory, int dim) : dim_(dim), pairs_(static_cast<float*>(memory)) {}

@@ -1,9 +1,7 @@
 // MoBA's gate: cuts a call into runs of queries and heads, and runs them on torch's threads.
 #include "gate.h"
 
-#include <atomic>
-
-#include "runtime.h"
+#include "items.h"
 
 namespace {
 
@@ -27,26 +25,11 @@ int32_t foveate_gate_run(const foveate_gate* call_pointer) {
     const foveate_gate& call = *call_pointer;
     const GateKernels& kernels = *kernels_for(call);
     const int64_t runs = (call.queries + kernels.columns - 1) / kernels.columns;
-    struct Shared {
-        const foveate_gate& call;
-        const GateKernels& kernels;
-        std::atomic<int64_t> next;
-        std::atomic<int> failed{0};
-    } shared{call, kernels, {runs * call.kinds}};
-    auto body = [](void* data) {
-        Shared& shared = *static_cast<Shared*>(data);
-        void* scratch = foveate_scratch(shared.kernels.scratch(shared.call), 0);
-        if (!scratch) {
-            shared.failed = 1;
-            return;
-        }
-        // From the back: the last queries of a prompt have the most blocks before them.
-        for (int64_t i; (i = shared.next.fetch_sub(1) - 1) >= 0;)
-            shared.kernels.choose(shared.call, i / shared.call.kinds * shared.kernels.columns,
-                                  int(i % shared.call.kinds), scratch);
-    };
     const int64_t items = runs * call.kinds;
-    foveate_on_threads(body, &shared, call.num_threads < items ? call.num_threads : items);
-    return shared.failed;
+    // From the back: the last queries of a prompt have the most blocks before them.
+    return run_items(NoSetup{}, items, call.num_threads, kernels.scratch(call), [&](int64_t i, void* scratch) {
+        const int64_t item = items - 1 - i;
+        kernels.choose(call, item / call.kinds * kernels.columns, int(item % call.kinds), scratch);
+    });
 }
 }

@@ -4,7 +4,6 @@
 #include "threshold.h"
 
 namespace {
-void release_tiles() { _tile_release(); }
 using ByteEngine = Quantised<AmxEngine>;
 constexpr IsaKernels kTables[2] = {
     {

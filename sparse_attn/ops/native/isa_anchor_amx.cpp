@@ -3,7 +3,6 @@
 #include "quantised.h"
 
 namespace {
-void release_tiles() { _tile_release(); }
 constexpr AnchorKernels kTables[2] = {
     anchor_kernels_of<AmxEngine, VectorProducts<DotRows>>(configure_tiles, release_tiles),
     anchor_kernels_of<Quantised<AmxEngine>, VectorProducts<FloatRows<Vec16, bfloat16, int8_t>>>(configure_tiles,

@@ -120,8 +120,6 @@ void multiply(const foveate_linear& call, const Activations& input, int64_t firs
     }
 }
 
-void release_tiles() { _tile_release(); }
-
 }  // namespace
 
 // 4 KiB of sums per 16 rows at least; below 8 rows dot products are faster.

@@ -1,9 +1,7 @@
 // The C interface of the linear layers: chooses the instruction set, and cuts a call into work items for torch's threads.
 #include "linear.h"
 
-#include <atomic>
-
-#include "runtime.h"
+#include "items.h"
 
 namespace {
 
@@ -37,36 +35,9 @@ const LinearKernels* kernels_for(const foveate_linear& call, int64_t byte_rows) 
     return few && call.isa == FOVEATE_LINEAR_AMX ? kernels_for(FOVEATE_LINEAR_AVX512VNNI) : kernels;
 }
 
-// Calls ``work(item, scratch)`` for every item, each on whichever thread is free.
-template <class Work>
-int for_items(const foveate_linear& call, const LinearKernels& kernels, int64_t bytes, int64_t items, Work work) {
-    struct Shared {
-        Work& work;
-        const LinearKernels& kernels;
-        int64_t bytes, items;
-        std::atomic<int64_t> next{0};
-        std::atomic<int> failed{0};
-    } shared{work, kernels, bytes, items};
-    auto body = [](void* data) {
-        Shared& shared = *static_cast<Shared*>(data);
-        void* scratch = shared.bytes ? foveate_scratch(shared.bytes, 0) : nullptr;
-        if (shared.bytes && !scratch) {
-            shared.failed = 1;
-            return;
-        }
-        shared.kernels.begin();
-        for (int64_t i; (i = shared.next.fetch_add(1)) < shared.items;) shared.work(i, scratch);
-        shared.kernels.end();
-    };
-    foveate_on_threads(body, &shared, call.num_threads < items ? call.num_threads : items);
-    return shared.failed;
-}
-
 constexpr int64_t kRowStep = 32;    // rows of a pair of tiles
 constexpr int64_t kMostRows = 256;  // of an item, so that its input stays in L2
 constexpr int64_t kQuantizeRows = 8;
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -90,7 +61,7 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     input.planes = planes;
     input.scales = reinterpret_cast<float*>(memory + room * planes * stride);
     input.group_sums = input.scales + room * scales;
-    for_items(call, kernels, 0, ceil_div(call.rows, kQuantizeRows), [&](int64_t item, void*) {
+    run_items(kernels, ceil_div(call.rows, kQuantizeRows), call.num_threads, 0, [&](int64_t item, void*) {
         const int64_t first = item * kQuantizeRows, last = first + kQuantizeRows;
         kernels.quantize(call, input, first, last < call.rows ? last : call.rows);
     });
@@ -104,7 +75,7 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     int64_t rows = padded_to(ceil_div(call.rows, ceil_div(wanted, pieces)), kRowStep);
     if (rows > kMostRows) rows = kMostRows;
     const int64_t bytes = kernels.row_scratch * rows;
-    return for_items(call, kernels, bytes, pieces * ceil_div(call.rows, rows), [&](int64_t item, void* scratch) {
+    return run_items(kernels, pieces * ceil_div(call.rows, rows), call.num_threads, bytes, [&](int64_t item, void* scratch) {
         const int64_t block = item % pieces * width, row = item / pieces * rows;
         const int64_t last_block = block + width, last_row = row + rows;
         kernels.multiply(call, input, row, last_row < call.rows ? last_row : call.rows, block,
@@ -115,7 +86,7 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
 int32_t foveate_linear_widen(const foveate_linear* call_pointer) {
     const foveate_linear& call = *call_pointer;
     const LinearKernels& kernels = *kernels_for(call, 1);
-    return for_items(call, kernels, 0, ceil_div(call.out_channels, 16),
+    return run_items(kernels, ceil_div(call.out_channels, 16), call.num_threads, 0,
                      [&](int64_t item, void*) { kernels.widen(call, item); });
 }
 }

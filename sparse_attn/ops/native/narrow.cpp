@@ -22,8 +22,6 @@ NarrowBlock block_of(const foveate_narrow& call) {
     return nullptr;
 }
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 }  // namespace
 
 extern "C" {

@@ -293,9 +293,7 @@ void store_outputs(const foveate_attention& call, const PrefillItem& item, Prefi
         const float* output = state.outputs + int64_t(v) * dim * W;
         for (int d = 0; d < dim; d += W) {
             F tile[W];
-            const int width = smaller(W, dim - d);
-            for (int i = 0; i < W; ++i)
-                tile[i] = i < width ? Simd::mul(Simd::load(output + (d + i) * W), factor) : Simd::zero();
+            for (int i = 0; i < W; ++i) tile[i] = Simd::mul(Simd::load(output + (d + i) * W), factor);
             Simd::transpose(tile);
             if (call.threshold && call.threshold->value_mean) {
                 for (int lane = 0; lane < lanes; ++lane) {
@@ -304,16 +302,8 @@ void store_outputs(const foveate_attention& call, const PrefillItem& item, Prefi
                     tile[lane] = Simd::fma(Simd::load(mean), Simd::set(lost[lane]), tile[lane]);
                 }
             }
-            for (int lane = 0; lane < lanes; ++lane) {
-                T* target = static_cast<T*>(call.out) + place[lane] * dim + d;
-                if (width == W) {
-                    Simd::store(target, tile[lane]);
-                } else {
-                    alignas(64) T part[W];
-                    Simd::store(part, tile[lane]);
-                    for (int i = 0; i < width; ++i) target[i] = part[i];
-                }
-            }
+            for (int lane = 0; lane < lanes; ++lane)
+                Simd::store(static_cast<T*>(call.out) + place[lane] * dim + d, tile[lane]);
         }
     }
 }

@@ -26,4 +26,6 @@ inline void configure_tiles() {
     _tile_loadconfig(&config);
 }
 
+inline void release_tiles() { _tile_release(); }
+
 }  // namespace

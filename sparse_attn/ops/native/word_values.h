@@ -2,9 +2,10 @@
 // fast as in float32.
 //
 // A weight, its value's scale multiplied in, is rounded to 16 bits of the largest weight that its column has in the block
-// times the largest scale that the pass reads there: so a sink does not take the bits of keys in other blocks. A product is
-// off by 2^-16 of those two at most, where rounding values cost each 2^-8 of its own. Sums of 64 products of 127 and 32,767
-// fit 32 bits, and are added up in float32 per block.
+// times the largest scale that the pass reads there: so a sink does not take the bits of keys in other blocks. Where scales
+// differ by more than kSpread, it is 16 bits of the largest product that the column has: so a huge value takes no bits
+// where it is not seen, or hardly weighs. A product is off by 2^-16 of that at most, where rounding values cost each 2^-8
+// of its own. Sums of 64 products of 127 and 32,767 fit 32 bits, and are added up in float32 per block.
 #pragma once
 
 #include "word_engine.h"
@@ -17,6 +18,8 @@ struct WordValueEngine : WordEngine<Result> {
     using Base::dim_, Base::kBlock, Base::kVectors, Base::W;
     using T = Result;
     using Row = int8_t;
+    using Simd = typename Base::Simd;
+    using F = typename Simd::F;
     static constexpr bool kWords = true;
     static_assert(int64_t(kBlock) * 127 * 32767 < INT32_MAX);
 
@@ -43,19 +46,33 @@ struct WordValueEngine : WordEngine<Result> {
     // Of the keys [first, last), which a pass reads; most passes read all of a block.
     void choose_levels(const KeyBlock<Row>& block, int first, int last) {
         if (first == first_ && last == last_) return;
-        float top = 0x1p-100f;  // less would make weights overflow
+        float top = kLeastScale, least = __FLT_MAX__;
         sound_ = true;
         for (int k = first; k < last; ++k) {
-            top = block.value_scales[k] > top ? block.value_scales[k] : top;
-            sound_ &= block.value_scales[k] <= __FLT_MAX__;
+            const float scale = block.value_scales[k];
+            top = scale > top ? scale : top;
+            least = scale > 0.0f && scale < least ? scale : least;
+            sound_ &= scale <= __FLT_MAX__;
         }
-        levels_ = 32767.0f / top;
+        levels_ = std::log2(32767.0f / top);
+        even_ = top <= kSpread * least;
+        if (!even_)
+            for (int k = first; k < last; ++k) exponents_[k] = std::log2(block.value_scales[k]);
         first_ = first, last_ = last;
     }
 
-    // A weight of 1 is so many levels over the value's scale, and what one is worth: NaN if not all values are numbers.
-    float levels() const { return levels_; }
-    float worth() const { return sound_ ? 1.0f / levels_ : __builtin_nanf(""); }
+    // log2 of the levels that a weight of 1 is, over the value's scale: for a column whose logits behind ``most``, times
+    // ``factor``, are exponents of 2.
+    F levels(const float* logits, F most, F factor) const {
+        if (even_) return Simd::set(levels_);
+        F top = Simd::set(std::log2(kLeastScale));
+        for (int k = first_; k < last_; ++k)
+            top = Simd::max(top, Simd::fma(Simd::sub(Simd::load(logits + k * W), most), factor, Simd::set(exponents_[k])));
+        return Simd::sub(Simd::set(std::log2(32767.0f)), top);
+    }
+
+    // Whether all values are numbers.
+    bool sound() const { return sound_; }
 
     // Two vectors of levels, ``a`` in the low halves.
     static FOVEATE_INLINE void store_pair(float* p, __m256 a, __m256 b) {
@@ -72,6 +89,8 @@ struct WordValueEngine : WordEngine<Result> {
 
 private:
     static constexpr int kChannels = 3;  // as many sums as for logits
+    static constexpr float kSpread = 64.0f;
+    static constexpr float kLeastScale = 0x1p-100f;  // less would make weights overflow
 
     static FOVEATE_INLINE void store(void* p, __m256i x) { _mm256_storeu_si256(static_cast<__m256i*>(p), x); }
 
@@ -110,8 +129,9 @@ private:
     }
 
     int32_t* pairs_;  // [kBlock / 2][dim]
-    float levels_ = 0.0f;
-    bool sound_ = true;
+    float levels_ = 0.0f;        // log2, of all columns
+    float exponents_[kBlock];    // log2 of scales, where they are not even
+    bool even_ = true, sound_ = true;
     int first_ = 0, last_ = 0;
 };
 
@@ -127,7 +147,7 @@ FOVEATE_INLINE void softmax_words(const foveate_attention& call, const Engine& e
         raise_reference<Engine>(call, state, v + c, logits, block, first, last, masked, kSlack, call.head_dim, &top);
     const F factor = Simd::set(exponent_unit(call));
     // The difference first: rounded with the levels, an exponent of a large logit would be off by more than one of them.
-    const F most = Simd::finite(top), levels = Simd::set(std::log2(engine.levels()));
+    const F most = Simd::finite(top), levels = engine.levels(logits, most, factor);
     auto weight = [&](int k) {
         return Simd::template exp2<true>(Simd::fma(Simd::sub(Simd::load(logits + k * W), most), factor, levels));
     };
@@ -148,11 +168,11 @@ FOVEATE_INLINE void softmax_words(const foveate_attention& call, const Engine& e
     const F sum = Simd::add(sums[0], sums[1]);
     // A column that sees none of these keys has a top of -inf, and 0 of them.
     const F moved = Simd::template exp2<true>(Simd::mul(Simd::sub(top, Simd::finite(reference)), factor));
-    Simd::store(state.sums + (v + c) * W,
-                Simd::fma(sum, Simd::mul(moved, Simd::set(1.0f / engine.levels())), Simd::load(state.sums + (v + c) * W)));
+    const F worth = Simd::mul(moved, Simd::template exp2<true>(Simd::sub(Simd::zero(), levels)));
+    Simd::store(state.sums + (v + c) * W, Simd::fma(sum, worth, Simd::load(state.sums + (v + c) * W)));
     // Levels of what is not finite are numbers all the same: their worth is not.
-    const F unsound = Simd::sub(sum, sum);
-    Simd::store(state.worths + c * W, Simd::fma(moved, Simd::set(engine.worth()), unsound));
+    const F unsound = engine.sound() ? Simd::sub(sum, sum) : Simd::set(__builtin_nanf(""));
+    Simd::store(state.worths + c * W, Simd::add(worth, unsound));
 }
 
 }  // namespace
