@@ -12,7 +12,7 @@ import uuid
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .current_request import CURRENT, CurrentRequest
-from .errors import error_response
+from .errors import CLIENT_GONE, error_response
 from .limits import OPEN_PATHS
 from .logs import FIELDS
 from .metrics import ServerMetrics
@@ -20,7 +20,6 @@ from .tracing import Tracing
 
 MAX_LABEL_BYTES = 128
 _MAX_PATH = 256
-_CLIENT_GONE = 499  # nginx's word for a client that left before it was answered
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +60,7 @@ class Access:
             _log.exception("a request failed")
             await error_response(error)(scope, receive, labelled)
         finally:
-            self._tell(scope, current, status or _CLIENT_GONE, time.monotonic() - began)
+            self._tell(scope, current, status or CLIENT_GONE, time.monotonic() - began)
             CURRENT.reset(before)
 
     def _tell(self, scope: Scope, current: CurrentRequest, status: int, seconds: float) -> None:

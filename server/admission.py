@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence as Several
 
 from foveate.kv_cache.manager import KVCacheManager
 
@@ -17,6 +18,8 @@ from .scheduler import Scheduler
 from .sequence import RequestGroup, Sequence
 from .stopping import StopChecker
 
+# Part of the queue that requests may fill which are to wait behind others: a batch shall not keep those others out.
+_BEHIND = 0.5
 # Seconds that a client is told to wait, at least and at most. OpenAI's clients obey up to 120.
 _LEAST_WAIT, _LONGEST_WAIT = 1.0, 120.0
 
@@ -46,7 +49,8 @@ class Admission:
         if min(prompt) < 0 or max(prompt) >= self._loaded.vocab_size:
             raise InvalidRequest(f"token ids must be from 0 to {self._loaded.vocab_size - 1}", param="prompt")
         room = self._loaded.context_length - len(prompt)
-        wanted = params.max_tokens if params.max_tokens is not None else max(room, 1)
+        most = min(room, self._cache.capacity_tokens - len(prompt))
+        wanted = params.max_tokens if params.max_tokens is not None else max(most, 1)
         if wanted > room:
             raise ContextOverflow(len(prompt), wanted, self._loaded.context_length)
         if len(prompt) + wanted > self._cache.capacity_tokens:
@@ -58,15 +62,18 @@ class Admission:
         return group
 
     def check_queue(
-        self, group: RequestGroup, inbox: list[RequestGroup], scheduler: Scheduler, options: EngineOptions
+        self, groups: Several[RequestGroup], inbox: list[RequestGroup], scheduler: Scheduler, options: EngineOptions
     ) -> None:
-        """Refuses a request that would wait behind too many.
+        """Refuses requests that come at once if they would wait behind too many.
+
+        What finds nothing waiting is taken, however much it is: it could never come otherwise. Requests of a
+        priority above 0, such as a batch's, may fill half of the queue.
 
         When it may be tried again is estimated from the rate at which prompts were computed of late: the
         time until enough of the queue has moved up, beside prompts in work that get at most half of it.
 
         Args:
-            group: The new one.
+            groups: The new ones, of one priority.
             inbox: Requests that the step loop has not seen yet.
             scheduler: Its own thread changes it meanwhile; the lists are copied at once.
             options: The bounds.
@@ -78,12 +85,14 @@ class Admission:
         waiting += [len(item.request.prompt_token_ids) for item in inbox]
         if not waiting:
             return
-        tokens = len(group.request.prompt_token_ids)
-        excess = sum(waiting) + tokens - options.max_queued_tokens
-        if len(waiting) >= options.max_queued_requests:
-            full, ahead = f"{len(waiting)} of at most {options.max_queued_requests} requests", max(min(waiting), excess)
+        share = _BEHIND if groups[0].request.priority > 0 else 1
+        most, most_tokens = int(options.max_queued_requests * share), int(options.max_queued_tokens * share)
+        surplus = len(waiting) + len(groups) - most
+        excess = sum(waiting) + sum(len(group.request.prompt_token_ids) for group in groups) - most_tokens
+        if surplus > 0:
+            full, ahead = f"{len(waiting)} of at most {most} requests", max(sum(sorted(waiting)[:surplus]), excess)
         elif excess > 0:
-            full, ahead = f"{sum(waiting)} of at most {options.max_queued_tokens} prompt tokens", excess
+            full, ahead = f"{sum(waiting)} of at most {most_tokens} prompt tokens", excess
         else:
             return
         in_work = sum(item.num_remaining for item in list(scheduler.running) if item.num_remaining > 1)

@@ -6,9 +6,8 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -100,7 +99,7 @@ class Engine:
 
     @property
     def max_running(self) -> int:
-        return self._options.max_running
+        return self._options.seats
 
     @property
     def identity(self) -> dict[str, str]:
@@ -132,8 +131,8 @@ class Engine:
         """
         return self._schemes.build(attention)
 
-    def submit(self, request: GenerationRequest) -> None:
-        """Takes a request.
+    def submit(self, *requests: GenerationRequest) -> None:
+        """Takes requests of one priority: all of them or none. No step begins with only a part of them.
 
         Raises:
             InvalidRequest: a value is out of range.
@@ -142,20 +141,14 @@ class Engine:
             QueueFull: too many requests or prompt tokens wait.
             EngineDead: the engine has stopped or is stopping.
         """
-        group = self._admission.admit(request)
+        groups = [self._admission.admit(request) for request in requests]
         with self._wake:
             if self._state != "ready":
                 raise EngineDead("the server is shutting down")
             inbox = [*self._inbox, *(self.documents.parked if self.documents else ())]
-            self._admission.check_queue(group, inbox, self._stepper.scheduler, self._options)
-            self._inbox.append(group)
+            self._admission.check_queue(groups, inbox, self._stepper.scheduler, self._options)
+            self._inbox += groups
             self._wake.notify()
-
-    @contextmanager
-    def together(self) -> Iterator[None]:
-        """What this thread submits inside is seen at once: no step begins with only a part of it."""
-        with self._wake:
-            yield
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its last event is ``Failed``. Unknown ids are ignored."""

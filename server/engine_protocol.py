@@ -111,7 +111,7 @@ class EngineLike(Protocol):
     @property
     def state(self) -> EngineState: ...
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, *requests: GenerationRequest) -> None:
         """Takes a request; its events then end in exactly one ``Finished`` or ``Failed``.
 
         Raises:

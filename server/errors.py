@@ -22,6 +22,8 @@ from foveate.sparse_attn.errors import CalibrationMissing, SchemeError, UnknownS
 
 from . import exceptions as engine_errors
 
+CLIENT_GONE = 499  # nginx's word for a client that left before it was answered; nobody reads it
+
 
 class ApiError(Exception):
     """A refusal by the HTTP layer itself, complete with what the client is told."""

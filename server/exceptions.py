@@ -52,7 +52,7 @@ class PoolTooSmall(RequestRefused):
     def __init__(self, tokens: int, capacity: int) -> None:
         super().__init__(
             f"The request needs room for {tokens} tokens, but the KV cache holds {capacity}. "
-            "Start the server with a larger --kv-cache-gib, or shorten the request."
+            "Start the server with a larger --kv-cache-gib, or shorten the prompt or max_tokens."
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,6 +14,7 @@ from fastapi.responses import JSONResponse, Response
 
 from .answers import Answer, Choice, progress_body, usage_body
 from .engine_protocol import EngineLike
+from .errors import CLIENT_GONE
 from .grammar.matcher import Grammar
 from .keys import OWNER
 from .request import Delta, Finished, Progress, PromptLogprobs, SamplingParams, Usage
@@ -21,8 +22,6 @@ from .schemas import GenerationBody
 from .sse import PING_SECONDS, EventStream
 from .state import ServerState, state_of
 from .streaming import ClientDisconnected, ResponseStream
-
-_CLIENT_GONE = 499  # nginx's word for it; nobody reads it
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +82,7 @@ async def in_one_piece(request: Request, stream: ResponseStream, generation: Gen
         async with stream.watching(request.receive):
             return await _rendered(await collect(stream, generation), generation.body)
     except ClientDisconnected:
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
 
 
 async def submit(
@@ -143,6 +142,13 @@ async def _rendered(whole: dict[str, Any], body: GenerationBody) -> Response:
     return Response(content, media_type="application/json")
 
 
+async def _chunks(answer: Answer, choice: int, delta: Delta, body: GenerationBody) -> Iterable[dict[str, Any]]:
+    """The pieces for one delta, written in a thread where the first holds log-probabilities of a whole prompt."""
+    if body.prompt_alternatives is None:
+        return answer.chunks(choice, delta)
+    return await asyncio.to_thread(lambda: list(answer.chunks(choice, delta)))
+
+
 async def _stream(
     stream: ResponseStream, body: GenerationBody, prompts: list[list[int]], answer: Answer
 ) -> AsyncIterator[dict[str, Any] | None]:
@@ -166,7 +172,7 @@ async def _stream(
             case (prompt, PromptLogprobs(entries)):
                 answer.scored(prompt, entries)
             case (prompt, Delta() as delta):
-                for chunk in answer.chunks(prompt * body.n + delta.index, delta):
+                for chunk in await _chunks(answer, prompt * body.n + delta.index, delta, body):
                     yield chunk | no_usage
             case (_, Finished(usage)):
                 usages.append(usage)

@@ -56,6 +56,9 @@ def bounded_protocol(
                 self._refuse(too_large)
             elif self._wire_bytes > self._max_wire_bytes:
                 self._refuse(too_long)
+            elif self._in_headers and (self.cycle is None or self.cycle.response_complete):
+                # Empty lines before a message begin none, but uvicorn's timer for idle connections ends at any byte.
+                self._start_timer()
 
         def send_400_response(self, msg: str) -> None:
             # The parser gives up on a long path before the bytes were counted.

@@ -90,10 +90,9 @@ class LLM:
                     ids = self.engine.tokenize(prompt, True) if isinstance(prompt, str) else prompt
                     sink = _numbered(events, number)
                     requests[number] = GenerationRequest(uuid.uuid4().hex, list(ids), params, scheme, sink)
-                with self.engine.together():
-                    for number, request in requests.items():
-                        self.engine.submit(request)
-                        running[number] = request.request_id
+                if requests:
+                    self.engine.submit(*requests.values())
+                running |= {number: request.request_id for number, request in requests.items()}
                 number, event = events.get()
                 if on_event is not None:
                     on_event(number, event)

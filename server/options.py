@@ -23,7 +23,7 @@ class EngineOptions:
         kv_cache_gib: Memory of the KV cache in GiB; a share of what is free if ``None``.
         max_context: Tokens of prompt and answer; the model's own limit if ``None``.
         max_batch_tokens: Tokens computed per step; long prompts go in chunks of this size.
-        max_running: Sequences computed at once.
+        max_running: Sequences computed at once; see ``seats``.
         step_seconds: Time of a step while answers are written; chunks of prompts shrink to fit.
         max_queued_requests: Requests that may wait.
         max_queued_tokens: Prompt tokens that may wait; one request may always wait, whatever its length.
@@ -61,6 +61,11 @@ class EngineOptions:
     cache_min_tokens: int = 1
     audit_rate: float = 0.0
     trust_remote_code: bool = False
+
+    @property
+    def seats(self) -> int:
+        """Answers written at once: ``max_running``, but no more than half of a step's tokens, so that prompts go on."""
+        return min(self.max_running, max(self.max_batch_tokens // 2, 1))
 
     @classmethod
     def of(cls, settings: Any) -> EngineOptions:

@@ -19,6 +19,8 @@ from .text_worker import TextWorker
 MAX_BYTES_PER_TOKEN = 8
 # Log-probabilities of prompts in one answer. One costs about 30 bytes of JSON, and more while it is made.
 MAX_SCORES = 1_000_000
+# Tool calls and parts of content in all messages of a request; more where more messages are allowed.
+MAX_INSIDE = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,14 +63,23 @@ async def tokenize_text(text: str, add_special_tokens: bool, engine: EngineLike,
 
 
 def check_messages(data: dict[str, Any], name: str, limit: int) -> None:
-    """Whether the body, not yet checked, holds too many messages: checking 100,000 of them takes two seconds.
+    """Whether the body, not yet checked, holds too many messages, or these too many calls and parts in all.
+
+    Checking 100,000 messages takes two seconds, in which the server does nothing else.
 
     Raises:
         ApiError: 400.
     """
     messages = data.get(name)
-    if isinstance(messages, list) and len(messages) > limit:
+    if not isinstance(messages, list):
+        return
+    if len(messages) > limit:
         raise ApiError(400, f"{name}: at most {limit}", param=name, code="invalid_value")
+    members = (value for message in messages if isinstance(message, dict) for value in message.values())
+    most = max(MAX_INSIDE, limit)
+    if sum(len(value) for value in members if isinstance(value, list)) > most:
+        told = f"{name}: at most {most} calls and parts of content in all"
+        raise ApiError(400, told, param=name, code="invalid_value")
 
 
 async def chat_prompt(body: ChatPromptBody, served: Served, worker: TextWorker) -> list[int]:

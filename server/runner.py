@@ -155,7 +155,7 @@ class Runner:
         groups, parts, first = [], [], 0
         for (policy, phase), group in [*members.items(), *split]:
             rows = Rows.build(
-                [_pages(part) for part in group],
+                [part.chunk.sequence.pages for part in group],
                 [part.start + part.count for part in group],
                 [part.count for part in group],
                 self._device,
@@ -167,9 +167,3 @@ class Runner:
             parts += group
             first += rows.num_queries
         return groups, parts
-
-
-def _pages(part: _Part) -> list[int]:
-    table = part.chunk.sequence.table
-    assert table is not None
-    return table.pages

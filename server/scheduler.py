@@ -50,6 +50,8 @@ class Scheduler:
     never preempted for a younger one of its priority, so every request ends. A waiting request
     preempts running ones only if their priority is larger than its own.
 
+    A prompt takes as many of the ``max_running`` seats as its request has choices, which will be written at once.
+
     Attributes:
         waiting: Sequences without pages, in the order of ``Sequence.order``.
         running: Sequences with pages, in the same order.
@@ -184,7 +186,7 @@ class Scheduler:
             sequence.priority == head.priority and head.wait.passed_tokens + len(sequence.tokens) <= len(head.tokens)
         ):
             return False
-        if len(self.running) >= self.max_running and not self._may_preempt_for(sequence):
+        if not self._has_seats(self.running, sequence) and not self._may_preempt_for(sequence):
             return False
         free = self.cache.available - self._promised()
         if self.running and free < sequence.wait.pages and not self._may_preempt_for(sequence):
@@ -222,19 +224,30 @@ class Scheduler:
         """Whether ``sequence`` with ``table`` fits, after preempting what its priority allows if that is enough."""
         needed = self.cache.pages_needed(table, len(sequence.tokens) + 1)
         victims = [item for item in self.running if item.priority > sequence.priority]
-        kept = len(self.running) - len(victims)
-        holders = Counter(page for item in victims for page in _pages(item))
+        kept = self.running[: len(self.running) - len(victims)]
+        holders = Counter(page for item in victims for page in item.pages)
         gained = sum(self.cache.allocator.references(page) == count for page, count in holders.items())
-        if kept >= self.max_running or (kept and self.cache.available + gained - self._promised(victims) < needed):
+        if not self._has_seats(kept, sequence):
             return False
-        while victims and not self._fits(needed):
+        if kept and self.cache.available + gained - self._promised(victims) < needed:
+            return False
+        while victims and not self._fits(sequence, needed):
             self._preempt(victims.pop(), chunks)
-        return self._fits(needed)
+        return self._fits(sequence, needed)
 
-    def _fits(self, needed: int) -> bool:
-        if not self.running:
+    def _fits(self, sequence: Sequence, needed: int) -> bool:
+        return self._has_seats(self.running, sequence) and (
+            not self.running or needed <= self.cache.available - self._promised()
+        )
+
+    def _has_seats(self, beside: list[Sequence], sequence: Sequence) -> bool:
+        """Whether it may run beside those; more choices than may ever run at once run alone."""
+        if not beside:
             return True
-        return len(self.running) < self.max_running and needed <= self.cache.available - self._promised()
+        # The length first: it refuses most when there are many.
+        return len(beside) < self.max_running and (
+            sum(item.seats for item in beside) + sequence.seats <= self.max_running
+        )
 
     def _promised(self, without: list[Sequence] | None = None) -> int:
         """Pages that prompts which are in will still take."""
@@ -265,7 +278,3 @@ class Scheduler:
 
 def _order(sequence: Sequence) -> tuple[int, float, int]:
     return sequence.order
-
-
-def _pages(sequence: Sequence) -> list[int]:
-    return [] if sequence.table is None else sequence.table.pages

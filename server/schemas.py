@@ -19,7 +19,7 @@ from .sampling_limits import (
 )
 from .schemas_grammar import GrammarBody
 from .schemas_labels import LabelledBody
-from .validation import Body
+from .validation import Body, at_most
 
 MAX_NAME_CHARS = 256
 INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
@@ -70,7 +70,7 @@ class GenerationBody(GrammarBody, LabelledBody):
     n: int = Field(1, ge=1, le=MAX_CHOICES)
     presence_penalty: float = Field(0.0, ge=-2, le=2)
     frequency_penalty: float = Field(0.0, ge=-2, le=2)
-    logit_bias: Annotated[dict[str, float], _BIASES] = Field({}, max_length=MAX_BIASES)
+    logit_bias: Annotated[dict[str, float], _BIASES, at_most(MAX_BIASES)] = Field({})
     seed: int | None = Field(None, ge=-_INT64_MAX - 1, le=_INT64_MAX)
     stop: Annotated[list[str], _STOPS] = Field([], max_length=MAX_STOPS)
 

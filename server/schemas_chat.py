@@ -111,7 +111,7 @@ class Message(Body):
 class ChatPromptBody(Body):
     """The fields of which a chat's prompt is made."""
 
-    messages: list[Message] = Field(min_length=1)
+    messages: list[Message] = Field(min_length=1, fail_fast=True)
     add_generation_prompt: bool | None = None
     continue_final_message: bool = False
     chat_template_kwargs: dict[str, str | int | float | bool | None] = Field({})

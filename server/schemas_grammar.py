@@ -49,7 +49,7 @@ class StructuredOutputs(Body):
     json_: Any = Field(None, alias="json", json_schema_extra=_SCHEMA)
     json_object: bool = False
     regex: str | None = None
-    choice: list[str] | None = None
+    choice: list[str] | None = Field(None, fail_fast=True)
     grammar: str | None = None
 
     @model_validator(mode="before")
@@ -69,7 +69,7 @@ class GrammarBody(Body):
     structured_outputs: StructuredOutputs | None = None
     guided_json: Any = Field(None, json_schema_extra=_SCHEMA)
     guided_regex: str | None = None
-    guided_choice: list[str] | None = None
+    guided_choice: list[str] | None = Field(None, fail_fast=True)
     guided_grammar: str | None = None
 
     def grammar(self) -> GrammarSource | None:

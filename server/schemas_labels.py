@@ -6,12 +6,13 @@ from typing import Annotated
 
 from pydantic import Field, StringConstraints, ValidationInfo, field_validator
 
-from .validation import Body
+from .validation import Body, at_most
 
 MAX_LABEL_CHARS = 512
 MAX_PAIRS = 16  # OpenAI's bounds of metadata, as the two below
 _Key = Annotated[str, StringConstraints(max_length=64)]
 _Value = Annotated[str, StringConstraints(max_length=512)]
+Metadata = Annotated[dict[_Key, _Value], Field(max_length=MAX_PAIRS), at_most(MAX_PAIRS)]
 
 
 class StreamOptions(Body):
@@ -41,7 +42,7 @@ class LabelledBody(Body):
     user: str | None = Field(None, max_length=MAX_LABEL_CHARS)
     safety_identifier: str | None = Field(None, max_length=MAX_LABEL_CHARS)
     prompt_cache_key: str | None = Field(None, max_length=MAX_LABEL_CHARS)
-    metadata: dict[_Key, _Value] | None = Field(None, max_length=MAX_PAIRS)
+    metadata: Metadata | None = None
     request_id: str | None = Field(None, pattern=r"^[A-Za-z0-9._:-]{1,128}$")
 
     stream: bool = False

@@ -75,6 +75,16 @@ class Sequence:
         return len(self.tokens) - len(self.group.request.prompt_token_ids)
 
     @property
+    def seats(self) -> int:
+        """Answers that will be written at once: the request's choices while they are one sequence, else one."""
+        return 1 if self.index or self.num_generated else self.group.request.sampling.n
+
+    @property
+    def pages(self) -> list[int]:
+        """Those of its table, none without one."""
+        return [] if self.table is None else self.table.pages
+
+    @property
     def priority(self) -> int:
         """Smaller goes first."""
         return self.group.request.priority

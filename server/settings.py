@@ -79,7 +79,11 @@ class Settings(OperationSettings):
     )
     max_context: int | None = Field(None, ge=1, description="tokens of prompt and answer; the model's own if unset")
     max_batch_tokens: int = Field(512, ge=1, description="tokens computed per step; long prompts go in such chunks")
-    max_running: int = Field(256, ge=1, description="requests computed at once")
+    max_running: int = Field(
+        256,
+        ge=1,
+        description="answers written at once, each choice of a request one; at most half of max_batch_tokens",
+    )
     step_seconds: float = Field(
         0.25,
         gt=0,

@@ -50,7 +50,7 @@ class Stepper:
     ) -> None:
         self.pace = Pace(options.step_seconds, context_of_equal_cost(loaded))
         self.scheduler = Scheduler(
-            cache, max_batch_tokens=options.max_batch_tokens, max_running=options.max_running, pace=self.pace
+            cache, max_batch_tokens=options.max_batch_tokens, max_running=options.seats, pace=self.pace
         )
         self.runner = Runner(loaded, cache, options.audit_rate)
         self.outbox = Outbox()
@@ -179,7 +179,7 @@ class Stepper:
         group = sequence.group
         if self.documents is not None:
             self.documents.prompt_done(sequence)
-        group.pages = len(_pages(sequence))
+        group.pages = len(sequence.pages)
         deltas = [Delta(index, "", (), None, "length") for index in range(group.request.sampling.n)]
         sent = all([self.outbox.send(group, delta) for delta in deltas])
         self.end(group, Finished(self.outbox.usage(group)) if sent else None)
@@ -220,7 +220,7 @@ class Stepper:
             self.documents.prompt_done(sequence)
         delta = self._delta(sequence, drawn)
         if delta.finish_reason is not None:
-            group.pages = max(group.pages, len({page for item in group.sequences for page in _pages(item)}))
+            group.pages = max(group.pages, len({page for item in group.sequences for page in item.pages}))
             self.scheduler.remove(sequence)
             group.sequences.remove(sequence)
         if not self.outbox.send(group, delta):
@@ -259,7 +259,3 @@ class Stepper:
         group.sequences.clear()
         if event is not None:
             self.outbox.send(group, event)
-
-
-def _pages(sequence: Sequence) -> list[int]:
-    return [] if sequence.table is None else sequence.table.pages

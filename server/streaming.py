@@ -90,8 +90,8 @@ class ResponseStream:
             EngineError: the engine refused one.
         """
         self._limit = QUEUED_EVENTS * len(prompts) * sampling.n
-        for index, token_ids in enumerate(prompts):
-            request = GenerationRequest(
+        requests = [
+            GenerationRequest(
                 request_id=str(uuid.uuid4()),
                 prompt_token_ids=token_ids,
                 sampling=sampling,
@@ -100,14 +100,15 @@ class ResponseStream:
                 salt=salt,
                 priority=priority,
             )
-            self._open[index] = request.request_id
-            self._timers[index] = self._metrics.timer()
-            try:
-                self._engine.submit(request)
-            except BaseException:
-                del self._open[index]
-                self.close()
-                raise
+            for index, token_ids in enumerate(prompts)
+        ]
+        self._open = {index: request.request_id for index, request in enumerate(requests)}
+        self._timers = {index: self._metrics.timer() for index in self._open}
+        try:
+            self._engine.submit(*requests)
+        except BaseException:
+            self._open.clear()
+            raise
 
     async def events(self, pause: float) -> AsyncIterator[tuple[int, Event] | None]:
         """``(prompt, event)`` until every request ended; ``None`` when nobody was told anything for ``pause`` seconds.

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, TypeVar
 
 import pydantic_core
-from pydantic import BaseModel, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandler, ValidationError, model_validator
 from pydantic_core import CoreSchema
 from starlette.requests import Request
 
@@ -45,6 +45,19 @@ class Body(BaseModel):
 
 
 BodyT = TypeVar("BodyT", bound=Body)
+
+
+def at_most(count: int) -> BeforeValidator:
+    """Counts an object's members before one of them is checked: pydantic writes an error for each of a million."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict) and len(value) > count:
+            raise ValueError(f"at most {count} members")
+        return value
+
+    return BeforeValidator(check)
+
+
 _SHOWN_CHARS = 64
 
 

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator
 
 from ..errors import ApiError
 from ..openapi import body_schema
+from ..schemas_labels import Metadata
 from ..validation import Body, read_body
 from .endpoints import ENDPOINTS
 from .objects import batch_object, page
@@ -19,7 +20,6 @@ from .routes import MAX_ID_CHARS, Id, found, owner_of, service_of
 from .store import StoredBatch
 
 MAX_OPEN_BATCHES = 100  # of one key
-_MAX_PAIRS, _MAX_KEY_CHARS, _MAX_VALUE_CHARS = 16, 64, 512
 
 router = APIRouter()
 
@@ -34,20 +34,13 @@ class BatchBody(Body):
     input_file_id: str = Field(max_length=MAX_ID_CHARS)
     endpoint: str = Field(json_schema_extra={"enum": [*sorted(ENDPOINTS)]})
     completion_window: str = Field(pattern=r"^[1-9][0-9]{0,3}[hd]$")
-    metadata: dict[str, str] | None = Field(None, max_length=_MAX_PAIRS)
+    metadata: Metadata | None = None
 
     @field_validator("endpoint")
     @classmethod
     def _is_served(cls, value: str) -> str:
         if value not in ENDPOINTS:
             raise ValueError(f"it must be {' or '.join(sorted(ENDPOINTS))}")
-        return value
-
-    @field_validator("metadata")
-    @classmethod
-    def _short(cls, value: dict[str, str] | None) -> dict[str, str] | None:
-        if value and any(len(key) > _MAX_KEY_CHARS or len(text) > _MAX_VALUE_CHARS for key, text in value.items()):
-            raise ValueError(f"keys have at most {_MAX_KEY_CHARS} characters, values {_MAX_VALUE_CHARS}")
         return value
 
 

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from starlette.requests import ClientDisconnect
 
-from ..errors import ApiError
+from ..errors import CLIENT_GONE, ApiError
 from ..limits import FORM_BYTES, refuse
 from ..settings import Settings
 from ..state import state_of
@@ -21,7 +21,6 @@ from .service import BatchService
 from .store import Order, StoredFile
 from .upload import receive_form, too_large
 
-_CLIENT_GONE = 499
 # A body may take read_seconds, and a second more for each of these: the slowest link that is worth its connection.
 _BYTES_PER_SECOND = 16 * 2**10
 
@@ -55,7 +54,7 @@ async def upload(request: Request) -> Response:
         with service.uploading(owner_of(request)):
             return JSONResponse(file_object(await _receive(request, body, service, settings)))
     except ClientDisconnect:
-        return Response(status_code=_CLIENT_GONE)
+        return Response(status_code=CLIENT_GONE)
     except ApiError as error:
         if body.ended:
             raise

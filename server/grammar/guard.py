@@ -51,8 +51,8 @@ class Guard:
         if self._process is None:
             self._start()
         text = source.text
-        if source.kind == "lark":  # the other process numbers them differently
-            text = _BY_ID.sub(lambda match: f"<[{self._ids[match[1]]}]>", text)
+        if source.kind == "lark":  # the other process numbers them differently; what a schema quotes may look alike
+            text = _BY_ID.sub(lambda match: f"<[{self._ids.get(match[1], match[1])}]>", text)
         answer = self._ask({"kind": source.kind, "text": text}, self._seconds)
         if answer is None:
             self.close()

@@ -62,7 +62,11 @@ def json_source(schema: Any, param: str) -> GrammarSource:
         raise GrammarRefused("no text satisfies it" if schema is False else "a schema is a JSON object", param)
     check_depth(schema, param)
     text = json.dumps(schema, ensure_ascii=False)
-    if len(text.encode()) > MAX_SCHEMA_BYTES:
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        raise GrammarRefused("the schema holds half of a pair of surrogates", param) from None
+    if size > MAX_SCHEMA_BYTES:
         raise GrammarRefused(f"a schema has at most {MAX_SCHEMA_BYTES} bytes", param)
     return GrammarSource("json", text, param)
 

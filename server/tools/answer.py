@@ -97,8 +97,9 @@ class ToolTalk:
 
     def deltas(self, choice: int, delta: Delta) -> list[dict[str, Any]]:
         """What the client of a stream is told of ``delta``."""
-        writer = self._writers.setdefault(choice, self.make())
-        return writer.deltas(delta.text, last=delta.finish_reason is not None)
+        if choice not in self._writers:
+            self._writers[choice] = self.make()
+        return self._writers[choice].deltas(delta.text, last=delta.finish_reason is not None)
 
     def finish_reason(self, choice: int, reason: str) -> str:
         """``tool_calls`` where an answer that came to its end called tools."""

@@ -105,18 +105,19 @@ class FakeEngine:
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
-    def submit(self, request: GenerationRequest) -> None:
+    def submit(self, *requests: GenerationRequest) -> None:
         if self.refuse is not None:
             raise self.refuse
-        check_sampling(request.sampling, self.vocab_size)
-        max_tokens = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
-        if len(request.prompt_token_ids) + max_tokens > self.context_length:
-            raise ContextOverflow(len(request.prompt_token_ids), max_tokens, self.context_length)
+        for request in requests:
+            check_sampling(request.sampling, self.vocab_size)
+            max_tokens = 1 if request.sampling.max_tokens is None else request.sampling.max_tokens
+            if len(request.prompt_token_ids) + max_tokens > self.context_length:
+                raise ContextOverflow(len(request.prompt_token_ids), max_tokens, self.context_length)
         with self._changed:
-            self.requests.append(request)
-            self._alive[request.request_id] = request
-            self._plans[request.request_id] = self._plan(request)
-            self.pages_used += 1
+            self.requests += requests
+            self._alive |= {request.request_id: request for request in requests}
+            self._plans |= {request.request_id: self._plan(request) for request in requests}
+            self.pages_used += len(requests)
             self._changed.notify()
 
     def abort(self, request_id: str) -> None:

@@ -13,9 +13,9 @@ from foveate.server.scheduler import Scheduler
 from foveate.server.sequence import Sequence
 
 
-def make_sequence(prompt, arrival, namespace=b"", tile=1, priority=0):
+def make_sequence(prompt, arrival, namespace=b"", tile=1, priority=0, n=1):
     request = SimpleNamespace(
-        prompt_token_ids=list(prompt), arrival=arrival, priority=priority, sampling=SamplingParams()
+        prompt_token_ids=list(prompt), arrival=arrival, priority=priority, sampling=SamplingParams(n=n)
     )
     group = SimpleNamespace(
         request=request, namespace=namespace, cached_tokens=0, tile=tile, keys_read=0.0, keys_dense=0.0, num_scored=0

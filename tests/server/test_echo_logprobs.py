@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 
+from foveate.server import routes_completions
 from foveate.server.completion_logprobs import CompletionLogprobs, echoed, prompt_logprobs
 from foveate.server.request import TokenLogprob
 from foveate.server.token_text import TokenText
@@ -70,6 +73,21 @@ def test_a_stream_says_the_same(client, events_of, max_tokens, length):
         for name in LISTS:
             assert [value for part in parts for value in part["logprobs"][name]] == choice["logprobs"][name]
         check_offsets(choice["text"], choice["logprobs"])
+
+
+def test_a_stream_does_not_write_a_prompt_on_the_event_loop(client, monkeypatch):
+    threads = []
+
+    def watched(*given):
+        threads.append(threading.current_thread().name)
+        return echoed(*given)
+
+    monkeypatch.setattr(routes_completions, "echoed", watched)
+    asked = {"prompt": "Hi", "echo": True, "logprobs": 1, "max_tokens": 0}
+    loop = client.portal.call(lambda: threading.current_thread().name)
+    assert post(client, **asked, stream=True).status_code == 200
+    assert threads
+    assert loop not in threads
 
 
 def test_prompt_logprobs(client):

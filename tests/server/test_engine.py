@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 import uuid
 from dataclasses import replace
 
@@ -50,13 +51,21 @@ def prompts_of(*lengths, seed=0):
     return [[rng.randrange(256) for _ in range(length)] for length in lengths]
 
 
-def submit(engine, prompt, sampling=GREEDY, attention=None, on_event=None, salt=""):
+def asked(engine, prompt, sampling=GREEDY, attention=None, on_event=None, salt=""):
     events = queue.SimpleQueue()
-    request = GenerationRequest(
-        uuid.uuid4().hex, prompt, sampling, engine.build_scheme(attention), on_event or events.put, salt
-    )
+    scheme = engine.build_scheme(attention)
+    return GenerationRequest(uuid.uuid4().hex, prompt, sampling, scheme, on_event or events.put, salt), events
+
+
+def submit(engine, prompt, *options, **more):
+    request, events = asked(engine, prompt, *options, **more)
     engine.submit(request)
     return request.request_id, events
+
+
+def submit_at_once(engine, *pairs):
+    engine.submit(*(request for request, _ in pairs))
+    return [events for _, events in pairs]
 
 
 def collect(events):
@@ -74,8 +83,7 @@ def tokens_of(seen, index=0):
 
 def run(engine, prompts, sampling=GREEDY, attention=None):
     """Greedy tokens of all prompts, submitted at once."""
-    with engine.together():
-        waiting = [submit(engine, prompt, sampling, attention)[1] for prompt in prompts]
+    waiting = submit_at_once(engine, *(asked(engine, prompt, sampling, attention) for prompt in prompts))
     return [tokens_of(collect(events)) for events in waiting]
 
 
@@ -141,9 +149,8 @@ def test_policies_of_one_batch_do_not_touch_each_other(make_engine):
     policies = [None, {"scheme": "streaming", "budget_tokens": 32}, {"scheme": "streaming", "budget_tokens": 64}, None]
     alone = [run(engine, [prompt], attention=policy)[0] for prompt, policy in zip(prompts, policies, strict=True)]
     engine.cache.reset_prefix()
-    with engine.together():
-        pairs = zip(prompts, policies, strict=True)
-        waiting = [submit(engine, prompt, attention=policy)[1] for prompt, policy in pairs]
+    pairs = zip(prompts, policies, strict=True)
+    waiting = submit_at_once(engine, *(asked(engine, prompt, attention=policy) for prompt, policy in pairs))
     assert [tokens_of(collect(events)) for events in waiting] == alone
 
 
@@ -218,6 +225,35 @@ def test_context_is_filled_when_no_length_is_given(make_engine):
     seen = collect(submit(engine, prompts_of(40)[0], SamplingParams(max_tokens=None, ignore_eos=True))[1])
     assert len(tokens_of(seen)) == 10
     assert seen[-2].finish_reason == "length"
+
+
+def test_the_pool_is_filled_where_it_holds_less_than_the_context(make_engine):
+    engine = make_engine(kv_cache_gib=0.0002)
+    capacity = engine.cache.capacity_tokens
+    assert capacity < engine.context_length
+    seen = collect(submit(engine, [1] * (capacity - 5), SamplingParams(max_tokens=None, ignore_eos=True))[1])
+    assert len(tokens_of(seen)) == 5
+
+
+def test_requests_that_come_together_are_taken_together(make_engine):
+    engine = make_engine(max_queued_requests=2)
+    with pytest.raises(InvalidRequest):
+        submit_at_once(engine, asked(engine, [1, 2]), asked(engine, []))
+    assert engine.snapshot().prompt_tokens == 0
+    for events in submit_at_once(engine, *(asked(engine, [1, 2]) for _ in range(5))):  # nothing waits: more than may
+        assert tokens_of(collect(events))
+
+
+def test_answers_leave_half_of_a_step_to_prompts(make_engine):
+    engine = make_engine(max_batch_tokens=8)
+    assert engine.max_running == 4
+    long = SamplingParams(temperature=0, max_tokens=400, ignore_eos=True, n=2)
+    running = [submit(engine, [1, 2, number], long)[0] for number in range(6)]
+    while engine.snapshot().generated_tokens < 200:
+        time.sleep(0.01)
+    assert engine.snapshot().running == 4
+    for request_id in running:
+        engine.abort(request_id)
 
 
 def test_what_cannot_run_is_refused_at_once(make_engine):

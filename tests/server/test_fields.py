@@ -286,4 +286,22 @@ def test_wrong_types(client, engine, bodies, path, name):
     assert engine.pages_used == 0
 
 
+@BOTH
+@pytest.mark.parametrize("name", ["logit_bias", "metadata"])
+def test_members_are_counted_before_they_are_checked(client, path, name):
+    wrong = {str(number): [] for number in range(2000)}
+    error = post(client, path, **{name: wrong}).json()["error"]
+    assert error["param"] == name
+    assert "at most" in error["message"]
+
+
+@pytest.mark.parametrize("inside", ["tool_calls", "content"])
+def test_calls_and_parts_are_counted_over_all_messages(client, inside):
+    message = {"role": "assistant", inside: [{}] * 100}
+    error = post(client, CHAT, messages=[message] * 82).json()["error"]
+    assert error["param"] == "messages"
+    assert "at most 8192" in error["message"]
+    assert "at most" not in post(client, CHAT, messages=[message] * 81).json()["error"]["message"]
+
+
 JSON = "application/json"

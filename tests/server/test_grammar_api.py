@@ -110,6 +110,7 @@ def test_json_object_is_an_object(api):
         ({"guided_regex": "a" * 5000}, "guided_regex"),
         ({"guided_choice": []}, "guided_choice"),
         ({"guided_json": 3}, "guided_json"),
+        ({"guided_json": '{"const": "\\ud800"}'}, "guided_json"),
         ({"guided_grammar": "root ::= root"}, "guided_grammar"),
         ({"guided_regex": "a", "response_format": FORMAT}, "guided_regex"),
         ({"tool_choice": "required"}, "tool_choice"),
@@ -181,6 +182,14 @@ def test_required_calls_something(api):
     assert 1 <= len(several["tool_calls"]) <= 16
     assert all(json.loads(call["function"]["arguments"]) == {} for call in several["tool_calls"])
     assert len({call["id"] for call in several["tool_calls"]}) == len(several["tool_calls"])
+
+
+def test_a_schema_may_speak_of_what_looks_like_a_token_id(api):
+    parameters = {"type": "object", "properties": {"a": {"const": "<[999999]>"}}, "required": ["a"]}
+    message = api(tools=[tool(name="f", parameters=parameters)], tool_choice="required", max_tokens=200)
+    assert message.status_code == 200, message.text
+    for call in message.json()["choices"][0]["message"]["tool_calls"]:
+        assert json.loads(call["function"]["arguments"])["a"] == "<[999999]>"
 
 
 def test_a_call_that_is_cut_short_is_told_as_far_as_it_came(api):

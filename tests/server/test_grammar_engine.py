@@ -57,11 +57,12 @@ def run(llm, grammar, prompts=(PROMPT,), **params):
 def at_once(engine, requests):
     """The texts of several requests that run together."""
     events = queue.SimpleQueue()
-    with engine.together():
-        for number, (prompt, params) in enumerate(requests):
-            ids = engine.tokenize(prompt, True)
-            sink = partial(lambda number, event: events.put((number, event)), number)
-            engine.submit(GenerationRequest(str(uuid.uuid4()), ids, params, engine.default_scheme, sink))
+    made = []
+    for number, (prompt, params) in enumerate(requests):
+        ids = engine.tokenize(prompt, True)
+        sink = partial(lambda number, event: events.put((number, event)), number)
+        made.append(GenerationRequest(str(uuid.uuid4()), ids, params, engine.default_scheme, sink))
+    engine.submit(*made)
     texts, left = [""] * len(requests), len(requests)
     while left:
         number, event = events.get(timeout=120)

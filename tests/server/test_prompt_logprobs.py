@@ -42,9 +42,19 @@ def prompt_of(length, seed=0):
 
 
 def submit(engine, prompt, sampling=SCORE, attention=None):
-    events = queue.SimpleQueue()
-    engine.submit(GenerationRequest(uuid.uuid4().hex, prompt, sampling, engine.build_scheme(attention), events.put, ""))
-    return events
+    return submit_at_once(engine, [prompt], sampling, attention)[0]
+
+
+def submit_at_once(engine, prompts, sampling=SCORE, attention=None):
+    waiting = [queue.SimpleQueue() for _ in prompts]
+    scheme = engine.build_scheme(attention)
+    engine.submit(
+        *(
+            GenerationRequest(uuid.uuid4().hex, prompt, sampling, scheme, events.put, "")
+            for prompt, events in zip(prompts, waiting, strict=True)
+        )
+    )
+    return waiting
 
 
 def collect(events):
@@ -146,8 +156,7 @@ def test_beside_others_and_under_pressure(make_engine, model_dir):
     engine = make_engine(kv_cache_gib=40 * 16 * 2 * 2 * 2 * 16 * 4 / 2**30, max_batch_tokens=48, step_seconds=1e3)
     prompts = [prompt_of(150, seed) for seed in range(4)]
     answer = SamplingParams(temperature=0, max_tokens=100, ignore_eos=True, prompt_logprobs=3)
-    with engine.together():
-        waiting = [submit(engine, prompt, answer) for prompt in prompts]
+    waiting = submit_at_once(engine, prompts, answer)
     for prompt, events in zip(prompts, waiting, strict=True):
         check(scores_of(collect(events)), stock(model_dir, prompt), prompt)
     assert engine.snapshot().preemptions > 0

@@ -232,6 +232,22 @@ class TestFullQueue:
         refused = self.fill(make, exchange, eventually, ask, max_queued_tokens=100)
         check_full(refused, "100 of at most 100 prompt tokens")
 
+    def test_a_batch_fills_half(self, make):
+        engine, _, _ = make()
+        engine._options = EngineOptions("m", max_queued_requests=6, max_queued_tokens=1000)
+        assert "3 of at most 3 requests" in str(refusal(engine, waiting=[1, 1, 1], tokens=1, priority=1))
+        assert "400 of at most 500 prompt tokens" in str(refusal(engine, waiting=[400], tokens=101, priority=1))
+        check_queue(engine, [1, 1, 1], [1])
+        check_queue(engine, [400], [101])
+
+    def test_prompts_of_one_request_come_together_or_not_at_all(self, make):
+        engine, _, _ = make()
+        engine._options = EngineOptions("m", max_queued_requests=6)
+        check_queue(engine, [1, 1], [1] * 4)
+        check_queue(engine, [], [1] * 64)
+        with pytest.raises(QueueFull, match="2 of at most 6 requests"):
+            check_queue(engine, [1, 1], [1] * 5)
+
     def test_the_time_to_wait_comes_from_the_measured_rate(self, make):
         engine, _, _ = make()
         pace = engine._stepper.pace
@@ -242,16 +258,24 @@ class TestFullQueue:
             assert refused.headers["retry-after"] == str(seconds)
 
 
-def refusal(engine, waiting, tokens):
-    """What a client is told whose prompt of ``tokens`` comes when prompts of ``waiting`` tokens wait."""
+def check_queue(engine, waiting, come, priority=0):
+    """Prompts of ``come`` tokens come at once when prompts of ``waiting`` tokens wait."""
 
     def group(count):
-        return SimpleNamespace(request=SimpleNamespace(prompt_token_ids=[0] * count))
+        return SimpleNamespace(request=SimpleNamespace(prompt_token_ids=[0] * count, priority=priority))
 
+    engine._admission.check_queue(
+        [group(count) for count in come],
+        [group(count) for count in waiting],
+        engine._stepper.scheduler,
+        engine._options,
+    )
+
+
+def refusal(engine, waiting, tokens, priority=0):
+    """What a client is told whose prompt of ``tokens`` comes when prompts of ``waiting`` tokens wait."""
     with pytest.raises(QueueFull) as told:
-        engine._admission.check_queue(
-            group(tokens), [group(count) for count in waiting], engine._stepper.scheduler, engine._options
-        )
+        check_queue(engine, waiting, [tokens], priority)
     return to_api_error(told.value)
 
 

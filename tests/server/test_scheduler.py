@@ -55,6 +55,24 @@ def test_max_running_bounds_the_batch():
     assert len(scheduler.waiting) == 2
 
 
+def test_every_choice_of_a_request_takes_a_seat():
+    scheduler = make_scheduler(running=4)
+    first, second, third = (make_sequence(range(3), arrival, n=n) for arrival, n in enumerate((3, 2, 1)))
+    for sequence in (first, second, third):
+        scheduler.add(sequence)
+    assert {chunk.sequence for chunk in step(scheduler)} == {first, third}  # it may pass what finds no seats
+    assert scheduler.waiting == [second]
+    assert {chunk.sequence for chunk in step(scheduler)} == {first, third, second}  # the first is an answer by now
+
+
+def test_more_choices_than_seats_run_alone():
+    scheduler = make_scheduler(running=4)
+    many, one = make_sequence(range(3), 0, n=9), make_sequence(range(3), 1)
+    scheduler.add(many)
+    scheduler.add(one)
+    assert [chunk.sequence for chunk in step(scheduler)] == [many]
+
+
 def test_the_youngest_is_preempted_and_computed_again():
     scheduler = make_scheduler(pages=4, room=64)
     old, young = make_sequence(range(30), 0), make_sequence(range(100, 130), 1)

@@ -80,10 +80,10 @@ def begun(folder, loaded, engine, capsys):
     write_lines(folder / "in", [completion_line(str(number)) for number in range(9)])
     engine.script = "xy"
 
-    def submit(request, take=engine.submit):
+    def submit(*requests, take=engine.submit):
         if len(engine.requests) == 4:
             engine.state = "dead"
-        take(request)
+        take(*requests)
 
     engine.submit = submit
     assert main(["batch", "in", "-o", "out", "--model", "fake-model", "--batch-in-flight", "2"]) == 1
@@ -176,11 +176,11 @@ def test_a_signal_ends_it_cleanly(folder, loaded, engine, capsys, number, status
     write_lines(folder / "in", [completion_line(str(number)) for number in range(20)])
     engine.script = "xy"
 
-    def submit(request, take=engine.submit):
+    def submit(*requests, take=engine.submit):
         if len(engine.requests) == 9:
             os.kill(os.getpid(), number)
             engine.gate.clear()
-        take(request)
+        take(*requests)
 
     command = ["batch", "in", "-o", "out", "--model", "fake-model", "--batch-in-flight", "3"]
     with pytest.MonkeyPatch.context() as patch:

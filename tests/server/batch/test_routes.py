@@ -363,7 +363,7 @@ def test_the_store_has_a_bound(http):
         ({"endpoint": "/v1/embeddings"}, "endpoint"),
         ({"completion_window": "soon"}, "completion_window"),
         ({"metadata": {"a": 1}}, "metadata.a"),
-        ({"metadata": {"a" * 65: "b"}}, "metadata"),
+        ({"metadata": {"a" * 65: "b"}}, f"metadata.{'a' * 64}.[key]"),
         ({"output_expires_after": {"anchor": "created_at", "seconds": 3600}}, "output_expires_after"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",

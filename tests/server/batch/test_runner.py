@@ -153,8 +153,8 @@ def test_no_more_lines_than_allowed_are_in_work(batch, engine):
     seen = []
     submit = engine.submit
 
-    def submitting(request):
-        submit(request)
+    def submitting(*requests):
+        submit(*requests)
         seen.append(engine.pages_used)
         if len(seen) == 3:
             engine.gate.set()
@@ -171,8 +171,8 @@ def test_long_lines_are_fewer_at_once(batch, engine, monkeypatch):
     submit = engine.submit
     engine.gate.clear()
 
-    def submitting(request):
-        submit(request)
+    def submitting(*requests):
+        submit(*requests)
         seen.append(engine.pages_used)
         if len(seen) == 2:
             engine.gate.set()
