@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,6 +14,7 @@ from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
+from foveate.sparse_attn.errors import CalibrationMissing
 from foveate.sparse_attn.protocol import Scheme
 
 from .errors import AttachError, UnsupportedModel
@@ -185,6 +187,9 @@ def _scheme(model: PreTrainedModel, policy: str | Scheme | Mapping[str, Any], pr
     if "scheme" not in options:
         raise ValueError(f"a policy names its scheme: {{'scheme': ...}}, one of {', '.join(registry.names())}")
     name = options.pop("scheme")
+    if not profile:
+        with suppress(CalibrationMissing):  # else weights need not be read
+            return registry.build(name, **options)
     return registry.build(name, profiles_for(fingerprint(model), profile), **options)
 
 

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from .engine import Engine
+from .exceptions import QueueFull
 from .options import EngineOptions
 from .request import Delta, Event, EventSink, Failed, Finished, GenerationRequest, SamplingParams, Usage
 
@@ -78,6 +79,7 @@ class LLM:
         scheme = self.engine.build_scheme(attention)
         events: queue.SimpleQueue[tuple[int, Event]] = queue.SimpleQueue()
         waiting: list[tuple[int, str | list[int]]] = list(enumerate(prompts))[::-1]
+        refill = True
         running: dict[int, str] = {}
         texts: dict[tuple[int, int], list[Delta]] = {}
         usages: dict[int, Usage] = {}
@@ -85,14 +87,20 @@ class LLM:
             while waiting or running:
                 # Only as many as run at once: a long list of prompts must not fill the queue.
                 requests: dict[int, GenerationRequest] = {}
-                while waiting and len(running) + len(requests) < self.engine.max_running:
+                while refill and waiting and len(running) + len(requests) < self.engine.max_running:
                     number, prompt = waiting.pop()
                     ids = self.engine.tokenize(prompt, True) if isinstance(prompt, str) else prompt
                     sink = _numbered(events, number)
                     requests[number] = GenerationRequest(uuid.uuid4().hex, list(ids), params, scheme, sink)
-                if requests:
-                    self.engine.submit(*requests.values())
-                running |= {number: request.request_id for number, request in requests.items()}
+                refill = False  # until a place is free
+                try:
+                    if requests:
+                        self.engine.submit(*requests.values())
+                    running |= {number: request.request_id for number, request in requests.items()}
+                except QueueFull:
+                    if not running:
+                        raise
+                    waiting += [(number, request.prompt_token_ids) for number, request in requests.items()][::-1]
                 number, event = events.get()
                 if on_event is not None:
                     on_event(number, event)
@@ -104,6 +112,7 @@ class LLM:
                 elif isinstance(event, Finished):
                     del running[number]
                     usages[number] = event.usage
+                    refill = True
         finally:
             for request_id in running.values():
                 self.engine.abort(request_id)

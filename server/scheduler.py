@@ -40,8 +40,9 @@ class Scheduler:
     after those before it. Turns rather than shares of a step, since chunks stay large and tiles whole.
 
     **Who comes in.** A prompt comes in when all its tokens fit into free pages beside what the
-    prompts that are in still need, so prompts do not preempt each other half way. Where the first in
-    the queue does not fit, younger ones may pass it until they add up to as many tokens as it has;
+    prompts that are in still need, so prompts do not preempt each other half way. It takes as many of
+    the ``max_running`` seats as its request has choices, which will be written at once. Where the first
+    in the queue does not fit, younger ones may pass it until they add up to as many tokens as it has;
     then it is next, whatever comes.
 
     **When pages run out.** The cache gives up unreferenced prefix pages first (that is the cache's
@@ -49,8 +50,6 @@ class Scheduler:
     preempted: its pages are freed and it waits to be computed again from its tokens. The oldest is
     never preempted for a younger one of its priority, so every request ends. A waiting request
     preempts running ones only if their priority is larger than its own.
-
-    A prompt takes as many of the ``max_running`` seats as its request has choices, which will be written at once.
 
     Attributes:
         waiting: Sequences without pages, in the order of ``Sequence.order``.
@@ -187,6 +186,8 @@ class Scheduler:
         ):
             return False
         if not self._has_seats(self.running, sequence) and not self._may_preempt_for(sequence):
+            # One that needs several seats at once would never see them free if those of one seat went on passing it.
+            sequence.wait.is_blocked = sequence.wait.is_blocked or sequence.seats > 1
             return False
         free = self.cache.available - self._promised()
         if self.running and free < sequence.wait.pages and not self._may_preempt_for(sequence):

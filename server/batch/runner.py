@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
@@ -25,7 +24,7 @@ from .records import Result, answered, refused, unreadable
 MAX_BYTES_AT_ONCE = 32 * 2**20
 # Of the threads that read text; HTTP requests have the others.
 PREPARED_AT_ONCE = 2
-QUEUE_SECONDS = 0.2
+QUEUE_SECONDS = 2.0
 # A step that fails ends everyone in it, so each gets another try beside others.
 TRIES = 3
 
@@ -187,9 +186,10 @@ class BatchRunner:
         async with self._preparing:
             generation = await prepare(self._state, entry.url, entry.body)
         while True:
-            with suppress(QueueFull):
+            try:
                 return await answer(self._state, generation, self._owner, self._metrics)
-            await asyncio.sleep(QUEUE_SECONDS)
+            except QueueFull as error:
+                await asyncio.sleep(min(error.retry_seconds, QUEUE_SECONDS))
 
     def _check_engine(self, error: Exception) -> None:
         """An engine that stops fails everything in it: that says nothing about a line."""

@@ -244,6 +244,14 @@ def test_requests_that_come_together_are_taken_together(make_engine):
         assert tokens_of(collect(events))
 
 
+def test_a_list_of_prompts_longer_than_the_queue_is_answered(make_engine):
+    """What finds no room when a place is free waits for the next."""
+    engine = make_engine(max_queued_requests=1, max_running=4, kv_cache_gib=0.0002)
+    prompts = prompts_of(*[60] * 12)
+    answers = LLM.over(engine).generate(prompts, GREEDY)
+    assert [list(answer.token_ids) for answer in answers] == [run(engine, [prompt])[0] for prompt in prompts]
+
+
 def test_answers_leave_half_of_a_step_to_prompts(make_engine):
     engine = make_engine(max_batch_tokens=8)
     assert engine.max_running == 4

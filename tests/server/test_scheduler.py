@@ -65,6 +65,28 @@ def test_every_choice_of_a_request_takes_a_seat():
     assert {chunk.sequence for chunk in step(scheduler)} == {first, third, second}  # the first is an answer by now
 
 
+@pytest.mark.parametrize("n", [2, 9], ids="n{}".format)
+def test_who_passes_a_request_of_many_choices_adds_up_to_no_more_than_it(n):
+    """There is always one seat or another for those who need one, never several."""
+    scheduler = make_scheduler(running=4, room=64)
+    running = [make_sequence(range(3), arrival) for arrival in range(4)]
+    many = make_sequence(range(20), 4, n=n)
+    for sequence in (*running, many):
+        scheduler.add(sequence)
+    step(scheduler)
+    passed = 0
+    for arrival in range(5, 40):
+        scheduler.add(make_sequence(range(3), arrival))
+        scheduler.remove(running.pop(0))
+        came = [chunk.sequence for chunk in step(scheduler) if chunk.start == 0]
+        if many in came:
+            break
+        running += came
+        passed += len(came)
+    assert many in came
+    assert 0 < passed <= 20 // 3
+
+
 def test_more_choices_than_seats_run_alone():
     scheduler = make_scheduler(running=4)
     many, one = make_sequence(range(3), 0, n=9), make_sequence(range(3), 1)
