@@ -134,7 +134,7 @@ class Settings(OperationSettings):
         16 * 2**30, ge=1024, description="bytes of all files in --batch-dir before uploads stop"
     )
     request_timeout: float = Field(
-        600, gt=0, allow_inf_nan=False, description="seconds for one answer, waiting included"
+        3600, gt=0, allow_inf_nan=False, description="seconds for one answer, waiting included"
     )
     read_seconds: float = Field(30, gt=0, allow_inf_nan=False, description="time for a client to send its request")
     write_seconds: float = Field(
