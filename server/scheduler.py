@@ -187,7 +187,8 @@ class Scheduler:
             return False
         if not self._has_seats(self.running, sequence) and not self._may_preempt_for(sequence):
             # One that needs several seats at once would never see them free if those of one seat went on passing it.
-            sequence.wait.is_blocked = sequence.wait.is_blocked or sequence.seats > 1
+            if sequence.seats > 1:
+                sequence.wait.is_blocked = True
             return False
         free = self.cache.available - self._promised()
         if self.running and free < sequence.wait.pages and not self._may_preempt_for(sequence):

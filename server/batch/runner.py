@@ -24,7 +24,7 @@ from .records import Result, answered, refused, unreadable
 MAX_BYTES_AT_ONCE = 32 * 2**20
 # Of the threads that read text; HTTP requests have the others.
 PREPARED_AT_ONCE = 2
-QUEUE_SECONDS = 2.0
+QUEUE_SECONDS = 2.0  # at most, until a line that found the queue full is tried again
 # A step that fails ends everyone in it, so each gets another try beside others.
 TRIES = 3
 

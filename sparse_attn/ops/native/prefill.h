@@ -11,7 +11,7 @@
 //   kVectors, kBlock    vectors of columns per pass; keys per block, a multiple of 32
 //   kPairs              weights leave the softmax as pairs of bfloat16 (two keys of one query in 32 bits)
 //   kWords              or as pairs of words, and a column's levels are worth something (see word_values.h, whose engine
-//                       has ``choose_levels``, ``levels`` and ``worth``, and accumulates by what those are)
+//                       has ``choose_levels``, ``levels`` and ``sound``, and accumulates by what levels are worth)
 //   kBytes              anchors (anchor.h) keep weights as bytes
 //   kPad                keys that the products round up to
 //   units(dim)          32-bit units of a query row: channels, or pairs of them
