@@ -123,5 +123,5 @@ void multiply(const foveate_linear& call, const Activations& input, int64_t firs
 }  // namespace
 
 // 4 KiB of sums per 16 rows at least; below 8 rows dot products are faster.
-constexpr LinearKernels kLinearAmx = {LinearInput<Lanes16>::quantize, multiply, Dot::widen, 256, 8, configure_tiles,
+constexpr LinearKernels kLinearAmx = {LinearInput<Lanes16>::quantize, multiply, Dot::widen, 256, 8, 1, configure_tiles,
                                       release_tiles};

@@ -51,7 +51,8 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     const foveate_linear& call = *call_pointer;
     const int planes = call.activation_bits / 8;
     const LinearKernels& kernels = *kernels_for(call, call.rows * planes);
-    const int64_t stride = padded_to(call.in_channels, 64), room = padded_to(call.rows, kRowStep);
+    const int64_t panel = call.rows > 1 ? kernels.panel : 1, row_step = kRowStep * panel;
+    const int64_t stride = padded_to(call.in_channels, 64), room = padded_to(call.rows, row_step);
     const int64_t sums = call.weight_bits == 4 ? stride / 32 : 0, scales = sums && planes == 1 ? sums : 1;
     char* memory = static_cast<char*>(foveate_scratch(room * (planes * stride + (scales + sums) * 4), 1));
     if (!memory) return 1;
@@ -59,6 +60,7 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     input.bytes = reinterpret_cast<uint8_t*>(memory);
     input.stride = stride;
     input.planes = planes;
+    input.panel = panel;
     input.scales = reinterpret_cast<float*>(memory + room * planes * stride);
     input.group_sums = input.scales + room * scales;
     run_items(kernels, ceil_div(call.rows, kQuantizeRows), call.num_threads, 0, [&](int64_t item, void*) {
@@ -72,8 +74,8 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     if (width < 4) width = 4;
     if (width > 16) width = 16;
     const int64_t pieces = ceil_div(blocks, width);
-    int64_t rows = padded_to(ceil_div(call.rows, ceil_div(wanted, pieces)), kRowStep);
-    if (rows > kMostRows) rows = kMostRows;
+    int64_t rows = padded_to(ceil_div(call.rows, ceil_div(wanted, pieces)), row_step);
+    if (rows > kMostRows) rows = kMostRows / row_step * row_step;
     const int64_t bytes = kernels.row_scratch * rows;
     return run_items(kernels, pieces * ceil_div(call.rows, rows), call.num_threads, bytes, [&](int64_t item, void* scratch) {
         const int64_t block = item % pieces * width, row = item / pieces * rows;

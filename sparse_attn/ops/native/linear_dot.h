@@ -243,7 +243,7 @@ struct DotLinear {
     }
 
     static void nothing() {}
-    static constexpr LinearKernels table() { return {LinearInput<Isa>::quantize, multiply, widen, 0, 1, nothing, nothing}; }
+    static constexpr LinearKernels table() { return {LinearInput<Isa>::quantize, multiply, widen, 0, 1, 1, nothing, nothing}; }
 };
 
 }  // namespace

@@ -83,14 +83,11 @@ struct LinearInput {
     template <class T>
     static void quantize_groups(const foveate_linear& call, const Activations& to, int64_t row, const T* x) {
         constexpr int kVectors = kGroup / W;
-        uint8_t* bytes = to.bytes + row * to.stride;
-        float* scales = to.scales + row * (to.stride / kGroup);
-        float* sums = to.group_sums + row * (to.stride / kGroup);
         T room[kStep];
         for (int64_t k = 0; k < to.stride; k += kStep) {
             const T* from = at(x, k, call.in_channels, room);
             I levels[4];
-            for (int first = 0; first < 4; first += kVectors, ++scales, ++sums) {
+            for (int first = 0; first < 4; first += kVectors) {
                 I most = Vec::set_int(0), sum = most;
                 for (int i = first; i < first + kVectors; ++i) most = Isa::larger_magnitude(most, Vec::load(from + i * W));
                 const LevelScale scale(Isa::largest(most), kLevels8);
@@ -98,10 +95,11 @@ struct LinearInput {
                     levels[i] = Isa::to_int(Vec::mul(Vec::load(from + i * W), Vec::set(scale.steps)));
                     sum = Isa::add(sum, levels[i]);
                 }
-                *scales = scale.worth;
-                *sums = scale.worth * Vec::sum(Isa::to_float(sum));
+                const int64_t at = to.at(row, (k + first * W) / kGroup);
+                to.scales[at] = scale.worth;
+                to.group_sums[at] = scale.worth * Vec::sum(Isa::to_float(sum));
             }
-            Isa::store_bytes(bytes + k, levels, false);
+            Isa::store_bytes(to.bytes + to.at(row, k / kGroup) * kGroup, levels, false);
         }
     }
 
