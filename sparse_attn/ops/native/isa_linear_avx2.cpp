@@ -17,5 +17,5 @@ constexpr int64_t kRowBytes = WordPieces::kRowBytes > NibblePieces::kRowBytes ? 
 
 }  // namespace
 
-constexpr LinearKernels kLinearAvx2 = {LinearInput<Lanes8<WordDot>>::quantize, multiply, Few::widen, kRowBytes, 1, kPanel,
-                                       Few::nothing, Few::nothing};
+constexpr LinearKernels kLinearAvx2 = {LinearInput<Lanes8<WordDot>>::quantize, multiply, Few::widen, kRowBytes, 1,
+                                       NibblePieces::kPanel, Few::nothing, Few::nothing};

@@ -35,7 +35,7 @@ const LinearKernels* kernels_for(const foveate_linear& call, int64_t byte_rows) 
     return few && call.isa == FOVEATE_LINEAR_AMX ? kernels_for(FOVEATE_LINEAR_AVX512VNNI) : kernels;
 }
 
-constexpr int64_t kRowStep = 32;    // rows of a pair of tiles
+constexpr int64_t kRowStep = 32;    // rows of a pair of tiles; an item has scratch for no fewer
 constexpr int64_t kMostRows = 256;  // of an item, so that its input stays in L2
 constexpr int64_t kQuantizeRows = 8;
 
@@ -51,7 +51,8 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     const foveate_linear& call = *call_pointer;
     const int planes = call.activation_bits / 8;
     const LinearKernels& kernels = *kernels_for(call, call.rows * planes);
-    const int64_t panel = call.rows > 1 ? kernels.panel : 1, row_step = kRowStep * panel;
+    const int64_t panel = call.rows > 1 && call.weight_bits == 4 && planes == 1 ? kernels.panel : 1;
+    const int64_t row_step = padded_to(kRowStep, panel);
     const int64_t stride = padded_to(call.in_channels, 64), room = padded_to(call.rows, row_step);
     const int64_t sums = call.weight_bits == 4 ? stride / 32 : 0, scales = sums && planes == 1 ? sums : 1;
     char* memory = static_cast<char*>(foveate_scratch(room * (planes * stride + (scales + sums) * 4), 1));
@@ -63,8 +64,9 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     input.panel = panel;
     input.scales = reinterpret_cast<float*>(memory + room * planes * stride);
     input.group_sums = input.scales + room * scales;
-    run_items(kernels, ceil_div(call.rows, kQuantizeRows), call.num_threads, 0, [&](int64_t item, void*) {
-        const int64_t first = item * kQuantizeRows, last = first + kQuantizeRows;
+    const int64_t together = padded_to(kQuantizeRows, panel);  // no two threads write to a panel
+    run_items(kernels, ceil_div(call.rows, together), call.num_threads, 0, [&](int64_t item, void*) {
+        const int64_t first = item * together, last = first + together;
         kernels.quantize(call, input, first, last < call.rows ? last : call.rows);
     });
     // Pieces of output channels wide enough to stream, and pieces of rows small enough to stay in L2, but enough of
@@ -74,8 +76,8 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     if (width < 4) width = 4;
     if (width > 16) width = 16;
     const int64_t pieces = ceil_div(blocks, width);
-    int64_t rows = padded_to(ceil_div(call.rows, ceil_div(wanted, pieces)), row_step);
-    if (rows > kMostRows) rows = kMostRows / row_step * row_step;
+    const int64_t parts = ceil_div(wanted, pieces), least_parts = ceil_div(call.rows, kMostRows / row_step * row_step);
+    const int64_t rows = padded_to(ceil_div(call.rows, parts < least_parts ? least_parts : parts), row_step);
     const int64_t bytes = kernels.row_scratch * rows;
     return run_items(kernels, pieces * ceil_div(call.rows, rows), call.num_threads, bytes, [&](int64_t item, void* scratch) {
         const int64_t block = item % pieces * width, row = item / pieces * rows;

@@ -60,14 +60,15 @@ FOVEATE_API int32_t foveate_linear_size(void);
 static inline int64_t padded_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // The quantised input of a call: ``planes`` rows of bytes per row, high before low. For 8 bit behind weights of 4 those of
-// ``panel`` rows lie side by side, group by group: [M/panel][K/32][panel] times 32 bytes, a scale, and a sum.
+// ``panel`` rows lie side by side, group by group: [M/panel][K/32][panel] times 32 bytes, a scale, and a sum. Elsewhere
+// ``panel`` is 1.
 struct Activations {
     uint8_t* bytes;
     int64_t stride;     // bytes from one plane of a row to the next
     int planes;
     int64_t panel;
-    float* scales;      // [M], or [M][K/32] for 8 bit behind weights of 4
-    float* group_sums;  // 4 bit: [M][K/32] sums of the quantised input, and there times its scale
+    float* scales;      // [M], or [M/panel][K/32][panel] for 8 bit behind weights of 4
+    float* group_sums;  // 4 bit: likewise, sums of the quantised input; for 8 bit times its scale
 
     // Where a group of a row lies.
     int64_t at(int64_t row, int64_t group) const {
@@ -83,7 +84,7 @@ struct LinearKernels {
     void (*widen)(const foveate_linear& call, int64_t block);
     int64_t row_scratch;  // bytes of scratch per row of an item
     int64_t least_rows;   // rows x planes from which on these kernels are worth their setup
-    int64_t panel;        // of calls of more than one row
+    int64_t panel;        // of calls of more than one row, with weights of 4 bits and inputs of 8
     void (*begin)();
     void (*end)();
 };

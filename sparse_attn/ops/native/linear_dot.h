@@ -127,16 +127,23 @@ struct DotLinear {
 
     // ---- 4 bits ----
 
+    static constexpr int kPanel = 4;
+
     // Like multiply8, for kRows rows of kPlanes planes each, and one vector of output channels.
     template <int kRows, int kPlanes>
     static void multiply4(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel) {
         const int64_t groups = input.stride / kGroup, block = channel / kBlock, lane = channel % kBlock;
-        const uint8_t* a = input.bytes + row * kPlanes * input.stride;
+        // Rows of one plane lie side by side in a panel; those of two do not.
+        const int64_t at = kPlanes == 1 ? input.at(row, 0) : row * groups;
+        const int64_t to_row = kPlanes == 1 ? 1 : groups, to_group = kPlanes == 1 ? input.panel : 1;
+        const uint8_t* a = input.bytes + at * kPlanes * kGroup;
+        const float* worths = input.scales + at;  // of one plane
+        const float* totals = input.group_sums + at;
         const uint8_t* w = static_cast<const uint8_t*>(call.weight) + block * groups * 256 + lane * 4;
         const uint16_t* steps = call.groups + block * groups * 2 * kBlock + lane;
         F sums[kRows];
         for (int r = 0; r < kRows; ++r) sums[r] = Vec::zero();
-        for (int64_t g = 0; g < groups; ++g, w += 256, steps += 2 * kBlock, a += kGroup) {
+        for (int64_t g = 0; g < groups; ++g, w += 256, steps += 2 * kBlock) {
             I levels[kRows][kPlanes];
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
@@ -149,7 +156,7 @@ struct DotLinear {
                 for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
                     for (int p = 0; p < kPlanes; ++p) {
-                        const uint8_t* x = a + (r * kPlanes + p) * input.stride + i * 4;
+                        const uint8_t* x = a + ((r * kPlanes + p) * to_row + g * to_group) * kGroup + i * 4;
                         levels[r][p] = Isa::dot_nibbles(levels[r][p], first, x);
                         levels[r][p] = Isa::dot_nibbles(levels[r][p], second, x + 16);
                     }
@@ -157,14 +164,14 @@ struct DotLinear {
             const F step = Vec::load(steps), zero = Vec::load(steps + kBlock);
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r) {
-                const int64_t at = (row + r) * groups + g;
+                const int64_t place = r * to_row + g * to_group;
                 if constexpr (kPlanes == 2) {
                     const I whole = Isa::add(Isa::template shift_left<8>(levels[r][0]), levels[r][1]);
                     sums[r] = Vec::fma(Isa::to_float(whole), step, sums[r]);
                 } else {
-                    sums[r] = Vec::fma(Isa::to_float(levels[r][0]), Vec::mul(step, Vec::set(input.scales[at])), sums[r]);
+                    sums[r] = Vec::fma(Isa::to_float(levels[r][0]), Vec::mul(step, Vec::set(worths[place])), sums[r]);
                 }
-                sums[r] = Vec::fma(Vec::set(input.group_sums[at]), zero, sums[r]);
+                sums[r] = Vec::fma(Vec::set(totals[place]), zero, sums[r]);
             }
         }
         for (int r = 0; r < kRows; ++r)
@@ -175,7 +182,8 @@ struct DotLinear {
     template <int kPlanes>
     static void rows4(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                       int64_t channel) {
-        constexpr int kMost = Isa::kRows / kPlanes < 4 ? Isa::kRows / kPlanes : 4;
+        constexpr int kMost = Isa::kRows / kPlanes < kPanel ? Isa::kRows / kPlanes : kPanel;
+        static_assert(kPlanes == 2 || kMost == kPanel);
         for (int64_t row = first; row < last; row += kMost) {
             switch (smaller<int64_t>(kMost, last - row)) {
                 case 1: multiply4<1, kPlanes>(call, input, row, channel); break;
@@ -243,7 +251,7 @@ struct DotLinear {
     }
 
     static void nothing() {}
-    static constexpr LinearKernels table() { return {LinearInput<Isa>::quantize, multiply, widen, 0, 1, 1, nothing, nothing}; }
+    static constexpr LinearKernels table() { return {LinearInput<Isa>::quantize, multiply, widen, 0, 1, kPanel, nothing, nothing}; }
 };
 
 }  // namespace

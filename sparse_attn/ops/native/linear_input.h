@@ -83,23 +83,32 @@ struct LinearInput {
     template <class T>
     static void quantize_groups(const foveate_linear& call, const Activations& to, int64_t row, const T* x) {
         constexpr int kVectors = kGroup / W;
+        int64_t place = to.at(row, 0);
+        const int64_t panel = to.panel;
         T room[kStep];
         for (int64_t k = 0; k < to.stride; k += kStep) {
             const T* from = at(x, k, call.in_channels, room);
             I levels[4];
-            for (int first = 0; first < 4; first += kVectors) {
+            uint8_t bytes[kStep];
+            float worths[kStep / kGroup], totals[kStep / kGroup];
+            for (int i = 0; i < kStep / kGroup; ++i) {
+                const int first = i * kVectors;
                 I most = Vec::set_int(0), sum = most;
-                for (int i = first; i < first + kVectors; ++i) most = Isa::larger_magnitude(most, Vec::load(from + i * W));
+                for (int j = first; j < first + kVectors; ++j) most = Isa::larger_magnitude(most, Vec::load(from + j * W));
                 const LevelScale scale(Isa::largest(most), kLevels8);
-                for (int i = first; i < first + kVectors; ++i) {
-                    levels[i] = Isa::to_int(Vec::mul(Vec::load(from + i * W), Vec::set(scale.steps)));
-                    sum = Isa::add(sum, levels[i]);
+                for (int j = first; j < first + kVectors; ++j) {
+                    levels[j] = Isa::to_int(Vec::mul(Vec::load(from + j * W), Vec::set(scale.steps)));
+                    sum = Isa::add(sum, levels[j]);
                 }
-                const int64_t at = to.at(row, (k + first * W) / kGroup);
-                to.scales[at] = scale.worth;
-                to.group_sums[at] = scale.worth * Vec::sum(Isa::to_float(sum));
+                worths[i] = scale.worth;
+                totals[i] = scale.worth * Vec::sum(Isa::to_float(sum));
             }
-            Isa::store_bytes(to.bytes + to.at(row, k / kGroup) * kGroup, levels, false);
+            Isa::store_bytes(bytes, levels, false);
+            for (int i = 0; i < kStep / kGroup; ++i, place += panel) {
+                __builtin_memcpy(to.bytes + place * kGroup, bytes + i * kGroup, kGroup);
+                to.scales[place] = worths[i];
+                to.group_sums[place] = totals[i];
+            }
         }
     }
 
