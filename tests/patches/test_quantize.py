@@ -20,7 +20,7 @@ from foveate.patches.quantize import KINDS, QuantizedLinear, quantize
 from foveate.sparse_attn.ops import native
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# (rows, K, N): one row, few, more than a tile, and every remainder by 4, 16, 32 and 64 channels.
+# (rows, K, N): one row, few, more than a tile, several items, and every remainder by 4, 16, 32 and 64 channels.
 SHAPES = {
     "decode": (1, 576, 576),
     "batch": (5, 192, 70),
@@ -112,7 +112,7 @@ def test_widened_weight_is_the_exact_one(isa):
 
 
 def test_many_rows_of_4_bits_are_computed_as_few(isa):
-    x, weight, _ = made(40, 1600, 48)
+    x, weight, _ = made(67, 1600, 48)  # cut into items, the last of which has few rows, after whole panels
     linear = linear_native.NativeLinear(Int4Weight.of(weight), None, 8, isa=isa)
     many = linear(x)
     for few in (1, 4):

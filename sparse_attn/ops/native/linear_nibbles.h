@@ -3,8 +3,7 @@
 // AVX2's product of bytes adds two of them in 16 bits, which hold all that a group of 32 input channels makes of a
 // lane: 16 products of 15 and 127. So most of a group's work is one product and one sum of 32 pairs each; only its total
 // is widened, and multiplied by what a level of the inputs and a step of the weights are worth. Three rows and 16 output
-// channels have their sums in registers (43 cycles for a group of both;
-// sums in memory took a sixth longer).
+// channels have their sums in registers (43 cycles for a group of both; sums in memory took a sixth longer).
 #pragma once
 
 #include "linear_dot.h"
