@@ -29,7 +29,7 @@ LOOPS = {
     "anchors-bfloat16": (r"pool_part.*DotEngine", "vdpbf16ps", 24, 0),
     "anchors-bytes": (r"ByteEngine.*multiply", "vpdpbusd", 24, 0),
     "linear-8-bits": (r"Lanes16.*multiply8ILi6ELi1ELi4", "vpdpbusd", 24, 0),
-    "linear-4-bits": (r"Lanes16.*multiply4ILi4ELi1", "vpdpbusd", 32, 0),
+    "linear-4-bits": (r"Lanes16.*multiply4ILi4ELi1ELi2", "vpdpbusd", 64, 0),
 }
 
 

@@ -129,8 +129,12 @@ struct DotLinear {
 
     static constexpr int kPanel = 4;
 
-    // Like multiply8, for kRows rows of kPlanes planes each, and one vector of output channels.
-    template <int kRows, int kPlanes>
+    // Vectors of output channels at once, of a block each. Two share what is broadcast of the inputs, of which Zen 4 loads
+    // one a cycle, as many as it multiplies; 8 lanes have no registers for it.
+    static constexpr int kTogether = W == kBlock ? 2 : 1;
+
+    // Like multiply8, for kRows rows of kPlanes planes each, and kVectors vectors of output channels from ``channel`` on.
+    template <int kRows, int kPlanes, int kVectors>
     static void multiply4(const foveate_linear& call, const Activations& input, int64_t row, int64_t channel) {
         const int64_t groups = input.stride / kGroup, block = channel / kBlock, lane = channel % kBlock;
         // Rows of one plane lie side by side in a panel; those of two do not.
@@ -141,57 +145,88 @@ struct DotLinear {
         const float* totals = input.group_sums + at;
         const uint8_t* w = static_cast<const uint8_t*>(call.weight) + block * groups * 256 + lane * 4;
         const uint16_t* steps = call.groups + block * groups * 2 * kBlock + lane;
-        F sums[kRows];
-        for (int r = 0; r < kRows; ++r) sums[r] = Vec::zero();
+        const int64_t next_w = groups * 256, next_steps = groups * 2 * kBlock;  // of the next block
+        F sums[kRows][kVectors];
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 2
+            for (int j = 0; j < kVectors; ++j) sums[r][j] = Vec::zero();
         for (int64_t g = 0; g < groups; ++g, w += 256, steps += 2 * kBlock) {
-            I levels[kRows][kPlanes];
+            I levels[kRows][kPlanes][kVectors];
 #pragma GCC unroll 8
             for (int r = 0; r < kRows; ++r)
-                for (int p = 0; p < kPlanes; ++p) levels[r][p] = Vec::set_int(0);
+#pragma GCC unroll 2
+                for (int p = 0; p < kPlanes; ++p)
+#pragma GCC unroll 2
+                    for (int j = 0; j < kVectors; ++j) levels[r][p][j] = Vec::set_int(0);
 #pragma GCC unroll 4
             for (int i = 0; i < 4; ++i) {
-                const I both = Isa::load(w + i * 64);
-                const I first = Isa::low_nibbles(both), second = Isa::high_nibbles(both);
+                I first[kVectors], second[kVectors];
+#pragma GCC unroll 2
+                for (int j = 0; j < kVectors; ++j) {
+                    const I both = Isa::load(w + j * next_w + i * 64);
+                    first[j] = Isa::low_nibbles(both);
+                    second[j] = Isa::high_nibbles(both);
+                }
 #pragma GCC unroll 8
                 for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
                     for (int p = 0; p < kPlanes; ++p) {
                         const uint8_t* x = a + ((r * kPlanes + p) * to_row + g * to_group) * kGroup + i * 4;
-                        levels[r][p] = Isa::dot_nibbles(levels[r][p], first, x);
-                        levels[r][p] = Isa::dot_nibbles(levels[r][p], second, x + 16);
+#pragma GCC unroll 2
+                        for (int j = 0; j < kVectors; ++j) levels[r][p][j] = Isa::dot_nibbles(levels[r][p][j], first[j], x);
+#pragma GCC unroll 2
+                        for (int j = 0; j < kVectors; ++j)
+                            levels[r][p][j] = Isa::dot_nibbles(levels[r][p][j], second[j], x + 16);
                     }
             }
-            const F step = Vec::load(steps), zero = Vec::load(steps + kBlock);
+#pragma GCC unroll 2
+            for (int j = 0; j < kVectors; ++j) {
+                const uint16_t* held = steps + j * next_steps;
+                const F step = Vec::load(held), zero = Vec::load(held + kBlock);
 #pragma GCC unroll 8
-            for (int r = 0; r < kRows; ++r) {
-                const int64_t place = r * to_row + g * to_group;
-                if constexpr (kPlanes == 2) {
-                    const I whole = Isa::add(Isa::template shift_left<8>(levels[r][0]), levels[r][1]);
-                    sums[r] = Vec::fma(Isa::to_float(whole), step, sums[r]);
-                } else {
-                    sums[r] = Vec::fma(Isa::to_float(levels[r][0]), Vec::mul(step, Vec::set(worths[place])), sums[r]);
+                for (int r = 0; r < kRows; ++r) {
+                    const int64_t place = r * to_row + g * to_group;
+                    F& sum = sums[r][j];
+                    if constexpr (kPlanes == 2) {
+                        const I whole = Isa::add(Isa::template shift_left<8>(levels[r][0][j]), levels[r][1][j]);
+                        sum = Vec::fma(Isa::to_float(whole), step, sum);
+                    } else {
+                        sum = Vec::fma(Isa::to_float(levels[r][0][j]), Vec::mul(step, Vec::set(worths[place])), sum);
+                    }
+                    sum = Vec::fma(Vec::set(totals[place]), zero, sum);
                 }
-                sums[r] = Vec::fma(Vec::set(totals[place]), zero, sums[r]);
             }
         }
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r)
-            put<Vec>(call, row + r, channel,
-                     kPlanes == 2 ? Vec::mul(sums[r], Vec::set(input.scales[row + r])) : sums[r]);
+#pragma GCC unroll 2
+            for (int j = 0; j < kVectors; ++j)
+                put<Vec>(call, row + r, channel + j * W,
+                         kPlanes == 2 ? Vec::mul(sums[r][j], Vec::set(input.scales[row + r])) : sums[r][j]);
     }
 
-    template <int kPlanes>
+    template <int kPlanes, int kVectors>
     static void rows4(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                       int64_t channel) {
         constexpr int kMost = Isa::kRows / kPlanes < kPanel ? Isa::kRows / kPlanes : kPanel;
         static_assert(kPlanes == 2 || kMost == kPanel);
         for (int64_t row = first; row < last; row += kMost) {
             switch (smaller<int64_t>(kMost, last - row)) {
-                case 1: multiply4<1, kPlanes>(call, input, row, channel); break;
-                case 2: multiply4<(kMost < 2 ? kMost : 2), kPlanes>(call, input, row, channel); break;
-                case 3: multiply4<(kMost < 3 ? kMost : 3), kPlanes>(call, input, row, channel); break;
-                default: multiply4<kMost, kPlanes>(call, input, row, channel);
+                case 1: multiply4<1, kPlanes, kVectors>(call, input, row, channel); break;
+                case 2: multiply4<(kMost < 2 ? kMost : 2), kPlanes, kVectors>(call, input, row, channel); break;
+                case 3: multiply4<(kMost < 3 ? kMost : 3), kPlanes, kVectors>(call, input, row, channel); break;
+                default: multiply4<kMost, kPlanes, kVectors>(call, input, row, channel);
             }
         }
+    }
+
+    template <int kPlanes>
+    static void blocks4(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
+                        int64_t channel, int64_t end) {
+        for (; channel + kTogether * W <= end; channel += kTogether * W)
+            rows4<kPlanes, kTogether>(call, input, first, last, channel);
+        for (; channel < end; channel += W) rows4<kPlanes, 1>(call, input, first, last, channel);
     }
 
     static void multiply(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
@@ -199,10 +234,8 @@ struct DotLinear {
         int64_t channel = first_block * kBlock;
         const int64_t end = last_block * kBlock;
         if (call.weight_bits == 4) {
-            for (; channel < end; channel += W) {
-                if (input.planes == 1) rows4<1>(call, input, first, last, channel);
-                else rows4<2>(call, input, first, last, channel);
-            }
+            if (input.planes == 1) blocks4<1>(call, input, first, last, channel, end);
+            else blocks4<2>(call, input, first, last, channel, end);
             return;
         }
         if (input.planes == 1) blocks8<1>(call, input, first, last, channel, end);
