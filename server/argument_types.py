@@ -31,6 +31,15 @@ def one_of(names: tuple[str, ...], what: str) -> Callable[[str], str]:
     return parse
 
 
+def readable(text: str) -> str:
+    """Text for a model; bytes of an argument that are no UTF-8 come as lone surrogates, which no tokenizer takes."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError("it is not valid UTF-8") from None
+    return text
+
+
 def whole(text: str) -> int:
     """A whole number above 0."""
     if not (text.isascii() and text.isdigit() and int(text) > 0):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import os
+import signal
 import sys
 from collections.abc import Iterable, Sequence
 from importlib import import_module
@@ -16,6 +18,7 @@ from pydantic.fields import FieldInfo
 from foveate import __version__
 from foveate.sparse_attn import registry
 
+from .argument_types import readable
 from .batch import arguments as batch_arguments
 from .bench.arguments import BENCH, MODES, Mode, name_model
 from .config_file import ConfigFileError
@@ -24,6 +27,7 @@ from .settings import ENGINE_FIELDS, Settings
 from .settings_operation import told_by
 
 _INTERRUPTED = 130  # what shells report after Ctrl-C
+_NO_READER = 128 + signal.SIGPIPE  # and of a program in a pipe that was closed
 
 _SERVE = """examples:
   foveate serve smollm2-135m
@@ -62,6 +66,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         status: int = given.run(given)
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output left. The interpreter writes out once more at its end, and would complain then.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _NO_READER
     return status
 
 
@@ -82,7 +90,7 @@ def build_parser() -> argparse.ArgumentParser:
 
     generate = _command(commands, "generate", "write one answer to the terminal", _GENERATE + schemes)
     _add_model(generate, required=True)
-    generate.add_argument("-p", "--prompt", required=True, help="what to ask")
+    generate.add_argument("-p", "--prompt", required=True, type=readable, help="what to ask")
     generate.add_argument("-f", "--file", type=Path, help="document to put before the prompt")
     generate.add_argument("--raw", action="store_true", help="give the prompt to the model without its chat template")
     generate.add_argument("--max-tokens", type=int, default=256, help="tokens to write at most (default: 256)")
@@ -260,8 +268,13 @@ def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser, name: str
 
 def _batch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     from .batch.command import name_model, run
+    from .batch.errors import BatchError
 
-    name_model(given)
+    try:
+        name_model(given)
+    except BatchError as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
     return run(given, read_settings(given, parser))
 
 

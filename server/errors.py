@@ -7,7 +7,7 @@ words only; the text of an unexpected exception stays in the log.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Any
@@ -77,13 +77,13 @@ _TABLE: tuple[tuple[type[Exception], _Row], ...] = (
     (UnknownScheme, _Row(400, _BAD, "unknown_scheme", None, "attention")),
     (CalibrationMissing, _Row(400, _BAD, "calibration_missing", None, "attention")),
     (SchemeError, _Row(400, _BAD, "invalid_scheme_option", None, "attention")),
-    (RequestValidationError, _Row(400, _BAD, "invalid_value", "The request is not valid.")),
     (Exception, _Row(500, _OURS, "internal_error", "The server failed at this request.")),
 )
 _HTTP_WORDS = {
     404: ("There is nothing at this path.", "not_found"),
     405: ("This path does not take this method.", "method_not_allowed"),
 }
+_SHOWN_CHARS = 64
 
 
 def to_api_error(error: Exception) -> ApiError:
@@ -93,6 +93,9 @@ def to_api_error(error: Exception) -> ApiError:
     if isinstance(error, HTTPException):
         message, code = _HTTP_WORDS.get(error.status_code, ("The request was refused.", "refused"))
         return ApiError(error.status_code, message, code=code, headers=error.headers)
+    if isinstance(error, RequestValidationError):
+        first = error.errors()[0]
+        return invalid(first, first["loc"][1:])  # its first part says where in the request: in the query
     row = next(row for cls, row in _TABLE if isinstance(error, cls))
     headers = dict(row.headers)
     if isinstance(error, engine_errors.QueueFull):
@@ -105,6 +108,28 @@ def to_api_error(error: Exception) -> ApiError:
         code=row.code,
         headers=headers,
     )
+
+
+def invalid(found: Mapping[str, Any], location: Sequence[str | int]) -> ApiError:
+    """The refusal of one value.
+
+    Args:
+        found: What pydantic found wrong, one of its ``errors()``.
+        location: Where the value stands; ``param`` names it.
+    """
+    param = _path(location)
+    message = str(found["ctx"]["error"]) if found["type"] == "value_error" else found["msg"]
+    code = "missing_required_parameter" if found["type"] == "missing" else "invalid_value"
+    return ApiError(400, f"{param}: {message}" if param else message, param=param or None, code=code)
+
+
+def _path(location: Sequence[str | int]) -> str:
+    """``("messages", 0, "content")`` as ``messages[0].content``."""
+    path = ""
+    for part in location:
+        # A key may be the client's own, and as long as the body.
+        path += f"[{part}]" if isinstance(part, int) else f".{part[:_SHOWN_CHARS]}" if path else part[:_SHOWN_CHARS]
+    return path
 
 
 def error_body(error: Exception) -> dict[str, Any]:

@@ -82,11 +82,12 @@ class Terminal:
         """One line of figures."""
         end = monotonic()
         first = end if self._first is None else self._first
-        rate = (usage.completion_tokens - 1) / (end - first) if end > first else 0.0
+        written = f"{usage.completion_tokens} written"
+        if usage.completion_tokens > 1 and end > first:  # a rate is of what lies between two tokens
+            written += f" at {(usage.completion_tokens - 1) / (end - first):.1f} tokens/s"
         mass = "" if usage.mass_kept is None else f", {usage.mass_kept:.1%} of the attention mass kept"
         print(
             f"{usage.prompt_tokens} tokens read in {first - self._start:.2f} s, "
-            f"{usage.completion_tokens} written at {rate:.1f} tokens/s; "
-            f"{usage.scheme}: {usage.keys_read_fraction:.1%} of the keys read{mass}, {usage.pages} pages",
+            f"{written}; {usage.scheme}: {usage.keys_read_fraction:.1%} of the keys read{mass}, {usage.pages} pages",
             file=sys.stderr,
         )

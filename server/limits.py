@@ -1,4 +1,4 @@
-"""What a request must satisfy before the application sees it: key, size, encoding, speed.
+"""What a request must satisfy before the application sees it: origin, key, size, encoding, speed.
 
 A plain ASGI layer outside the application, since limits must hold while a body is read.
 """
@@ -20,6 +20,7 @@ OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
 LINGER_SECONDS = 2.0
 FORM_BYTES = 2**20  # what a form may take beside the file in it
 _TIMEOUT = 408
+_SAFE_METHODS = frozenset({"GET", "HEAD", "OPTIONS"})
 _MAX_LENGTH_DIGITS = 18  # Python refuses to read numbers of thousands of digits
 
 
@@ -40,6 +41,7 @@ class Limits:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         try:
             self._check_headers(scope, headers)
+            self._check_origin(scope, headers)
             self._check_key(scope, headers)
             if is_upload(scope, self._settings):
                 await self._app(scope, receive, send)
@@ -67,6 +69,20 @@ class Limits:
                 digits = value.lstrip(b"0")
                 if len(digits) > _MAX_LENGTH_DIGITS or int(digits or b"0") > body_limit(scope, self._settings):
                     raise self._too_large(body_limit(scope, self._settings))
+
+    def _check_origin(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
+        """Refuses what a page of another origin sends: a browser sends a form anywhere without asking there first."""
+        allowed = self._settings.cors_origin
+        if scope["method"] in _SAFE_METHODS or "*" in allowed:
+            return
+        for name, value in headers:
+            if name == b"origin" and value.decode("latin-1") not in (*allowed, _own_origin(scope, headers)):
+                raise ApiError(
+                    403,
+                    "A page of this origin may not call the server. Start it with --cors-origin to let the page in.",
+                    type="permission_error",
+                    code="origin_refused",
+                )
 
     def _check_key(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         """Every path but ``OPEN_PATHS`` needs a key, unknown paths too."""
@@ -96,6 +112,12 @@ class Limits:
 
     def _too_large(self, limit: int) -> ApiError:
         return ApiError(413, f"The body is larger than {limit} bytes.", code="body_too_large")
+
+
+def _own_origin(scope: Scope, headers: list[tuple[bytes, bytes]]) -> str:
+    """Where the client sees this server."""
+    host = next((value for name, value in headers if name == b"host"), b"")
+    return f"{scope.get('scheme', 'http')}://{host.decode('latin-1')}"
 
 
 def is_upload(scope: Mapping[str, Any], settings: Settings) -> bool:

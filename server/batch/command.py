@@ -19,6 +19,7 @@ from typing import BinaryIO
 from pydantic import ValidationError
 from tqdm import tqdm
 
+from ..config_file import ConfigFileError
 from ..engine_protocol import EngineLike
 from ..options import EngineOptions
 from ..settings import Settings
@@ -26,7 +27,7 @@ from ..state import ServerState
 from .endpoints import ENDPOINTS
 from .entry import LineError, parse_line
 from .errors import BatchError, EngineStopped
-from .ledger import Ledger
+from .ledger import Ledger, same_file
 from .lines import read_lines, scan
 from .runner import BatchRunner, Source, open_input
 
@@ -38,20 +39,22 @@ def name_model(given: Namespace) -> None:
     """Takes the model from the lines where no flag, variable or file of settings names it.
 
     The first line that names one counts. It is clients' name for the model then, too.
+
+    Raises:
+        BatchError: the lines cannot be read.
     """
     values = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
     try:
         settings = Settings(**values)
         chosen, named = settings.model, settings.served_model_name
+    except ConfigFileError:
+        return  # told by whoever reads the settings next
     except ValidationError as error:
         if any(item["loc"] != ("model",) or item["type"] != "missing" for item in error.errors()):
-            return  # told by whoever reads the settings next
+            return  # told likewise
         chosen, named = None, getattr(given, "served_model_name", None)
-    try:
-        with open_input(given.input) as file:
-            found = _first_model(file, Settings.model_fields["max_body_bytes"].default)
-    except BatchError:
-        return  # said by ``run``, if a model is named elsewhere
+    with open_input(given.input) as file:
+        found = _first_model(file, Settings.model_fields["max_body_bytes"].default)
     if found is None or chosen not in (None, found):
         return
     given.model = found
@@ -139,10 +142,13 @@ def _open(given: Namespace, settings: Settings) -> tuple[int, Ledger]:
         BatchError: a file cannot be used, or the last run had another input or model.
     """
     output: Path = given.output
-    if output.exists() and given.input.exists() and output.samefile(given.input):
-        raise BatchError("the output must be another file than the input")
+    state = output.parent / (output.name + STATE_SUFFIX)
     with open_input(given.input):
         pass
+    written = {"output": output, "file of errors": given.errors, "state file beside the output": state}
+    for what, path in written.items():
+        if path is not None and same_file(path, given.input):
+            raise BatchError(f"the {what} must be another file than the input")
     try:
         found = scan(given.input, settings.max_body_bytes)
     except OSError as error:
@@ -150,7 +156,6 @@ def _open(given: Namespace, settings: Settings) -> tuple[int, Ledger]:
     errors = "among the answers" if given.errors is None else os.path.relpath(given.errors, output.parent)
     name = settings.served_model_name or os.path.basename(os.path.normpath(settings.model))
     facts = {"input": f"sha256 {found.sha256}", "model": name, "place of error records": errors}
-    state = output.with_name(output.name + STATE_SUFFIX)
     return found.lines, Ledger(state, output, given.errors, facts, given.restart)
 
 

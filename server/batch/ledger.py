@@ -222,14 +222,22 @@ class _Appended:
         self._file.close()
 
 
+def same_file(one: Path, other: Path) -> bool:
+    """Whether both names are of one file, by links too; it need not exist."""
+    try:
+        return one.samefile(other)
+    except OSError:  # one of them does not exist
+        return one.resolve() == other.resolve()
+
+
 def _check_places(state: Path, output: Path, errors: Path | None) -> None:
-    if errors is not None and errors.resolve() == output.resolve():
+    if errors is not None and same_file(errors, output):
         raise BatchError("errors and answers cannot go to the same file by two names; leave --errors out")
     for path in (output, errors):
         if path is not None and path.exists() and not S_ISREG(path.stat().st_mode):
             raise BatchError(f"{path} is not a plain file")
-        if path is not None and path.resolve() == state.resolve():
-            raise BatchError(f"{path} is the name of the state file; name another")
+        if path is not None and same_file(path, state):
+            raise BatchError(f"{path} is the state file; name another")
 
 
 def _sync_folder(path: Path) -> None:

@@ -37,14 +37,14 @@ class ToolUse:
         Raises:
             GrammarRefused: that is no JSON schema, or the schemas are too large.
         """
-        if self.forced:
-            return calls_only(self.family, self.tools, self.several, self.special)
-        if answer is None:
-            return None
-        if answer.kind != "json":
+        if answer is not None and answer.kind != "json":
             raise GrammarRefused(
                 'with tools an answer can only be constrained to JSON, or set tool_choice to "none"', answer.param
             )
+        if self.forced:  # the answer holds calls alone: there is no text that could be JSON
+            answer = None
+        elif answer is None:
+            return None
         return calls_only(self.family, self.tools, self.several, self.special, answer)
 
     def talk(self) -> ToolTalk:

@@ -65,6 +65,44 @@ class TestBrowsers:
             assert "access-control-allow-origin" not in response.headers
 
     @pytest.mark.parametrize(
+        "origin", [ORIGIN, "null", "http://testserver:81", "https://testserver", "http://test", ""]
+    )
+    def test_a_page_may_not_send_what_a_browser_sends_unasked(self, client_of, tmp_path, origin):
+        client = client_of(batch_dir=tmp_path / "batches")
+        form = {"files": {"file": ("a", b"{}")}, "data": {"purpose": "batch"}}
+        response = client.post("/v1/files", headers={"origin": origin}, **form)
+        assert (response.status_code, response.json()["error"]["code"]) == (403, "origin_refused")
+        assert "--cors-origin" in response.json()["error"]["message"]
+        assert response.headers["x-request-id"]
+        assert client.get("/v1/files", headers={"origin": origin}).json()["data"] == []
+        for method in ("POST", "PUT", "PATCH", "DELETE"):
+            assert client.request(method, "/v1/files/x", headers={"origin": origin}).status_code == 403
+        for method in ("GET", "HEAD", "OPTIONS"):
+            assert client.request(method, "/v1/files/x", headers={"origin": origin}).status_code in (404, 405)
+
+    @pytest.mark.parametrize(
+        ("allowed", "origin"),
+        [
+            ((), None),
+            ((), "http://testserver"),
+            ((ORIGIN,), ORIGIN),
+            ((ORIGIN,), "http://testserver"),
+            (("*",), "null"),
+        ],
+    )
+    def test_its_own_pages_and_those_let_in_may(self, client_of, tmp_path, allowed, origin):
+        client = client_of(batch_dir=tmp_path / "batches", cors_origin=allowed)
+        headers = {} if origin is None else {"origin": origin}
+        form = {"files": {"file": ("a", b"{}")}, "data": {"purpose": "batch"}}
+        assert client.post("/v1/files", headers=headers, **form).status_code == 200
+        assert client.post("/v1/completions", headers=headers, json={"prompt": "Hi"}).status_code == 200
+
+    def test_one_good_origin_of_two_is_not_enough(self, client_of):
+        client = client_of(cors_origin=(ORIGIN,))
+        headers = [("origin", ORIGIN), ("origin", "https://evil.example")]
+        assert client.post("/v1/completions", headers=headers, json={"prompt": "Hi"}).status_code == 403
+
+    @pytest.mark.parametrize(
         "origin", ["app.example.org", "https://a.example/", "https://a.example/x", "javascript:x", "a b"]
     )
     def test_what_is_no_origin(self, origin, capsys):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -84,6 +86,11 @@ class FakeLLM:
 
     def generate(self, prompts, sampling, on_event):
         self.prompts, self.sampling = prompts, sampling
+        if sampling.max_tokens == 0:
+            usage = Usage(len(prompts[0]), 0, 0, "dense", 0.25, 3)
+            for event in (Progress(2, 0, 2, 0.2), Delta(0, "", (), None, "length"), Finished(usage)):
+                on_event(0, event)
+            return [SimpleNamespace(usage=usage)]
         usage = Usage(len(prompts[0]), 2, 0, "dense", 0.25, 3)
         on_event(0, Progress(2, 0, 1, 0.1))
         on_event(0, Progress(2, 0, 2, 0.2))
@@ -124,6 +131,54 @@ def test_generate_raw_with_a_file(llms, tmp_path):
     document.write_text("Grüße", encoding="utf-8")
     assert cli.main(["generate", "m", "--raw", "-f", str(document), "-p", "Sum up."]) == 0
     assert llms[0].engine.tokenizer.decode(llms[0].prompts[0]) == "Grüße\n\nSum up."
+
+
+def test_a_rate_of_nothing_is_not_told(llms, capsys):
+    assert cli.main(["generate", "m", "-p", "Hi", "--max-tokens", "0"]) == 0
+    assert " 0 written; dense" in capsys.readouterr().err
+    assert cli.main(["generate", "m", "-p", "Hi"]) == 0
+    assert re.search(r" 2 written at [\d.]+ tokens/s; dense", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("raw", [["--raw"], []], ids=["raw", "chat"])
+def test_a_prompt_that_is_no_text_is_refused(llms, capsys, raw):
+    """Bytes of an argument that are no UTF-8 come as lone surrogates."""
+    with pytest.raises(SystemExit) as end:
+        cli.main(["generate", "m", "-p", "a\udcff", *raw])
+    assert end.value.code == 2
+    assert capsys.readouterr().err.splitlines()[-1] == (
+        "foveate generate: error: argument -p/--prompt: it is not valid UTF-8"
+    )
+    assert not llms
+
+
+PIPED = """
+import sys, types
+sys.path.insert(0, sys.argv.pop(1))
+from conftest import make_tokenizer
+from test_cli import FakeLLM
+
+def make(model, **options):
+    return FakeLLM(make_tokenizer(), model, options)
+
+sys.modules["foveate.server.llm"] = types.SimpleNamespace(LLM=make)
+from foveate.server.cli import main
+sys.exit(main(["generate", "m", "-p", "Hi"]))
+"""
+
+
+def test_a_reader_that_leaves_ends_it_quietly():
+    read, write = os.pipe()
+    os.close(read)
+    folder = str(Path(__file__).parent)
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", PIPED, folder], stdout=write, stderr=subprocess.PIPE, text=True, check=False
+        )
+    finally:
+        os.close(write)
+    assert done.returncode == 128 + signal.SIGPIPE, done.stderr
+    assert "Error" not in done.stderr
 
 
 def test_generate_without_a_model(monkeypatch, capsys):

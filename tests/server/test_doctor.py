@@ -72,3 +72,9 @@ def test_model_that_differs(small, model_dir, capsys, monkeypatch):
 def test_model_that_cannot_be_loaded(small, tmp_path, capsys):
     assert doctor.run(str(tmp_path)) == 1
     assert "cannot be served" in capsys.readouterr().out
+
+
+def test_a_directory_that_is_missing_is_said(small, tmp_path, capsys):
+    missing = tmp_path / "nope"
+    assert doctor.run(str(missing)) == 1
+    assert f"{missing} cannot be served: there is no directory {missing}; " in capsys.readouterr().out

@@ -259,6 +259,23 @@ def test_paths_and_methods(client):
         assert client.put(path).headers["allow"] == methods
 
 
+@pytest.mark.parametrize(
+    ("query", "param", "words"),
+    [
+        ("/v1/files?limit=0", "limit", "greater than or equal to 1"),
+        ("/v1/files?limit=x", "limit", "valid integer"),
+        ("/v1/files?order=up", "order", "'asc' or 'desc'"),
+        (f"/v1/batches?after={'x' * 300}", "after", "at most"),
+        ("/v1/cache?limit=1001", "limit", "less than or equal to 1000"),
+    ],
+)
+def test_a_parameter_of_the_query_is_named(client, query, param, words):
+    error = check_error(client.get(query), 400)
+    assert (error["param"], error["code"]) == (param, "invalid_value")
+    assert error["message"].startswith(f"{param}: ")
+    assert words in error["message"]
+
+
 def test_overflow_is_told_in_the_words_that_clients_look_for(client):
     for body in ({"prompt": "a" * 4096}, {"prompt": [1] * 5000}, {"prompt": "a" * 40_000}):
         error = check_error(client.post(COMPLETIONS, json=body), 400)

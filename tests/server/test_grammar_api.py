@@ -134,6 +134,39 @@ def test_what_is_wrong_is_refused_by_name(api, fields, param):
     assert error["param"].split(".literal")[0].split(".NamedChoice")[0] == param, error
 
 
+FORCED = ["required", {"type": "function", "function": {"name": "find"}}]
+
+
+@pytest.mark.parametrize("choice", ["auto", *FORCED], ids=["auto", "required", "named"])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"guided_regex": "a"}, "guided_regex"),
+        ({"guided_choice": ["a"]}, "guided_choice"),
+        ({"structured_outputs": {"grammar": 'root ::= "a"'}}, "structured_outputs.grammar"),
+    ],
+    ids=["regex", "choice", "grammar"],
+)
+def test_beside_tools_only_json_may_be_asked_for(api, choice, fields, param):
+    response = api(tools=TOOLS, tool_choice=choice, **fields)
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert (error["param"], error["code"]) == (param, "invalid_grammar")
+    assert "with tools an answer can only be constrained to JSON" in error["message"]
+
+
+@pytest.mark.parametrize("choice", FORCED, ids=["required", "named"])
+def test_a_form_has_nothing_to_say_beside_a_forced_call(api, choice):
+    forms = ({}, {"response_format": FORMAT}, {"response_format": {"type": "json_object"}}, {"guided_json": SCHEMA})
+    said = []
+    for form in forms:
+        response = api(tools=TOOLS, tool_choice=choice, **form)
+        assert response.status_code == 200, response.text
+        said.append([call["function"] for call in response.json()["choices"][0]["message"]["tool_calls"]])
+    assert said[0]
+    assert said == said[:1] * len(forms)
+
+
 def test_a_strict_tool_must_be_one_that_can_be_held_to(api):
     def forced(strict):
         parameters = {"type": "object", "properties": {"a": {"type": "boolean", "not": {}}}, "required": ["a"]}

@@ -133,9 +133,19 @@ def test_unknown_name_lists_the_names(ask, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("name", ["./my-model", "org/model", "smollm2", ""])
-def test_resolve_leaves_other_names_alone(name):
+@pytest.mark.parametrize("name", ["./my-model", "my-model/", "org/model", "smollm2", ""])
+def test_resolve_leaves_other_names_alone(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "my-model").mkdir()
     assert resolve(name) == name
+
+
+@pytest.mark.parametrize("name", ["./nope", "../nope", "nope/", "/nope/x", "~/nope", "a/b/c", "./file"])
+def test_resolve_tells_a_directory_that_is_missing(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(FileNotFoundError, match=f"^there is no directory {re.escape(name)}; .*smollm2-135m.*hub id"):
+        resolve(name)
 
 
 def test_resolve_gives_the_directory_of_a_pulled_model(offered, tmp_path, monkeypatch):

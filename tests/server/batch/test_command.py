@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -139,9 +140,10 @@ def test_another_model_or_place_is_refused(begun, capsys):
         (["in", "-o", "none/out"], "cannot open none/out.state: No such file"),
         (["in", "-o", "out", "--errors", "out"], "the same file"),
         (["in", "-o", "/dev/null"], "not a plain file"),
+        (["in", "-o", "."], "not a plain file"),
         (["in", "-o", "taken"], "taken exists"),
     ],
-    ids=["no-input", "folder", "input-is-output", "no-folder", "errors-are-output", "device", "taken"],
+    ids=["no-input", "folder", "input-is-output", "no-folder", "errors-are-output", "device", "output-folder", "taken"],
 )
 def test_places_that_cannot_be_used(folder, loaded, capsys, arguments, said):
     write_lines(folder / "in", [completion_line("a")])
@@ -150,6 +152,45 @@ def test_places_that_cannot_be_used(folder, loaded, capsys, arguments, said):
     assert said in capsys.readouterr().err
     assert loaded == []
     assert (folder / "taken").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-o", "link"],
+        ["-o", "out", "--errors", "in"],
+        ["-o", "out", "--errors", "link"],
+        ["-o", "out", "--errors", "./out"],
+        ["-o", "old", "--errors", "same"],
+        ["-o", "old", "--errors", "old.state"],
+        ["-o", "old", "--errors", "state"],
+    ],
+    ids=" ".join,
+)
+def test_a_restart_empties_no_file_that_has_another_use(folder, loaded, capsys, arguments):
+    write_lines(folder / "in", [completion_line("a")])
+    assert main(["batch", "in", "-o", "old", "--model", "fake-model"]) == 0
+    for name, file in (("link", "in"), ("same", "old"), ("state", "old.state")):
+        (folder / name).hardlink_to(folder / file)
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert main(["batch", "in", *arguments, "--model", "fake-model", "--restart"]) == 1
+    assert re.search("another file than|the same file|the state file", capsys.readouterr().err)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_an_input_that_is_missing_is_said_where_it_would_name_the_model(folder, loaded, capsys):
+    assert main(["batch", "none", "-o", "out"]) == 1
+    assert capsys.readouterr().err == "foveate: cannot read none: No such file or directory\n"
+
+
+def test_a_wrong_file_of_settings_is_said_in_one_line(folder, loaded, capsys, monkeypatch):
+    write_lines(folder / "in", [completion_line("a")])
+    monkeypatch.setenv("FOVEATE_CONFIG", "/nope.toml")
+    with pytest.raises(SystemExit) as ended:
+        main(["batch", "in", "-o", "out"])
+    assert ended.value.code == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "foveate batch: error: cannot read /nope.toml: No such file or directory"
 
 
 def test_an_empty_input_is_done(folder, loaded, capsys):
