@@ -57,7 +57,7 @@ class KVCacheManager:
         """Pages held by block tables."""
         return self.allocator.num_referenced
 
-    def open(self, token_ids: Sequence[int], namespace: bytes, multiple: int = 1) -> BlockTable:
+    def open(self, token_ids: Sequence[int], namespace: bytes | None, multiple: int = 1) -> BlockTable:
         """Starts a sequence on the pages that hold its beginning already.
 
         At least the last token is left to compute, since its logits are wanted. The pages found are
@@ -65,11 +65,11 @@ class KVCacheManager:
 
         Args:
             token_ids: The sequence.
-            namespace: Only pages of the same one are found.
+            namespace: Only pages of the same one are found; with ``None`` none are found, and none are left.
             multiple: Begin at a multiple of so many tokens.
         """
         table = BlockTable(namespace)
-        if not self.prefix_reuse:
+        if not self.prefix_reuse or namespace is None:
             return table
         chain = self.prefix.match(token_ids[:-1], namespace)
         while len(chain) * self.page_size % multiple:
@@ -84,9 +84,11 @@ class KVCacheManager:
         self.prefix_hit_tokens += table.num_cached
         return table
 
-    def find(self, token_ids: Sequence[int], namespace: bytes) -> int:
+    def find(self, token_ids: Sequence[int], namespace: bytes | None) -> int:
         """Tokens at the beginning of a sequence that ``open`` would find now. Changes nothing."""
-        return len(self.prefix.match(token_ids[:-1], namespace)) * self.page_size if self.prefix_reuse else 0
+        if not self.prefix_reuse or namespace is None:
+            return 0
+        return len(self.prefix.match(token_ids[:-1], namespace)) * self.page_size
 
     def pages_needed(self, table: BlockTable, num_tokens: int) -> int:
         """Pages that ``reserve`` would take, a copy of a shared page included."""
@@ -154,8 +156,8 @@ class KVCacheManager:
                 f"{table.num_tokens} were committed before and there is room for {room}"
             )
         table.num_tokens = written
-        if self.prefix_reuse:
-            self._index_full_pages(table, token_ids)
+        if self.prefix_reuse and table.namespace is not None:
+            self._index_full_pages(table, token_ids, table.namespace)
 
     def fork(self, table: BlockTable) -> BlockTable:
         """A second sequence with the same tokens so far; pages are shared until one of them writes.
@@ -204,7 +206,7 @@ class KVCacheManager:
             if parent is not None and not self.prefix.has(parent):
                 return None
             fill(page)
-            entry = self.prefix.insert(parent, token_ids, namespace, page)
+            entry = self._insert(parent, token_ids, namespace, page)
             if entry is not None and entry.page == page:
                 self.allocator.mark_registered(page)
             return entry
@@ -232,6 +234,18 @@ class KVCacheManager:
         """Forgets every prefix page that no sequence holds."""
         self.allocator.evict_cached()
 
+    def _insert(
+        self, parent: PrefixEntry | None, token_ids: Sequence[int], namespace: bytes, page: int
+    ) -> PrefixEntry | None:
+        """``PrefixIndex.insert``, where an orphan gives way, whom nobody can reach."""
+        entry = self.prefix.insert(parent, token_ids, namespace, page)
+        orphan = None if entry is not None else self.prefix.orphan(parent, token_ids, namespace)
+        if orphan is None:
+            return entry
+        self.prefix.remove(orphan.page)
+        self.allocator.unregister(orphan.page)
+        return self.prefix.insert(parent, token_ids, namespace, page)
+
     def _must_copy(self, table: BlockTable, num_tokens: int) -> bool:
         """Whether writing up to ``num_tokens`` would begin on a page that another table holds."""
         index = table.num_tokens // self.page_size
@@ -239,11 +253,13 @@ class KVCacheManager:
             return False
         return self.allocator.references(table.pages[index]) > 1
 
-    def _index_full_pages(self, table: BlockTable, token_ids: Sequence[int]) -> None:
+    def _index_full_pages(self, table: BlockTable, token_ids: Sequence[int], namespace: bytes) -> None:
         size = self.page_size
         for index in range(table.num_indexed, table.num_tokens // size):
+            if table.tail is not None and not self.prefix.has(table.tail):
+                return  # nobody would find what comes after a page that was taken out
             page = table.pages[index]
-            entry = self.prefix.insert(table.tail, token_ids[index * size : (index + 1) * size], table.namespace, page)
+            entry = self._insert(table.tail, token_ids[index * size : (index + 1) * size], namespace, page)
             if entry is None:
                 return  # hash collision: the rest of this sequence stays private
             if entry.page == page:

@@ -79,7 +79,7 @@ class PrefixIndex:
 
         Returns:
             The new entry; the entry that is there already when the same prefix was added before
-            (the first page stays); or ``None`` when other tokens hold the same key.
+            (the first page stays); or ``None`` when other tokens, or an ``orphan``, hold the same key.
 
         Raises:
             CacheError: ``token_ids`` are not one page, or the page has an entry under another key.
@@ -96,6 +96,11 @@ class PrefixIndex:
         self._by_key[key] = entry
         self._by_page[page] = entry
         return entry
+
+    def orphan(self, parent: PrefixEntry | None, token_ids: Sequence[int], namespace: bytes) -> PrefixEntry | None:
+        """The entry that holds a page's key although the page before it was removed, so that it is never matched."""
+        found = self._by_key.get(self._key(parent, token_ids, namespace)[0])
+        return found if found is not None and found.parent is not None and not self.has(found.parent) else None
 
     def remove(self, page: int) -> None:
         """Forgets a page, for example on its eviction.

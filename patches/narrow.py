@@ -7,6 +7,7 @@ bytes of the weights, so it comes in half the time, and the model takes half the
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from .linears import decoder_linears
 PANEL = 16
 
 
+@dataclass(eq=False, slots=True)
 class NarrowWeight:
     """A bfloat16 weight ``[N, K]`` as the kernel reads it, and the bias of its layer.
 
@@ -30,8 +32,9 @@ class NarrowWeight:
         channels: N.
     """
 
-    def __init__(self, panels: torch.Tensor, bias: torch.Tensor | None, channels: int) -> None:
-        self.panels, self.bias, self.channels = panels, bias, channels
+    panels: torch.Tensor
+    bias: torch.Tensor | None
+    channels: int
 
     @classmethod
     def of(cls, weight: torch.Tensor, bias: torch.Tensor | None = None) -> NarrowWeight:

@@ -55,11 +55,15 @@ class Admission:
             raise ContextOverflow(len(prompt), wanted, self._loaded.context_length)
         if len(prompt) + wanted > self._cache.capacity_tokens:
             raise PoolTooSmall(len(prompt) + wanted, self._cache.capacity_tokens)
-        policy = f"{request.scheme.identity}\0{request.salt}"
-        namespace = hashlib.sha256(self.identity + policy.encode("utf-8", "surrogatepass")).digest()
-        group = RequestGroup(request, namespace, wanted)
+        group = RequestGroup(request, self._namespace(request), wanted)
         group.sequences.append(self.sequence(group, 0))
         return group
+
+    def _namespace(self, request: GenerationRequest) -> bytes | None:
+        if request.salt is None:
+            return None
+        policy = f"{request.scheme.identity}\0{request.salt}"
+        return hashlib.sha256(self.identity + policy.encode("utf-8", "surrogatepass")).digest()
 
     def check_queue(
         self, groups: Several[RequestGroup], inbox: list[RequestGroup], scheduler: Scheduler, options: EngineOptions

@@ -149,7 +149,7 @@ class DocumentCache:
     def prompt_done(self, sequence: Sequence) -> None:
         """Keeps the pages of a prompt that was computed and gave good logits."""
         prompt = sequence.group.request.prompt_token_ids
-        if sequence.table is None or len(prompt) < self._options.cache_min_tokens:
+        if sequence.table is None or sequence.table.tail is None or len(prompt) < self._options.cache_min_tokens:
             return
         try:
             entries = chain_to(sequence.table.tail)[: len(prompt) // self._cache.page_size]

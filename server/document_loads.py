@@ -46,6 +46,7 @@ class Load:
 
     Attributes:
         sequence: Waits for them; it is not in the scheduler.
+        namespace: Of its group.
         tokens: Those whose keys may be reused.
         keys: Of its full pages.
         layout: How a page lies in bytes.
@@ -60,6 +61,7 @@ class Load:
     """
 
     sequence: Sequence
+    namespace: bytes
     tokens: list[int]
     keys: list[bytes]
     layout: PageBytes
@@ -156,18 +158,20 @@ class Loads:
         self, sequence: Sequence, layout_of: Callable[[Sequence], PageBytes], touch: Callable[[list[str]], None]
     ) -> Load | None:
         """A load of what the disk holds of a sequence and the pool does not, if that is anything."""
-        tokens = sequence.reusable_tokens[:-1]
-        keys = page_keys(tokens, sequence.group.namespace, self._cache.page_size)
+        tokens, namespace = sequence.reusable_tokens[:-1], sequence.group.namespace
+        if namespace is None:
+            return None
+        keys = page_keys(tokens, namespace, self._cache.page_size)
         spans = self._store.spans(keys)
         if not spans:
             return None
         touch([span.name for span in spans])
-        load = Load(sequence, tokens, keys, layout_of(sequence))
+        load = Load(sequence, namespace, tokens, keys, layout_of(sequence))
         return load if self._gain(load) > 0 else None
 
     def _gain(self, load: Load) -> int:
         """Tokens that would not have to be computed, and sets where the load begins."""
-        found = self._cache.prefix.match(load.tokens, load.sequence.group.namespace)
+        found = self._cache.prefix.match(load.tokens, load.namespace)
         load.parent = found[-1] if found else None
         load.page = len(found)
         size, tile = self._cache.page_size, load.sequence.group.tile
@@ -196,7 +200,7 @@ class Loads:
 
     def _advance(self, load: Load, deadline: float) -> bool:
         """Copies pages; true when the load is at its end."""
-        cache, size, namespace = self._cache, self._cache.page_size, load.sequence.group.namespace
+        cache, size, namespace = self._cache, self._cache.page_size, load.namespace
         while True:
             while load.spans and len(load.reading) <= READ_AHEAD:
                 span, first = load.spans.popleft()

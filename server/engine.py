@@ -163,7 +163,7 @@ class Engine:
                 self._state = "draining"
             self._wake.notify()
         deadline = time.monotonic() + drain_seconds
-        while self._thread.is_alive() and self._busy and time.monotonic() < deadline:
+        while self._thread.is_alive() and self._is_busy() and time.monotonic() < deadline:
             time.sleep(0.01)
         with self._wake:
             self._state = "dead"
@@ -194,9 +194,9 @@ class Engine:
             disk=self.documents.counts() if self.documents else {},
         )
 
-    @property
-    def _busy(self) -> bool:
-        return bool(self._inbox or self._stepper.groups)
+    def _is_busy(self) -> bool:
+        with self._wake:  # or a request on its way from the one to the other would not be seen
+            return bool(self._inbox or self._stepper.groups)
 
     def _run(self) -> None:
         stepper, clean = self._stepper, False

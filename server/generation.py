@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -99,9 +98,7 @@ async def submit(
     body = generation.body
     scheme = await state.text.run(generation.engine.build_scheme, body.attention)
     # Owners of different keys never share prefix pages, or the time to the first token would tell on them.
-    salt = f"{owner}/{body.cache_salt}"
-    if not body.cache_prompt:
-        salt += f"/{uuid.uuid4()}"  # nothing was ever computed under it, and nothing will be again
+    salt = f"{owner}/{body.cache_salt}" if body.cache_prompt else None
     stream.submit(
         generation.prompts, generation.sampling(), scheme, salt, body.priority if priority is None else priority
     )

@@ -165,7 +165,7 @@ class GenerationRequest:
         prompt_token_ids: At least one id, each below the model's vocabulary size.
         sampling: See ``SamplingParams``.
         scheme: The attention policy, already built and checked.
-        salt: Separates prefix-cache entries of different owners.
+        salt: Separates prefix-cache entries of different owners. ``None``: nothing is found, and nothing is left.
         on_event: Called from the engine's thread, must not block.
         priority: Smaller goes first; equal ones by age.
     """
@@ -175,6 +175,6 @@ class GenerationRequest:
     sampling: SamplingParams
     scheme: Scheme
     on_event: EventSink
-    salt: str = ""
+    salt: str | None = ""
     priority: int = 0
     arrival: float = field(default_factory=time.monotonic)

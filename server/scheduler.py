@@ -83,6 +83,12 @@ class Scheduler:
                 queue.remove(sequence)
         self._free(sequence)
 
+    def prompt_done(self, sequence: Sequence) -> None:
+        """Says that the prompt of ``sequence`` is in the cache: who waits with the same beginning needs less now."""
+        for item in self.waiting:
+            if item.group.namespace == sequence.group.namespace:
+                item.wait.found_tokens, item.wait.pages = None, 0
+
     def schedule(self) -> list[Chunk]:
         """Chooses the next step's chunks, with pages reserved for all of them: answers first, then prompts.
 
@@ -190,7 +196,7 @@ class Scheduler:
             if sequence.seats > 1:
                 sequence.wait.is_blocked = True
             return False
-        free = self.cache.available - self._promised()
+        free = self.cache.available - self.promised()
         if self.running and free < sequence.wait.pages and not self._may_preempt_for(sequence):
             return False
         try:
@@ -206,7 +212,7 @@ class Scheduler:
             raise SequenceFault(sequence) from error
         if not fits:
             missing = self.cache.pages_needed(table, len(sequence.tokens) + 1)
-            missing -= self.cache.available - self._promised()
+            missing -= self.cache.available - self.promised()
             self.cache.free(table)
             sequence.wait.pages = free + missing
             sequence.wait.is_blocked = True
@@ -217,7 +223,7 @@ class Scheduler:
         sequence.wait = Wait()
         sequence.table = table
         sequence.num_computed = table.num_tokens
-        if not sequence.num_generated:
+        if sequence.group.waited_seconds is None:  # later it would find what it computed itself
             sequence.group.cached_tokens = table.num_cached
         self.add(sequence)
         return True
@@ -231,7 +237,7 @@ class Scheduler:
         gained = sum(self.cache.allocator.references(page) == count for page, count in holders.items())
         if not self._has_seats(kept, sequence):
             return False
-        if kept and self.cache.available + gained - self._promised(victims) < needed:
+        if kept and self.cache.available + gained - self.promised(victims) < needed:
             return False
         while victims and not self._fits(sequence, needed):
             self._preempt(victims.pop(), chunks)
@@ -239,7 +245,7 @@ class Scheduler:
 
     def _fits(self, sequence: Sequence, needed: int) -> bool:
         return self._has_seats(self.running, sequence) and (
-            not self.running or needed <= self.cache.available - self._promised()
+            not self.running or needed <= self.cache.available - self.promised()
         )
 
     def _has_seats(self, beside: list[Sequence], sequence: Sequence) -> bool:
@@ -251,7 +257,7 @@ class Scheduler:
             sum(item.seats for item in beside) + sequence.seats <= self.max_running
         )
 
-    def _promised(self, without: list[Sequence] | None = None) -> int:
+    def promised(self, without: list[Sequence] | None = None) -> int:
         """Pages that prompts which are in will still take."""
         return sum(
             self.cache.pages_needed(item.table, len(item.tokens) + 1)

@@ -101,7 +101,7 @@ class RequestGroup:
 
     Attributes:
         request: As submitted.
-        namespace: What its K and V depend on beside the tokens (policy, salt).
+        namespace: What its K and V depend on beside the tokens (policy, salt); ``None`` where nobody may find them.
         max_tokens: Tokens to generate at most, the context's limit counted in.
         sequences: Choices not yet finished. Before the prompt is computed there is one, which is
             then forked.
@@ -117,7 +117,7 @@ class RequestGroup:
     """
 
     request: GenerationRequest
-    namespace: bytes
+    namespace: bytes | None
     max_tokens: int
     sequences: list[Sequence] = field(default_factory=list)
     cached_tokens: int = 0

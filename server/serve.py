@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import signal
 import socket
 import sys
 import threading
+import time
 from functools import partial
 from types import FrameType
 
@@ -30,6 +32,8 @@ from .settings_operation import unknown_variables
 from .state import ServerState, state_of_app
 
 _TIMES = ("_seconds", "_timeout")
+_STUCK_SECONDS = 2.0  # for threads to end that are done but for a little
+_POOLED = re.compile(r"foveate-.*_\d+")  # as ThreadPoolExecutor names its threads
 _GRACE_SECONDS = 5  # for connections to take their last bytes after the engine has stopped
 
 _log = logging.getLogger(__name__)
@@ -47,8 +51,6 @@ def run(settings: Settings) -> int:
     except OSError as error:
         complain(f"cannot listen on {settings.host}:{settings.port}: {error.strerror}", settings)
         return 1
-    if not settings.api_key and settings.host not in ("127.0.0.1", "::1", "localhost"):
-        _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
     _log.info("limits: %s", ", ".join(f"{name}={value}" for name, value in limits_of(settings).items()))
 
     try:
@@ -57,16 +59,30 @@ def run(settings: Settings) -> int:
         listener.close()
         complain(str(error), settings)
         return 1
+    if not state_of_app(app).keys.locked and settings.host not in ("127.0.0.1", "::1", "localhost"):
+        _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
     _reload_keys_on_hangup(state_of_app(app))
     server = FoveateServer(server_config(app, settings), state_of_app(app), listener)
     threading.Thread(target=server.load, name="foveate-load", daemon=True).start()
     server.run(sockets=[listener])
-    if server.loading:
-        # The loader is inside native code; tearing the interpreter down under it would crash.
+    if server.loading or _stuck():
+        # The loader is inside native code; tearing the interpreter down under it would crash. Threads that a disk or a
+        # tokenizer holds would be waited for.
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(server.status)
     return server.status
+
+
+def _stuck() -> bool:
+    """Whether a pool's thread is still at work that was told to end; Python waits for those, whether daemons or not."""
+    deadline = time.monotonic() + _STUCK_SECONDS
+    for thread in [thread for thread in threading.enumerate() if _POOLED.fullmatch(thread.name)]:
+        thread.join(max(0.0, deadline - time.monotonic()))
+        if thread.is_alive():
+            _log.warning("%s is still at work and is left behind", thread.name)
+            return True
+    return False
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -102,6 +102,8 @@ class Stepper:
             return
         try:
             for chunk in chunks:
+                if chunk.ends_sequence and not chunk.sequence.num_generated:
+                    self.scheduler.prompt_done(chunk.sequence)
                 if not chunk.sequence.num_generated and not self.outbox.tell_progress(chunk):
                     self.end(chunk.sequence.group, None)
             for chunk, scores in zip(chunks, result.prompt_scores, strict=True):

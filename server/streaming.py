@@ -82,7 +82,7 @@ class ResponseStream:
         self._spoke_at = 0.0
 
     def submit(
-        self, prompts: list[list[int]], sampling: SamplingParams, scheme: Scheme, salt: str, priority: int = 0
+        self, prompts: list[list[int]], sampling: SamplingParams, scheme: Scheme, salt: str | None, priority: int = 0
     ) -> None:
         """Gives one request per prompt to the engine; all of them, or none.
 

@@ -58,6 +58,59 @@ def test_another_namespace_reuses_nothing(make_manager: Make) -> None:
     assert manager.open(tokens(40), b"streaming").pages == []
 
 
+def test_without_a_namespace_nothing_is_found_and_nothing_left(make_manager: Make) -> None:
+    manager = make_manager()
+    first = manager.open(tokens(40), None)
+    manager.reserve(first, 40)
+    manager.commit(first, tokens(40))
+    fork = manager.fork(first)
+    manager.reserve(fork, 56)
+    manager.commit(fork, tokens(56))
+    assert manager.find(tokens(40), None) == len(manager.prefix) == 0
+    assert manager.open(tokens(40), None).pages == []
+    manager.free(first)
+    manager.free(fork)
+    assert manager.allocator.num_free == 8
+
+
+def test_what_is_taken_out_under_a_running_sequence_can_be_computed_again(
+    make_manager: Make,
+) -> None:
+    manager = make_manager()
+    running = run(manager, tokens(33))
+    manager.discard(manager.prefix.keys())
+    manager.reserve(running, 65)
+    manager.commit(running, tokens(65))
+    assert len(manager.prefix) == 0, "nobody could find what is behind a page that was taken out"
+    manager.free(running)
+    manager.free(run(manager, tokens(65)))
+    assert manager.find(tokens(66), b"") == 64
+
+
+def test_pages_behind_one_that_was_taken_out_do_not_stand_in_the_way(make_manager: Make) -> None:
+    manager = make_manager()
+    manager.free(run(manager, tokens(65)))
+    second = manager.prefix.match(tokens(65), b"")[1]
+    manager.discard([second.key])
+    assert manager.find(tokens(66), b"") == 16
+    running = run(manager, tokens(65))
+    assert manager.find(tokens(66), b"") == 64
+    manager.free(running)
+    assert (manager.allocator.num_cached, len(manager.prefix)) == (4, 4)
+
+
+def test_a_restored_page_takes_the_place_of_one_that_nobody_can_reach(make_manager: Make) -> None:
+    manager = make_manager()
+    manager.free(run(manager, tokens(33)))
+    first = manager.prefix.match(tokens(33), b"")[0]
+    manager.discard([first.key])
+    parent = None
+    for start in (0, PAGE):
+        parent = manager.restore(parent, tokens(PAGE, start), b"", lambda page: None)
+        assert parent is not None
+    assert manager.find(tokens(33), b"") == 32
+
+
 def test_without_prefix_reuse_nothing_is_kept(make_manager: Make) -> None:
     manager = make_manager(prefix_reuse=False)
     manager.free(run(manager, tokens(40)))

@@ -12,6 +12,7 @@ from torch import nn
 
 from foveate.patches import narrow, products
 from foveate.patches.decoder_layer import fused_layers
+from foveate.patches.fingerprint import weights_digest
 from foveate.patches.narrow import NarrowLinear, NarrowProduct, NarrowWeight
 from foveate.patches.tune import tune
 from foveate.sparse_attn.ops.native import library
@@ -110,6 +111,19 @@ def test_a_bfloat16_checkpoint_is_narrowed_whole_and_computes_the_same(tiny_llam
     assert len(list(fused_layers(model))) == len(model.model.layers)
     assert model.dtype is torch.float32
     torch.testing.assert_close(model(ids).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+@torch.inference_mode()
+def test_the_digest_tells_every_narrow_weight(tiny_llama):
+    """Pages on disk are named by it: those of a model that differs in one weight must not be taken for its own."""
+    model = copy.deepcopy(tiny_llama)
+    for parameter in model.parameters():
+        parameter.data = parameter.bfloat16().float()
+    same, other = copy.deepcopy(model), copy.deepcopy(model)
+    other.model.layers[0].mlp.down_proj.weight[5, 3] += 1
+    for each in (model, same, other):
+        tune(each)
+    assert weights_digest(model) == weights_digest(same) != weights_digest(other)
 
 
 @torch.inference_mode()

@@ -18,7 +18,14 @@ def make_sequence(prompt, arrival, namespace=b"", tile=1, priority=0, n=1):
         prompt_token_ids=list(prompt), arrival=arrival, priority=priority, sampling=SamplingParams(n=n)
     )
     group = SimpleNamespace(
-        request=request, namespace=namespace, cached_tokens=0, tile=tile, keys_read=0.0, keys_dense=0.0, num_scored=0
+        request=request,
+        namespace=namespace,
+        cached_tokens=0,
+        tile=tile,
+        keys_read=0.0,
+        keys_dense=0.0,
+        num_scored=0,
+        waited_seconds=None,
     )
     return Sequence(group, 0, list(prompt), None, None, None)
 
@@ -45,11 +52,14 @@ def step(scheduler):
     chunks = scheduler.schedule()
     for chunk in chunks:
         sequence = chunk.sequence
+        sequence.group.waited_seconds = 0.0
         assert chunk.start == sequence.num_computed
         scheduler.cache.slots(sequence.table, chunk.start, chunk.start + chunk.count)  # raises if there is no page
         ends = chunk.ends_sequence
         sequence.num_computed = chunk.start + chunk.count
         scheduler.cache.commit(sequence.table, sequence.tokens, sequence.num_computed)
         if ends:
+            if not sequence.num_generated:
+                scheduler.prompt_done(sequence)
             sequence.tokens.append(7)
     return chunks

@@ -96,6 +96,17 @@ def files(tmp_path) -> list[Path]:
     return sorted((tmp_path / FOLDER).glob("*.run"))
 
 
+def test_a_prompt_that_is_nobody_elses_leaves_nothing(start, tmp_path):
+    """Neither in memory nor on disk, with many choices neither."""
+    engine, prompt = start(), prompt_of(403)
+    for sampling in (GREEDY, SamplingParams(temperature=1.0, max_tokens=20, n=3, seed=1)):
+        assert collect(submit(engine, prompt, salt=None, sampling=sampling)[1])[1] == 0
+    settle(engine)
+    assert files(tmp_path) == []
+    assert len(engine.cache.prefix) == 0
+    assert ask(engine, prompt)[1] == 0
+
+
 POLICIES = [
     {"scheme": name} for name in registry.names() if not registry.load(name).calibrated and name != "composed"
 ] + [{"scheme": "composed", "prefill": "dense", "decode": "quest"}]

@@ -125,6 +125,38 @@ def test_a_shared_prefix_is_not_computed_twice():
     assert step(scheduler)[-1].count == 100
 
 
+def test_who_waits_comes_in_when_the_common_prefix_is_complete():
+    """It did not fit when it was asked; beside the pages that it will share it does."""
+    scheduler = make_scheduler(pages=16, room=32, prefix=True)
+    first = make_sequence(range(192), 0)
+    second = make_sequence([*range(96), *range(500, 525)], 1)
+    scheduler.add(first)
+    step(scheduler)
+    scheduler.add(second)
+    while first.num_generated == 0:
+        step(scheduler)
+        assert second.table is None
+    assert second.wait.is_blocked
+    step(scheduler)
+    assert second.table is not None
+    assert second.group.cached_tokens == 96
+
+
+def test_what_a_preempted_prompt_had_computed_itself_is_no_cached_token():
+    scheduler = make_scheduler(pages=16, room=64, prefix=True)
+    batch, urgent = make_sequence(range(200), 0, priority=5), make_sequence(range(300, 364), 1)
+    scheduler.add(batch)
+    step(scheduler)
+    step(scheduler)
+    scheduler.add(urgent)
+    step(scheduler)
+    assert scheduler.preemptions == 1
+    scheduler.remove(urgent)
+    step(scheduler)
+    assert batch.table.num_cached > 0
+    assert batch.group.cached_tokens == 0
+
+
 @pytest.mark.parametrize("prefix", [False, True], ids=["no-reuse", "reuse"])
 @given(
     lengths=st.lists(st.integers(1, 90), min_size=1, max_size=8),

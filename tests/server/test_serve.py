@@ -20,6 +20,7 @@ import openai
 import pytest
 
 from foveate.server import engine as engine_module
+from foveate.server import serve
 from foveate.server.app import create_app
 from foveate.server.serve import FoveateServer, address_of, listen, server_config
 from foveate.server.settings import Settings
@@ -318,8 +319,33 @@ def test_stopping_tells_answers_that_take_too_long(running, engine):
         assert server.server.status == 0
 
 
+class Unserved:
+    """Stands in for the server that ``run`` makes."""
+
+    loading, status = False, 0
+
+    def __init__(self, *args):
+        pass
+
+    def load(self):
+        pass
+
+    def run(self, sockets):
+        sockets[0].close()
+
+
+@pytest.mark.parametrize("keyed", [True, False], ids=["key-file", "no-key"])
+def test_a_port_that_is_open_to_all_is_told(monkeypatch, capsys, tmp_path, keyed):
+    (tmp_path / "keys").write_text("alice secret\n")
+    monkeypatch.setattr(serve, "FoveateServer", Unserved)
+    options = {"api_key_file": tmp_path / "keys"} if keyed else {}
+    assert serve.run(Settings(model="m", host="0.0.0.0", port=0, **options)) == 0
+    assert ("without an API key" in capsys.readouterr().err) is not keyed
+
+
 STUB = """
 import signal, sys, time, types
+from concurrent.futures import ThreadPoolExecutor
 sys.path.insert(0, sys.argv[1])
 from conftest import FakeEngine, make_tokenizer
 
@@ -330,6 +356,7 @@ class Engine:
             time.sleep(0.01)
         print("loading", flush=True)
         time.sleep(LOAD_SECONDS)
+        ThreadPoolExecutor(1, thread_name_prefix="foveate-cache-read").submit(time.sleep, DISK_SECONDS)
         return FakeEngine(make_tokenizer())
 
 sys.modules["foveate.server.engine"] = types.SimpleNamespace(Engine=Engine)
@@ -339,12 +366,12 @@ sys.exit(main(["serve", "m", "--port", "0", "--log-level", "error"]))
 
 
 @pytest.mark.parametrize(
-    ("number", "load_seconds", "moment"),
-    [(signal.SIGTERM, 60, "loading"), (signal.SIGINT, 0, "ready on")],
-    ids=["term-while-loading", "interrupt-when-ready"],
+    ("number", "load_seconds", "disk_seconds", "moment"),
+    [(signal.SIGTERM, 300, 0, "loading"), (signal.SIGINT, 0, 0, "ready on"), (signal.SIGTERM, 0, 300, "ready on")],
+    ids=["term-while-loading", "interrupt-when-ready", "term-while-a-disk-hangs"],
 )
-def test_a_signal_ends_the_process_with_zero(number, load_seconds, moment):
-    code = textwrap.dedent(STUB).replace("LOAD_SECONDS", str(load_seconds))
+def test_a_signal_ends_the_process_with_zero(number, load_seconds, disk_seconds, moment):
+    code = textwrap.dedent(STUB).replace("LOAD_SECONDS", str(load_seconds)).replace("DISK_SECONDS", str(disk_seconds))
     command = [sys.executable, "-c", code, str(Path(__file__).parent)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         line = ""
