@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator, Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +14,7 @@ from .answers import Answer, Choice, progress_body, usage_body
 from .engine_protocol import EngineLike
 from .errors import CLIENT_GONE
 from .grammar.matcher import Grammar
+from .json_text import json_text
 from .keys import OWNER
 from .request import Delta, Finished, Progress, PromptLogprobs, SamplingParams, Usage
 from .schemas import GenerationBody
@@ -122,21 +122,20 @@ async def collect(stream: ResponseStream, generation: Generation) -> dict[str, A
             case (_, Finished(usage)):
                 usages.append(usage)
     write = generation.answer.whole
-    whole = write(choices) if body.prompt_alternatives is None else await asyncio.to_thread(write, choices)
+    whole = await asyncio.to_thread(write, choices) if _may_be_large(body) else write(choices)
     return {**whole, "usage": generation.usage(usages)}
 
 
 async def _rendered(whole: dict[str, Any], body: GenerationBody) -> Response:
-    """The answer as JSON.
-
-    With log-probabilities of a prompt that may be 30 MB. The encoder in C would hold every other request up
-    for as long as it takes, so then the one in Python writes it, in a thread, which gives way.
-    """
-    if body.prompt_alternatives is None:
+    """The answer as JSON."""
+    if not _may_be_large(body):
         return JSONResponse(whole)
-    encoder = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-    content = await asyncio.to_thread(lambda: "".join(encoder.iterencode(whole)).encode())
-    return Response(content, media_type="application/json")
+    return Response(await asyncio.to_thread(json_text, whole), media_type="application/json")
+
+
+def _may_be_large(body: GenerationBody) -> bool:
+    """Whether an answer in one piece holds log-probabilities, of its tokens or of the prompt's."""
+    return body.prompt_alternatives is not None or body.alternatives is not None
 
 
 async def _chunks(answer: Answer, choice: int, delta: Delta, body: GenerationBody) -> Iterable[dict[str, Any]]:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import uuid
 from dataclasses import dataclass
 from typing import Any
 
 from ..errors import error_body, to_api_error
+from ..json_text import json_text
 from .entry import LineError
 
 RECORD_HEAD = b'{"id":"batch_req_'  # every record begins so
@@ -41,7 +41,7 @@ def id_key(custom_id: str) -> bytes:
 
 
 def answered(number: int, custom_id: str, body: dict[str, Any]) -> Result:
-    """The model answered."""
+    """The model answered. To be called in a thread: the body may be large."""
     return Result(number, custom_id, _record(custom_id, _response(200, body), None), failed=False)
 
 
@@ -64,4 +64,4 @@ def _response(status: int, body: dict[str, Any]) -> dict[str, Any]:
 def _record(custom_id: str | None, response: dict[str, Any] | None, error: dict[str, Any] | None) -> bytes:
     record = {"id": f"batch_req_{uuid.uuid4().hex}", "custom_id": custom_id, "response": response, "error": error}
     # ASCII, since some readers split lines at U+2028 and the like too.
-    return json.dumps(record, allow_nan=False, separators=(",", ":")).encode("ascii") + b"\n"
+    return json_text(record, ascii_only=True) + b"\n"

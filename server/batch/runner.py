@@ -169,7 +169,7 @@ class BatchRunner:
             return unreadable(number, entry)
         for tries_left in reversed(range(TRIES)):
             try:
-                return answered(number, entry.custom_id, await self._answer(entry))
+                return await self._in_thread(answered, number, entry.custom_id, await self._answer(entry))
             except (StepFailed, RequestAborted) as error:
                 self._check_engine(error)
                 if not tries_left:

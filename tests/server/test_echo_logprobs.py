@@ -6,8 +6,9 @@ import threading
 
 import pytest
 
-from foveate.server import routes_completions
+from foveate.server import generation, routes_completions
 from foveate.server.completion_logprobs import CompletionLogprobs, echoed, prompt_logprobs
+from foveate.server.json_text import json_text
 from foveate.server.request import TokenLogprob
 from foveate.server.token_text import TokenText
 
@@ -88,6 +89,24 @@ def test_a_stream_does_not_write_a_prompt_on_the_event_loop(client, monkeypatch)
     assert post(client, **asked, stream=True).status_code == 200
     assert threads
     assert loop not in threads
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"], ids=["text", "chat"])
+def test_log_probabilities_in_one_piece_are_not_written_on_the_event_loop(client, monkeypatch, path):
+    threads = []
+
+    def watched(value):
+        threads.append(threading.current_thread().name)
+        return json_text(value)
+
+    monkeypatch.setattr(generation, "json_text", watched)
+    if path == "/v1/completions":
+        answer = client.post(path, json={"prompt": "Hi", "logprobs": 1})
+    else:
+        answer = client.post(path, json={"messages": [{"role": "user", "content": "Hi"}], "logprobs": True})
+    assert answer.json()["choices"][0]["logprobs"] is not None
+    assert len(threads) == 1
+    assert client.portal.call(lambda: threading.current_thread().name) not in threads
 
 
 def test_prompt_logprobs(client):

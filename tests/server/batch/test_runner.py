@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -12,6 +13,7 @@ from foveate.server.batch.errors import BatchError, EngineStopped
 from foveate.server.batch.ledger import Ledger
 from foveate.server.batch.runner import BatchRunner, Source, open_input
 from foveate.server.exceptions import BadLogits, EngineDead, QueueFull, StepFailed
+from foveate.server.json_text import json_text
 from foveate.server.settings import Settings
 from foveate.server.state import ServerState
 
@@ -210,6 +212,19 @@ def test_lines_wait_behind_requests(batch, engine):
     first, second, third = sorted((request.priority for request in engine.requests), reverse=True)
     assert first - second == 5
     assert third > 2**29
+
+
+def test_records_are_not_written_on_the_event_loop(batch, monkeypatch):
+    threads = set()
+
+    def watched(*given, **options):
+        threads.add(threading.current_thread())
+        return json_text(*given, **options)
+
+    monkeypatch.setattr("foveate.server.batch.records.json_text", watched)
+    batch([chat_line("a", logprobs=True), chat_line("b")])
+    assert threads
+    assert threading.current_thread() not in threads  # where the loop runs
 
 
 def test_a_full_queue_is_waited_for(batch, engine, monkeypatch):
