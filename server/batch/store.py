@@ -123,8 +123,14 @@ class Store:
 
     @property
     def bytes(self) -> int:
-        """Of all files that clients can see."""
-        return int(self._one("SELECT coalesce(sum(bytes), 0) FROM files")[0])
+        """Of all files on the disk, those of uploads and of batches in work too."""
+        total = 0
+        for folder in (self._files, self._uploads):
+            with os.scandir(folder) as entries:
+                for entry in entries:
+                    with suppress(FileNotFoundError):  # deleted meanwhile
+                        total += entry.stat().st_size
+        return total
 
     def upload_path(self) -> Path:
         """Where the bytes of an upload may go until it is whole."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -105,6 +106,27 @@ def grammar_source(text: str, param: str) -> GrammarSource:
     if len(text.encode()) > MAX_GRAMMAR_BYTES:
         raise GrammarRefused(f"a grammar has at most {MAX_GRAMMAR_BYTES} bytes", param)
     return GrammarSource("grammar", text, param)
+
+
+# Parts of a schema that are about it, and no text of an answer.
+_REMARKS = frozenset({"title", "description", "$comment", "examples", "default"})
+
+
+def literals(source: GrammarSource) -> Iterator[str]:
+    """Texts that an answer may have to hold, as far as they stand there in one piece; of grammars none are told."""
+    if source.kind == "regex":
+        yield source.text.replace("\\", "")
+    elif source.kind in ("choice", "json"):
+        left = [json.loads(source.text)]
+        while left:
+            value = left.pop()
+            if isinstance(value, str):
+                yield value.replace("\\", "")  # it may be a pattern
+            elif isinstance(value, list):
+                left += value
+            elif isinstance(value, dict):
+                yield from value
+                left += [inner for key, inner in value.items() if key not in _REMARKS]
 
 
 def check_depth(value: Any, param: str) -> None:

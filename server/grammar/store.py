@@ -14,7 +14,7 @@ from tokenizers import AddedToken, Tokenizer
 from .compile import matcher_of, tokenizer_of
 from .guard import SECONDS, Guard
 from .matcher import Grammar
-from .source import GrammarRefused, GrammarSource
+from .source import GrammarRefused, GrammarSource, literals
 
 MAX_CACHED = 256
 MAX_CACHED_BYTES = 2**20  # of grammar text; a compiled one held up to 200 times as much (an enum of 20,000 words)
@@ -43,6 +43,7 @@ class Grammars:
         self._hf_tokenizer = tokenizer
         self._vocab_size = vocab_size
         self._end_id = 0
+        self._special: dict[str, int] = {}
         self._seconds = seconds
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._guard: Guard | None = None
@@ -80,6 +81,11 @@ class Grammars:
             self.load()
         assert self._guard is not None
         assert self._tokenizer is not None
+        for literal in literals(source):
+            # The library would take the token for the text, and fail in the middle of an answer.
+            token = next((token for token in self._special if token in literal), None)
+            if token is not None:
+                raise GrammarRefused(f"it holds {token}, a special token of the model, which is no text", source.param)
         text = self._guard.normal_form(source)
         try:
             grammar = Grammar(matcher_of(self._tokenizer, text), self._end_id)
@@ -117,7 +123,8 @@ class Grammars:
         except Exception as error:
             raise GrammarsUnavailable("constrained output does not know this model's kind of tokenizer") from error
         added = self._hf_tokenizer.added_tokens_decoder
-        self._guard = Guard({token.content: id_ for id_, token in added.items() if token.special}, self._seconds)
+        self._special = {token.content: id_ for id_, token in added.items() if token.special}
+        self._guard = Guard(self._special, self._seconds)
 
     def _find(self, source: GrammarSource) -> Grammar | None:
         with self._lock:

@@ -23,7 +23,7 @@ _STACK_BYTES = 2**20
 _MEMORY_BYTES = 4 * 2**30
 _ORPHAN_SECONDS = 30.0
 _WALK_TOKENS = 256
-_COMPLEX = frozenset({"ParserTooComplex", "LexerTooComplex", "InternalError"})
+_COMPLEX = frozenset({"ParserTooComplex", "LexerTooComplex"})
 
 
 def main() -> None:
@@ -55,6 +55,8 @@ def _try(tokenizer: llguidance.LLTokenizer, kind: str, text: str) -> str:
             break
     if matcher.stop_reason() in _COMPLEX:
         raise ValueError("it is too complex")
+    if matcher.stop_reason() == "InternalError":
+        raise ValueError("answers cannot be held to it: " + reason_of(matcher.get_error()))
     return grammar
 
 

@@ -191,6 +191,29 @@ def test_a_grammar_that_hangs_or_kills_the_compiler_costs_its_request_alone(gram
     assert accepts(grammars, tokenizer, regex_source(f"{kind}", "p"), kind)
 
 
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda token: choice_source([f"a{token}", "b"], "x"),
+        lambda token: regex_source("a" + re.escape(token), "x"),
+        lambda token: json_source({"enum": [1, f"x {token} y"]}, "x"),
+        lambda token: json_source({"type": "string", "pattern": re.escape(token)}, "x"),
+        lambda token: json_source({"type": "object", "properties": {token: {}}, "required": [token]}, "x"),
+    ],
+    ids=["choice", "regex", "enum", "pattern", "property"],
+)
+def test_text_of_a_special_token_is_refused_at_once(grammars, tokenizer, write):
+    """It would be taken for the token, and the answer would end in the middle with an error."""
+    token = tokenizer.eos_token
+    with pytest.raises(GrammarRefused, match=re.escape(f"it holds {token}, a special token")):
+        grammars.compile_now(write(token))
+
+
+def test_remarks_in_a_schema_may_name_special_tokens(grammars, tokenizer):
+    schema = {"type": "object", "description": f"never write {tokenizer.eos_token}"}
+    assert accepts(grammars, tokenizer, json_source(schema, "x"), "{}")
+
+
 def test_a_grammar_is_compiled_once(tokenizer, monkeypatch):
     monkeypatch.setattr(store, "MAX_CACHED", 3)
     grammars = Grammars(tokenizer, VOCAB)

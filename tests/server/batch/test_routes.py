@@ -355,6 +355,12 @@ def test_the_store_has_a_bound(http):
     assert response.json()["error"]["code"] == "storage_full"
 
 
+def test_answers_that_are_being_written_count(http, tmp_path):
+    (tmp_path / "batches" / "files" / "file-output").write_bytes(b"x" * 4000)
+    response = http.post("/v1/files", files={"file": ("a", b"x" * 4000)}, data={"purpose": "batch"})
+    assert (response.status_code, response.json()["error"]["code"]) == (413, "storage_full")
+
+
 @pytest.mark.parametrize(
     ("change", "param"),
     [
