@@ -22,7 +22,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -164,7 +164,7 @@ class PageStore:
         return pages
 
     def write(self, header: RunHeader, token_ids: bytes, pages: torch.Tensor) -> bool:
-        """Keeps a run, and removes the files used longest ago to make room for it.
+        """Keeps a run, and removes the files used longest ago to make room for it, but none that it continues.
 
         Args:
             header: Of the run.
@@ -172,21 +172,16 @@ class PageStore:
             pages: ``[n, stride]`` uint8, as their checksums were taken.
 
         Returns:
-            Whether it is kept now.
+            Whether it is kept now. It is not where the page before it is not, since nobody would find it.
         """
         if not self.takes_writes:
             return False
         head = head_of(header, token_ids)
         size = len(head) + pages.numel()
-        if size > self.limit_bytes:
-            self._complain("size", f"a run of {size} bytes is larger than the whole bound of {self.limit_bytes}")
-            return False
-        # Of pages that were written together the first counts as the latest used: without it the others are lost.
-        used = time.time_ns() - header.first_page
-        name = f"{header.keys[-1].hex()}.{header.first_page}.run"
         try:
-            self.make_room(size)
-            self._write_file(name, (memoryview(head), pages.numpy().data.cast("B")), used)
+            if not self._make_room(size, header.parent):
+                return False
+            self._write_run(header, head, pages, time.time_ns())
         except FileNotFoundError:  # somebody removed the folder, or took the part for an orphan
             self._usable = self._prepare()
             return False
@@ -194,15 +189,13 @@ class PageStore:
             self._refuse_writes(error)
             return False
         with self._lock:
-            self._index.add(StoredRun(name, header, size, used))
             self.counts.written_bytes += size
         return True
 
     def touch(self, names: Sequence[str]) -> None:
-        """Says that files are wanted now; ``names`` in the order of their pages."""
-        now = time.time_ns()
-        for place, name in enumerate(names):
-            used = now - place
+        """Says that files are wanted now."""
+        used = time.time_ns()
+        for name in names:
             with suppress(OSError):
                 os.utime(self.folder / name, ns=(used, used), follow_symlinks=False)
             with self._lock:
@@ -210,38 +203,71 @@ class PageStore:
                     self._index.runs[name].used = used
 
     def remove(self, names: Sequence[str] | None) -> list[str]:
-        """Removes files, all of them for ``None``; returns those that are gone now."""
+        """Removes files, all of them for ``None``; returns those that the disk does not let go."""
         if names is None:
             self.refresh()
             with self._lock:
                 names = list(self._index.runs)
-        gone: list[str] = []
+        left: list[str] = []
         for name in names:
             try:
                 (self.folder / name).unlink(missing_ok=True)
             except OSError as error:
                 self._complain("remove", f"cannot remove files of {self.folder}: {error.strerror}")
+                left.append(name)
                 continue
-            gone.append(name)
             with self._lock:
                 self._index.remove(name)
-        return gone
+        return left
 
-    def make_room(self, nbytes: int = 0) -> None:
-        """Removes the files used longest ago until ``nbytes`` more are within the bound."""
+    def delete(self, keys: Sequence[bytes]) -> list[str]:
+        """Removes pages and all that continue them; returns files that the disk does not let go. Not beside ``write``.
+
+        Of a file that begins with other pages these are kept: they are written anew with their tokens, and it goes.
+        """
+        self.refresh()
+        with self._lock:
+            spans = self._index.ends(keys)
+        for span in spans:
+            if span.first:
+                self._keep_beginning(span.name, span.first)
+        return self.remove([span.name for span in spans])
+
+    def make_room(self) -> None:
+        """Removes the files used longest ago until all are within the bound."""
+        self._make_room(0, b"")
+
+    def _make_room(self, nbytes: int, parent: bytes) -> bool:
+        """Removes the files used longest ago until ``nbytes`` more are within the bound.
+
+        Args:
+            nbytes: Of the file that is to come.
+            parent: Page that it continues, if any. What this page needs stays.
+
+        Returns:
+            Whether it may come. Nothing is removed for one that may not.
+        """
         if time.monotonic() - self._refreshed > REFRESH_SECONDS:
             self.refresh()
         with self._lock:
+            if parent and parent not in self._index:
+                return False
             excess = self._index.nbytes + nbytes - self.limit_bytes
             old: list[str] = []
-            for run in self._index.oldest() if excess > 0 else ():
-                if excess <= 0:
-                    break
-                old.append(run.name)
-                excess -= run.nbytes
-        gone = self.remove(old)
+            if excess > 0:
+                kept = self._index.front(parent)
+                for run in self._index.oldest():
+                    if excess > 0 and run.name not in kept:
+                        old.append(run.name)
+                        excess -= run.nbytes
+        if excess > 0:
+            words = f"a prompt is larger than the whole bound of {self.limit_bytes} bytes: its end is not kept"
+            self._complain("size", words)
+            return False
+        left = self.remove(old)
         with self._lock:
-            self.counts.evicted += len(gone)
+            self.counts.evicted += len(old) - len(left)
+        return True
 
     def refresh(self) -> None:
         """Looks at the directory for what other processes wrote and removed; drops what cannot be ours or whole."""
@@ -295,6 +321,27 @@ class PageStore:
         else:
             with self._lock:
                 self._index.add(StoredRun(name, header, about.st_size, about.st_mtime_ns))
+
+    def _keep_beginning(self, name: str, count: int) -> None:
+        """Writes the first ``count`` pages of a file as one of their own; not if the disk refuses."""
+        try:
+            with _opened(self.folder / name) as descriptor:
+                run, used = OpenRun(descriptor), os.fstat(descriptor).st_mtime_ns
+            header = replace(run.header, keys=run.header.keys[:count], checksums=run.header.checksums[:count])
+            pages = torch.stack([run.page(index) for index in range(count)])
+            self._write_run(header, head_of(header, run.token_ids[: 4 * header.num_tokens]), pages, used)
+        except (OSError, DamagedRun) as error:
+            log.warning("document cache: pages in front of deleted ones go, too: %s", error)
+
+    def _write_run(self, header: RunHeader, head: bytes, pages: torch.Tensor, used: int) -> None:
+        """
+        Raises:
+            OSError: the disk refuses; nothing is left of it.
+        """
+        name = f"{header.keys[-1].hex()}.{header.first_page}.run"
+        self._write_file(name, (memoryview(head), pages.numpy().data.cast("B")), used)
+        with self._lock:
+            self._index.add(StoredRun(name, header, len(head) + pages.numel(), used))
 
     def _write_file(self, name: str, parts: Sequence[memoryview], used: int) -> None:
         part = self.folder / f".{secrets.token_hex(8)}.part"

@@ -214,25 +214,36 @@ class DocumentCache:
         Raises:
             KeyError: there is no such document.
             TimeoutError: the disk takes too long.
+            OSError: the disk does not let go of it.
         """
         found = [document for document in self._store.documents() if id in (None, document.id)]
         if id is not None and not found:
             raise KeyError(id)
+        keys = None if id is None else [key for item in found for key in item.own_keys]
         # First the engine lets go of what it would write again, then the files go, between two writes.
-        keys = None if id is None else [key for item in found for run in item.own_runs for key in run.header.keys]
+        self._let_go(keys)
+        removing = self._saves.run_exclusively(
+            lambda: self._store.remove(None) if keys is None else self._store.delete(keys)
+        )
+        left = removing.result(DELETE_SECONDS)
+        self._let_go(keys)  # a request may have brought some in while the files were still there
+        if left:
+            raise OSError("the disk does not let go of all files")
+        return [item.id for item in found]
+
+    def _let_go(self, keys: list[bytes] | None) -> None:
+        """Has the engine do ``_remove``, and waits for it."""
         removal = _Removal(keys)
         self._removals.append(removal)
         self._wake()
         if not removal.done.wait(DELETE_SECONDS):
             raise TimeoutError("the engine did not come to it")
-        names = None if id is None else [run.name for item in found for run in item.own_runs]
-        self._saves.run_exclusively(lambda: self._store.remove(names)).result(DELETE_SECONDS)
-        return [item.id for item in found]
 
     def _remove(self) -> None:
         while self._removals:
             removal = self._removals.popleft()
             self._saves.forget()
+            self._loads.forget(removal.keys)
             self._cache.discard(self._cache.prefix.keys() if removal.keys is None else removal.keys)
             removal.done.set()
 

@@ -58,6 +58,7 @@ class Save:
 
 @dataclass(slots=True, eq=False)
 class _Write:
+    save: Save
     future: Future[bool]
     keys: list[bytes]
     nbytes: int
@@ -137,8 +138,11 @@ class Saves:
         for write in [write for write in self._writes if write.future.done()]:
             self._writes.remove(write)
             self._under_way.difference_update(write.keys)
-            if write.future.exception() is not None:
-                log.error("pages were not written to disk", exc_info=write.future.exception())
+            error = write.future.exception()
+            if error is not None:
+                log.error("pages were not written to disk", exc_info=error)
+            if error is not None or not write.future.result():
+                write.save.missing.clear()  # nobody would find what comes behind them
         while self._saves:
             save = self._saves[0]
             try:
@@ -223,7 +227,7 @@ class Saves:
         keys = _keys(save)
         run = _Run(save, save.first, pages, copied, self._epoch, keys)
         future = self._writer.submit(self._write, run)
-        self._writes.append(_Write(future, keys, buffer.numel()))
+        self._writes.append(_Write(save, future, keys, buffer.numel()))
         future.add_done_callback(lambda _: self._ring())
 
     def _write(self, run: _Run) -> bool:

@@ -68,6 +68,9 @@ async def _delete(documents: DocumentCache, id: str | None) -> list[str]:
         return await asyncio.to_thread(documents.delete, id)
     except TimeoutError:
         raise ApiError(503, "The disk takes too long; ask again.", type="server_error", code="cache_busy") from None
+    except OSError:
+        message = "The disk does not let go of all files; what is left is still listed."
+        raise ApiError(503, message, type="server_error", code="cache_not_removed") from None
 
 
 def _unknown() -> ApiError:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import os
 import stat
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -56,6 +58,7 @@ def test_a_prompt_that_goes_another_way_gets_the_pages_in_common(tmp_path):
 
 def test_nothing_is_read_for_other_tokens_or_another_namespace(tmp_path):
     store = store_at(tmp_path)
+    store.write(*run_of(1, 0))
     store.write(*run_of(1, 2))
     tokens = tokens_of(1, 4)
     name = store.spans(page_keys(tokens, NAMESPACE, PAGE)[2:])[0].name
@@ -69,7 +72,7 @@ def test_nothing_is_read_for_other_tokens_or_another_namespace(tmp_path):
     assert store.read(span, 1, NAMESPACE, pack_tokens(tokens)) == []
     assert store.read(span, 2, NAMESPACE, pack_tokens(tokens[:-1])) == []
     assert store.counts.corrupt == 0
-    assert names(store) == {name}
+    assert len(names(store)) == 2
 
 
 def test_a_forged_collision_of_hashes_gives_nothing(tmp_path):
@@ -189,6 +192,47 @@ def test_of_one_prompt_the_end_goes_first(tmp_path):
     store.write(*run_of(2))
     store.write(*run_of(3))
     assert same(read_all(store, 1, 6), 1, 4)
+
+
+@pytest.mark.parametrize("restarted", [False, True], ids=["running", "restarted"])
+def test_the_end_goes_first_of_a_prompt_that_nobody_asked_for_again(tmp_path, restarted):
+    """Its files are written one after the other, so the first is the oldest."""
+    store = store_at(tmp_path, 4 * RUN_BYTES)
+    for first in (0, 2, 4):
+        store.write(*run_of(1, first))
+    if restarted:
+        store = store_at(tmp_path, 4 * RUN_BYTES)
+    store.write(*run_of(2))
+    store.write(*run_of(3))
+    assert same(read_all(store, 1, 6), 1, 4)
+    assert same(read_all(store, 3, 2), 3, 2)
+
+
+def test_a_question_does_not_outlive_what_it_is_about(tmp_path):
+    store = store_at(tmp_path, 4 * RUN_BYTES)
+    one = tokens_of(1, 4)
+    two = one[: 2 * PAGE] + tokens_of(2, 2)
+    store.write(*run_of(1, 0))
+    store.write(*run_of(1, 2))
+    store.write(*run_of(9))
+    store.write(*run_of(2, 2, tokens=two))  # younger than all others, and of no use without the oldest
+    store.write(*run_of(8))
+    assert store.count(page_keys(two, NAMESPACE, PAGE)) == 4
+    assert store.count(page_keys(one, NAMESPACE, PAGE)) == 2
+    store.write(*run_of(7))
+    assert not read_all(store, 9, 2)
+    assert store.count(page_keys(two, NAMESPACE, PAGE)) == 4
+
+
+def test_of_a_prompt_larger_than_the_bound_the_beginning_is_kept(tmp_path, caplog):
+    store = store_at(tmp_path, 3 * RUN_BYTES)
+    store.write(*run_of(2))
+    wrote = [store.write(*run_of(1, first)) for first in range(0, 10, 2)]
+    assert wrote == [True, True, True, False, False]
+    assert not store.write(*run_of(1, 8, 1)), "a last file that would fit is of no use behind a gap"
+    assert same(read_all(store, 1, 10), 1, 6)
+    assert store.counts.evicted == 1
+    assert "larger than the whole bound" in caplog.text
 
 
 def test_a_run_larger_than_the_bound_is_not_kept_and_drives_nothing_out(tmp_path, caplog):
@@ -319,10 +363,131 @@ def test_documents_share_files_and_go_one_by_one(tmp_path):
         (4 * PAGE, 2 * RUN_BYTES, RUN_BYTES),
         (4 * PAGE, 2 * RUN_BYTES, RUN_BYTES),
     ]
-    store.remove([run.name for run in found[1].own_runs])
+    assert store.delete(found[1].own_keys) == []
     left = store.documents()
     assert len(left) == 2
     assert left[1].own_bytes == 2 * RUN_BYTES
+
+
+def two_questions(store: PageStore) -> tuple[list[int], list[int]]:
+    """Two documents in the store: the second goes on behind page 3 of the five that are the only file of the first."""
+    one = tokens_of(1, 5)
+    two = one[: 3 * PAGE] + tokens_of(2, 3)
+    store.write(*run_of(1, 0, 5))
+    store.write(*run_of(2, 3, 3, tokens=two))
+    return one, two
+
+
+def own_keys(store: PageStore, keys: list[bytes]) -> tuple[bytes, ...]:
+    """Of the document that ends with the last of ``keys``."""
+    (found,) = [item for item in store.documents() if item.id == keys[-1].hex()[:32]]
+    return found.own_keys
+
+
+def test_what_only_one_document_holds_goes_out_of_a_shared_file(tmp_path):
+    store = store_at(tmp_path)
+    one, two = two_questions(store)
+    keys = page_keys(one, NAMESPACE, PAGE), page_keys(two, NAMESPACE, PAGE)
+    (first,) = [item for item in store.documents() if item.id == keys[0][-1].hex()[:32]]
+    assert (set(first.own_keys), first.own_bytes) == (set(keys[0][3:]), 2 * 4096)
+    used = {run.header.first_page: run.used for run in store._index.runs.values()}[0]
+    before = store.nbytes
+    assert store.delete(first.own_keys) == []
+    assert store.nbytes == before - first.own_bytes
+    assert (store.count(keys[0]), store.count(keys[1])) == (3, 6)
+    for again in (store, store_at(tmp_path)):
+        assert same(read_all(again, 1, 3), 1, 3), "what the other document begins with is as it was"
+        (left,) = again.documents()
+        assert (left.id, set(left.own_keys)) == (keys[1][-1].hex()[:32], set(keys[1]))
+        assert again.counts.corrupt == 0
+    for path in store.folder.iterdir():
+        data = path.read_bytes()
+        for index in (3, 4):
+            assert pack_tokens(one[index * PAGE : (index + 1) * PAGE]) not in data
+            assert pages_of(1, index, 1, 3000).numpy().tobytes()[:3000] not in data
+    assert {run.header.first_page: run.used for run in store._index.runs.values()}[0] == used
+    assert store.delete(left.own_keys) == []
+    assert (names(store), store.nbytes) == (set(), 0)
+
+
+def test_documents_go_in_any_order_and_nothing_is_left(tmp_path):
+    for place, order in enumerate(itertools.permutations(range(3))):
+        store = store_at(tmp_path / str(place))
+        one, two = two_questions(store)
+        three = one[: 4 * PAGE] + tokens_of(3, 1)
+        store.write(*run_of(3, 4, 1, tokens=three))
+        prompts = [page_keys(tokens, NAMESPACE, PAGE) for tokens in (one, two, three)]
+        for done, index in enumerate(order, 1):
+            assert store.delete(own_keys(store, prompts[index])) == []
+            assert {item.id for item in store.documents()} == {prompts[i][-1].hex()[:32] for i in order[done:]}
+            for left in order[done:]:
+                assert store.count(prompts[left]) == len(prompts[left])
+        assert names(store) == set()
+
+
+def test_a_document_goes_out_of_all_files_that_hold_it(tmp_path):
+    """As two processes leave them that wrote the same prompt in other pieces, each with a question of its own."""
+    store = store_at(tmp_path)
+    one, two = tokens_of(1, 4), tokens_of(1, 3) + tokens_of(2, 1)
+    store.write(*run_of(1, 0, 4, tokens=one))
+    store.write(*run_of(1, 0, 2))
+    store.write(*run_of(1, 2, 2, tokens=one))
+    store.write(*run_of(1, 0, 4, tokens=two))
+    ends = [page_keys(tokens, NAMESPACE, PAGE) for tokens in (one, two)]
+    assert {item.id for item in store.documents()} == {keys[-1].hex()[:32] for keys in ends}
+    assert store.delete(own_keys(store, ends[0])) == []
+    assert store.count(page_keys(two, NAMESPACE, PAGE)) == 4
+    assert all(pack_tokens(one[3 * PAGE :]) not in path.read_bytes() for path in store.folder.iterdir())
+    assert store.delete(own_keys(store, ends[1])) == []
+    assert names(store) == set()
+
+
+def test_what_came_to_continue_a_deleted_page_goes_with_it(tmp_path):
+    store = store_at(tmp_path)
+    one, two = two_questions(store)
+    own = own_keys(store, page_keys(one, NAMESPACE, PAGE))
+    store.write(*run_of(1, 5))
+    store.write(*run_of(1, 7))
+    assert store.delete(own) == []
+    assert store.count(page_keys(two, NAMESPACE, PAGE)) == 6
+    assert [item.tokens for item in store.documents()] == [6 * PAGE]
+
+
+@pytest.mark.parametrize("damage", ["full", "page"])
+def test_a_shared_file_that_cannot_be_written_anew_goes_as_a_whole(tmp_path, monkeypatch, damage, caplog):
+    store = store_at(tmp_path)
+    one, two = two_questions(store)
+    (path,) = store.folder.glob("*.0.run")
+    if damage == "full":
+        monkeypatch.setattr(os, "write", _no_space)
+    else:
+        data = bytearray(path.read_bytes())
+        data[-4096 * 4] ^= 1
+        path.write_bytes(data)
+    assert store.delete(own_keys(store, page_keys(one, NAMESPACE, PAGE))) == []
+    assert not path.exists()
+    assert len(names(store)) == 1
+    assert store.count(page_keys(two, NAMESPACE, PAGE)) == 0
+    assert "go, too" in caplog.text
+
+
+def _no_space(descriptor: int, data: memoryview) -> int:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_does_not_let_go_is_told_of(tmp_path, monkeypatch):
+    store = store_at(tmp_path)
+    one, _ = two_questions(store)
+
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        assert store.delete(own_keys(store, page_keys(one, NAMESPACE, PAGE)))
+        assert len(store.remove(None)) == store.num_files > 0
+    assert store.remove(None) == []
+    assert names(store) == set()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.int8], ids=str)

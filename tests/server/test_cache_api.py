@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import time
+from pathlib import Path
 
 import pytest
 from starlette.testclient import TestClient
@@ -87,6 +89,23 @@ def test_what_is_kept_is_listed_and_removed(client):
     listed(client, 2)
     assert client.delete("/v1/cache", headers=ADMIN).json()["count"] == 2
     assert listed(client, 0)["bytes"] == 0
+
+
+def test_what_the_disk_does_not_let_go_is_not_said_to_be_gone(client, monkeypatch):
+    ask(client, 1)
+    (entry,) = listed(client, 1)["data"]
+
+    def refuse(path, missing_ok=False):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        for path in (f"/v1/cache/{entry['id']}", "/v1/cache"):
+            answer = client.delete(path, headers=ADMIN)
+            assert (answer.status_code, answer.json()["error"]["code"]) == (503, "cache_not_removed")
+        assert listed(client, 1)["data"] == [entry]
+    assert client.delete(f"/v1/cache/{entry['id']}", headers=ADMIN).status_code == 200
+    listed(client, 0)
 
 
 @pytest.mark.parametrize("id", ["x", "..%2f..%2fetc%2fpasswd", "A" * 32, "0" * 33, "%00", "0" * 32])

@@ -17,6 +17,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from foveate.kv_cache.disk import FOLDER, PageStore
+from foveate.kv_cache.disk_format import pack_tokens
+from foveate.kv_cache.prefix import page_keys
 from foveate.server import document_identity, document_loads
 from foveate.server.engine import Engine
 from foveate.server.exceptions import InvalidRequest
@@ -320,6 +322,28 @@ def test_the_bound_is_kept(start, tmp_path):
     assert ask(start(cache_disk_gib=300_000 / 2**30), prompt_of(300, 7))[1] == 288
 
 
+def test_of_a_document_larger_than_the_bound_the_beginning_is_kept(start, monkeypatch):
+    monkeypatch.setattr("foveate.server.document_saves.BUFFER_BYTES", 1)
+    monkeypatch.setattr("foveate.server.document_saves.RUN_BYTES", 1)  # a file per page
+    bound = {"cache_disk_gib": 10 * (PAGE_BYTES + 2 * 4096) / 2**30}
+    real, writes = PageStore.write, []
+
+    def count(*arguments):
+        writes.append(real(*arguments))
+        return writes[-1]
+
+    monkeypatch.setattr(PageStore, "write", count)
+    prompt = prompt_of(403)
+    engine = start(**bound)
+    cold = ask(engine, prompt)
+    settle(engine)
+    kept = sum(writes)
+    assert 10 <= kept <= 15
+    assert writes == [True] * kept + [False], "what nobody would find is not even tried"
+    assert engine.documents.counts()["disk_evicted_files"] == 0
+    assert ask(start(**bound), prompt) == (cold[0], kept * PAGE)
+
+
 def test_short_prompts_may_be_left_out(start, tmp_path):
     engine = start(cache_min_tokens=200)
     ask(engine, prompt_of(199))
@@ -350,6 +374,83 @@ def test_what_is_deleted_is_gone_from_disk_and_memory(start, tmp_path):
     assert len(engine.documents.delete(None)) == 3
     assert files(tmp_path) == []
     assert [ask(engine, prompt)[1] for prompt in (shared, other)] == [0, 0]
+
+
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["first-first", "second-first"])
+def test_of_two_questions_about_one_document_each_can_be_deleted(start, tmp_path, order):
+    """The second goes on from the middle of the file that the first one wrote."""
+    engine, document = start(), prompt_of(320)
+    prompts = [[*document, *prompt_of(83, 1)], [*document, *prompt_of(99, 2)]]
+    for prompt in prompts:
+        ask(engine, prompt)
+        settle(engine)
+    ids = {entry["tokens"]: entry["id"] for entry in engine.documents.describe(10)["data"]}
+    assert sorted(ids) == [400, 416]
+    first, second = ([ids[400], ids[416]][index] for index in order)
+    engine.documents.delete(first)
+    assert [entry["id"] for entry in engine.documents.describe(10)["data"]] == [second]
+    assert ask(engine, prompts[order[1]])[1] == (400, 416)[order[1]], "in memory"
+    gone = pack_tokens(prompts[order[0]][320:336])
+    assert all(gone not in path.read_bytes() for path in files(tmp_path))
+    engine.documents.delete(second)
+    assert files(tmp_path) == []
+    assert engine.documents.describe(10)["data"] == []
+    assert [ask(engine, prompt)[1] for prompt in prompts] == [0, 320]
+
+
+def test_deleting_one_question_leaves_the_other_to_the_next_engine(start):
+    engine, document = start(), prompt_of(320)
+    one, two = [*document, *prompt_of(83, 1)], [*document, *prompt_of(99, 2)]
+    ask(engine, one)
+    settle(engine)
+    answer = ask(engine, two)[0]
+    settle(engine)
+    (found,) = [item for item in engine.documents._store.documents() if item.tokens == 400]
+    keys = page_keys(one, found.runs[0].header.namespace, PAGE)
+    engine.documents.delete(found.id)
+    assert [engine.cache.prefix.page_of(key) is not None for key in keys] == [True] * 20 + [False] * 5
+    engine = start()
+    assert ask(engine, two) == (answer, 416)
+    assert engine.documents.counts()["disk_corrupt_files"] == 0
+    assert ask(start(), one)[1] == 320
+
+
+def test_a_load_of_what_is_deleted_is_given_up(start, monkeypatch):
+    prompt = prompt_of(300)
+    cold = ask(start(), prompt)
+    engine = start()
+    gate, reading = threading.Event(), threading.Event()
+    real = PageStore.read
+
+    def slow(*arguments):
+        pages = real(*arguments)
+        reading.set()
+        assert gate.wait(60)
+        return pages
+
+    monkeypatch.setattr(PageStore, "read", slow)
+    _, events = submit(engine, prompt)
+    assert reading.wait(60)
+    engine.documents.delete(None)
+    gate.set()
+    assert collect(events) == (cold[0], 0)
+
+
+def test_what_is_brought_in_while_its_file_goes_is_not_found_afterwards(start, monkeypatch):
+    prompt = prompt_of(400)
+    ask(start(), prompt)
+    engine = start()
+    real, found = PageStore.remove, []
+
+    def remove(store, names):
+        found.append(ask(engine, prompt)[1])
+        return real(store, names)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PageStore, "remove", remove)
+        engine.documents.delete(None)
+    assert found == [384]
+    assert ask(engine, prompt)[1] == 0
 
 
 def test_pages_with_bad_logits_are_not_kept(start, tmp_path, monkeypatch):
