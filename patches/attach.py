@@ -15,7 +15,7 @@ from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing
-from foveate.sparse_attn.protocol import Scheme
+from foveate.sparse_attn.protocol import Phase, Scheme
 
 from .errors import AttachError, UnsupportedModel
 from .families import ModelFacts, facts
@@ -63,7 +63,8 @@ class Attached:
         self._num_pages = num_pages
         self._hook: StepHook | None = None
         self._keys_read = [0.0, 0.0]  # by a hook that is gone
-        rotary = ModelRotary(model) if scheme is not None and scheme.moves_positions else None
+        moves = scheme is not None and any(scheme.for_phase(phase).moves_positions for phase in Phase)
+        rotary = ModelRotary(model) if moves else None
         self._implementations = [(config, config._attn_implementation_internal) for config in _configs(model)]
         try:
             _switch(model)
@@ -142,8 +143,8 @@ def attach(
     Args:
         model: A causal LM of ``transformers``.
         policy: A scheme, its name, or ``{"scheme": name, option: value, ...}``.
-        cache: Pages to use. Left out, the first pass makes a pool for its batch at the model's
-            context length, of at most 4 GiB.
+        cache: Pages to use, of the model's element type or int8, on its device. Left out, the first pass
+            makes a pool for its batch at the model's context length, of at most 4 GiB.
         page_size: Tokens per page of that pool.
         num_pages: Pages of that pool.
         profile: Files of profiles of this model (``foveate calibrate``), for schemes that need one. Those that come
@@ -156,6 +157,7 @@ def attach(
         AttachError: the model is attached already.
         UnsupportedModel: its attention is not one that pages can serve.
         SchemeError: no such scheme or option, or a profile is missing or of another model.
+        ValueError: the cache does not fit the model, or arguments contradict each other.
     """
     if cache is not None and (page_size is not None or num_pages is not None):
         raise ValueError("a cache has its own page_size and num_pages")
@@ -163,7 +165,7 @@ def attach(
         raise UnsupportedModel("the model lies on several devices, the pages on one")
     scheme = _scheme(model, policy, profile)
     if cache is not None:
-        _check_fit(cache.pool.geometry, facts(model.config))
+        _check_fit(cache.pool, model, facts(model.config))
         cache.pool.declare(scheme.page_stats(cache.pool.geometry))
     return Attached(model, scheme, cache, page_size, num_pages)
 
@@ -219,7 +221,12 @@ def _switch(model: PreTrainedModel) -> None:
         )
 
 
-def _check_fit(geometry: CacheGeometry, known: ModelFacts) -> None:
+def _check_fit(pool: PagePool, model: PreTrainedModel, known: ModelFacts) -> None:
+    geometry = pool.geometry
     for name in ("num_layers", "num_kv_heads", "head_dim"):
         if getattr(geometry, name) != getattr(known, name):
             raise ValueError(f"the cache has {name}={getattr(geometry, name)}, the model {getattr(known, name)}")
+    if not geometry.quantized and geometry.dtype != model.dtype:
+        raise ValueError(f"the cache holds {geometry.dtype}, the model computes in {model.dtype}")
+    if pool.keys.device != model.device:  # a geometry may say "cuda" and mean the first
+        raise ValueError(f"the cache lies on {pool.keys.device}, the model on {model.device}")

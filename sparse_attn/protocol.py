@@ -30,15 +30,45 @@ if TYPE_CHECKING:
 OptionsClass = TypeVar("OptionsClass")
 
 
-# No option counts more tokens than this: positions stay far inside 32 bits.
-MOST_TOKENS = 1 << 24
+# No option counts more than this, tokens or anything else: positions stay far inside 32 bits.
+LARGEST_COUNT = 1 << 24
+# Kernels are given float32.
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+
+
+def check_kinds(options: Any) -> None:
+    """Holds the options that a dataclass annotates as ``int``, ``float`` or ``bool`` to what such an option can be.
+
+    An option comes from one client, and what it breaks inside a step is broken for all in the step. A whole number
+    that was given for a ``float`` becomes one: kernels take integers of 64 bits only.
+
+    Raises:
+        SchemeConfigError: an ``int`` is no whole number from 0 to ``LARGEST_COUNT``, a ``float`` no number that
+            float32 holds, or a ``bool`` neither true nor false; the message names it.
+    """
+    for item in fields(options):
+        value = getattr(options, item.name)
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if item.type in ("int", int):
+            if not whole or value < 0:
+                raise SchemeConfigError(f"{item.name} must be a whole number >= 0, got {value!r}")
+            if value > LARGEST_COUNT:
+                raise SchemeConfigError(f"{item.name} must be at most {LARGEST_COUNT}, got {value}")
+        elif item.type in ("float", float):
+            # Python compares a whole number of any size; NaN is never below.
+            if not ((whole or isinstance(value, float)) and abs(value) <= LARGEST_NUMBER):
+                raise SchemeConfigError(f"{item.name} must be a number that float32 holds, got {value!r}")
+            object.__setattr__(options, item.name, float(value))
+        elif item.type in ("bool", bool) and not isinstance(value, bool):
+            raise SchemeConfigError(f"{item.name} must be true or false, got {value!r}")
 
 
 @dataclass(frozen=True, slots=True)
 class SchemeOptions:
     """Options that every scheme has; a scheme subclasses it and adds its own.
 
-    ``budget.py`` alone acts on these: what they keep comes on top of what the scheme chooses.
+    ``budget.py`` alone acts on these: what they keep comes on top of what the scheme chooses. A scheme's own are
+    looked at by ``check_kinds``, so its ``__post_init__`` calls this one first and says only what is particular.
 
     Args:
         sink_tokens: First tokens of the context, always read.
@@ -51,14 +81,7 @@ class SchemeOptions:
     dense_tail_tokens: int = 0
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if not item.name.endswith("_tokens"):
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise SchemeConfigError(f"{item.name} must be a whole number >= 0, got {value!r}")
-            if value > MOST_TOKENS:
-                raise SchemeConfigError(f"{item.name} must be at most {MOST_TOKENS}, got {value}")
+        check_kinds(self)
 
 
 class Role(Enum):

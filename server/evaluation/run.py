@@ -165,13 +165,17 @@ class Evaluation:
     def try_prompts(self) -> None:
         """Makes the shortest prompt of each task, so that what cannot be made is told before anything is computed.
 
+        Of a task that reads text it makes all, since the text may be too short for the longest.
+
         Raises:
-            ValueError: a task has no room, or too many facts.
+            ValueError: a task has no room, or too many facts; or the text is too short.
         """
         shortest = min(self._plan.lengths)
         for cell in self._plan.cells():
             write = TASKS[cell[0]].write
-            if write is not None and cell[1] == shortest:
+            if write is None:
+                self._given(cell, 0)
+            elif cell[1] == shortest:
                 write(self._plan.rng(*cell, 0), self._encode, cell[1], cell[2])
 
     def run(self, made: Sequence[Policy], trials: Trials) -> list[Refused]:
@@ -232,19 +236,17 @@ class Evaluation:
 
     def _read(self, cell: CellKey, made: Sequence[Policy], trials: Trials) -> Iterator[tuple[Policy, Trial]]:
         """Tasks that look at the distributions along given tokens."""
-        task, length, _ = cell
         for sample in range(self._plan.samples):
             waiting = [policy for policy in made if sample in self._missing(cell, policy, trials)]
             if not waiting:
                 continue
-            spare = AGREEMENT_TOKENS if task == "agreement" else 0
-            ids = self._text.piece(self._plan.rng(*cell, sample), length - spare)
+            ids = self._given(cell, sample)
             dense = None
-            if task == "agreement":
+            if cell[0] == "agreement":
                 reference = self._engine.build_scheme({"scheme": policies.DENSE})
                 # Of keys and values in full, so that what int8 costs is seen.
                 full = replace(self._geometry, dtype=self._loaded.dtype)
-                dense = forced.answer(self._loaded, reference, ids, spare, self._chunk_tokens, geometry=full)
+                dense = forced.answer(self._loaded, reference, ids, AGREEMENT_TOKENS, self._chunk_tokens, geometry=full)
             for policy in waiting:
                 try:
                     values, fraction = self._measure(policy, ids, dense)
@@ -252,6 +254,20 @@ class Evaluation:
                     self._fail(policy, error)
                     continue
                 yield policy, Trial(*cell, sample, policy.attention, policy.digest, values, fraction)
+
+    def _given(self, cell: CellKey, sample: int) -> list[int]:
+        """The tokens that a task reads which looks at the distributions along them.
+
+        Raises:
+            ValueError: the length has no room for them, or the text is too short.
+        """
+        task, length, _ = cell
+        spare = AGREEMENT_TOKENS if task == "agreement" else 0
+        # One token of the text at least, and for perplexity another before it.
+        least = spare + max(len(self._text.prefix) + 1, 1 if spare else 2)
+        if length < least:
+            raise ValueError(f"{length} tokens have no room for {task}, which needs {least} at least")
+        return self._text.piece(self._plan.rng(*cell, sample), length - spare)
 
     def _measure(self, policy: Policy, ids: list[int], dense: forced.Answer | None) -> tuple[dict[str, float], float]:
         if dense is None:

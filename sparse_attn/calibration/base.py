@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from foveate.kv_cache.view import PagedView
 
 from ..errors import SchemeConfigError
+from ..protocol import check_kinds
 from ..selection import Segment
 
 if TYPE_CHECKING:  # the protocol's Scheme hands out calibrators
@@ -57,10 +58,7 @@ class CalibrationOptions:
     """
 
     def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if item.name.endswith("_tokens") and (not isinstance(value, int) or isinstance(value, bool) or value < 0):
-                raise SchemeConfigError(f"{item.name} must be a whole number >= 0, got {value!r}")
+        check_kinds(self)
 
 
 class Calibrator(ABC):
@@ -92,6 +90,12 @@ class Calibrator(ABC):
     decode_tokens: int = 0
 
     def __init__(self, options: CalibrationOptions, shape: ModelShape) -> None:
+        """
+        Raises:
+            SchemeConfigError: the model has no layer to learn of.
+        """
+        if not shape.global_layers:
+            raise SchemeConfigError("every layer of this model has a window of its own: nothing is left to select")
         self.options = options
         self.shape = shape
 
@@ -117,7 +121,11 @@ class Calibrator(ABC):
         """
 
     def end_sample(self) -> None:  # noqa: B027, optional
-        """The sample is over: fold what it showed into the totals."""
+        """The sample is over: fold what it showed into the totals.
+
+        Raises:
+            SchemeConfigError: it was too short to learn from; the message says what length is needed.
+        """
 
     @abstractmethod
     def result(self) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:

@@ -36,9 +36,13 @@ class Holdings(ABC):
         layers: L.
         heads: KV heads, G.
         top_tokens: Keys per tile and head that are a choice.
+
+    Attributes:
+        kept_tokens: Keys before a tile that are no candidates, since they are read anyway.
     """
 
     weighs_layers: ClassVar[bool]
+    kept_tokens: int = 0
 
     def __init__(self, layers: int, heads: int, top_tokens: int) -> None:
         self._shape = (layers, layers, heads, heads)
@@ -129,6 +133,7 @@ class Mass(Holdings):
     def __init__(self, layers: int, heads: int, top_tokens: int, sink_tokens: int, window_tokens: int) -> None:
         super().__init__(layers, heads, top_tokens)
         self._sinks, self._window = sink_tokens, window_tokens
+        self.kept_tokens = sink_tokens + window_tokens
         self._sum = torch.zeros(len(Phase), *self._shape, dtype=torch.float64)
         self._queries = torch.zeros(len(Phase), dtype=torch.float64)
 

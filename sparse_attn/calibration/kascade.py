@@ -52,10 +52,8 @@ class KascadeCalibration(CalibrationOptions):
         CalibrationOptions.__post_init__(self)
         if self.objective not in ("mass", "similarity"):
             raise SchemeConfigError(f"objective must be 'mass' or 'similarity', got {self.objective!r}")
-        if not isinstance(self.anchors, int) or isinstance(self.anchors, bool) or self.anchors < 0:
-            raise SchemeConfigError(f"anchors must be a whole number >= 0, got {self.anchors!r}")
-        if isinstance(self.kept, bool) or not isinstance(self.kept, int | float) or not 0 < self.kept <= 1:
-            raise SchemeConfigError(f"kept must be above 0 and at most 1, got {self.kept!r}")
+        if not 0 < self.kept <= 1:
+            raise SchemeConfigError(f"kept must be above 0 and at most 1, got {self.kept}")
         if not self.top_tokens or not self.tile_tokens:
             raise SchemeConfigError("top_tokens and tile_tokens must be at least 1")
 
@@ -82,8 +80,6 @@ class KascadeCalibrator(Calibrator):
         self.decode_tokens = options.decode_tokens
         self._layers = shape.global_layers
         count, heads = len(self._layers), shape.num_kv_heads
-        if not count:
-            raise SchemeConfigError("every layer of this model has a window of its own: nothing is left to select")
         if options.anchors > count:
             raise SchemeConfigError(f"anchors must be at most {count}, the layers of this model without a window")
         self._place = {layer: place for place, layer in enumerate(self._layers)}
@@ -95,6 +91,7 @@ class KascadeCalibrator(Calibrator):
         self._change = torch.zeros(count, dtype=torch.float64)
         self._tokens = torch.zeros(1, dtype=torch.float64)
         self._maps: list[torch.Tensor] = []
+        self._most_keys = 0  # before a tile of the sample under way
 
     def see(
         self,
@@ -115,6 +112,7 @@ class KascadeCalibrator(Calibrator):
             starts = position // self.tile_tokens * self.tile_tokens if prefill else position + 1
             self._holdings.add(Maps(torch.stack(self._maps), starts, group.phase, len(query)))
             self._maps = []
+            self._most_keys = max(self._most_keys, int(starts.max()))
             self._tokens += len(query)
 
     def see_residual(self, layer: int, residual: torch.Tensor, update: torch.Tensor) -> None:
@@ -125,6 +123,20 @@ class KascadeCalibrator(Calibrator):
         self._change[self._place[layer]] += (1 - cosine).double().sum().cpu()
 
     def end_sample(self) -> None:
+        """
+        Raises:
+            SchemeConfigError: no tile had more keys to choose from than ``top_tokens``, and so any layer's choice
+                would do for all others.
+        """
+        needed, tile = self._holdings.kept_tokens + self.options.top_tokens + 1, self.tile_tokens
+        if self._most_keys < needed:
+            # A generated token counts itself; of a prompt's tile only what lies before it counts.
+            length = needed if self.decode_tokens else -(-needed // tile) * tile + 1
+            raise SchemeConfigError(
+                f"kascade needs samples of at least {length} tokens to learn from: in shorter ones a tile may choose "
+                "every key that it does not read anyway"
+            )
+        self._most_keys = 0
         self._holdings.end_sample()
 
     def result(self) -> tuple[Mapping[str, Any], Mapping[str, torch.Tensor]]:

@@ -68,12 +68,8 @@ class DhsaBlockOptions(SchemeOptions):
     def __post_init__(self) -> None:
         SchemeOptions.__post_init__(self)
         for name in ("density", "vertical_slash_ratio"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
-                raise SchemeConfigError(f"{name} must be a number from 0 to 1, got {value!r}")
-        for name in ("budget_includes_kept", "sparse_decode"):
-            if not isinstance(getattr(self, name), bool):
-                raise SchemeConfigError(f"{name} must be true or false, got {getattr(self, name)!r}")
+            if not 0 <= getattr(self, name) <= 1:
+                raise SchemeConfigError(f"{name} must be a number from 0 to 1, got {getattr(self, name)}")
         size = self.key_block_tokens
         if not 16 <= size <= 128 or size & (size - 1):
             raise SchemeConfigError(f"key_block_tokens must be 16, 32, 64 or 128, got {size}")

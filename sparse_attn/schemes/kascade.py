@@ -42,7 +42,6 @@ class KascadeOptions(ExactTopkOptions):
         ExactTopkOptions.__post_init__(self)
         if self.pool not in ("group", "all"):
             raise SchemeConfigError(f"pool must be 'group' or 'all', got {self.pool!r}")
-        self._check_counts("anchors", "uncalibrated")
 
 
 class Kascade(ExactTopk):

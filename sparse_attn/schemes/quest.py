@@ -53,14 +53,8 @@ class QuestOptions(SchemeOptions):
 
     def __post_init__(self) -> None:
         SchemeOptions.__post_init__(self)
-        for name in ("min_pages", "dense_first_layers"):
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                raise SchemeConfigError(f"{name} must be a whole number >= 0, got {value!r}")
         if self.group not in get_args(Group):
             raise SchemeConfigError(f"group must be one of {', '.join(get_args(Group))}, got {self.group!r}")
-        if not isinstance(self.sparse_prefill, bool):
-            raise SchemeConfigError(f"sparse_prefill must be true or false, got {self.sparse_prefill!r}")
         if self.tile_tokens < 16 or self.tile_tokens & (self.tile_tokens - 1):
             raise SchemeConfigError(f"tile_tokens must be a power of two from 16, got {self.tile_tokens}")
 

@@ -55,8 +55,8 @@ class XAttentionOptions(SchemeOptions):
             raise SchemeConfigError(f"block_tokens must be 16, 32, 64 or 128, got {self.block_tokens}")
         if self.stride_tokens not in (2, 4, 8, 16):
             raise SchemeConfigError(f"stride_tokens must be 2, 4, 8 or 16, got {self.stride_tokens}")
-        if isinstance(self.tau, bool) or not isinstance(self.tau, int | float) or not 0 <= self.tau <= 1:
-            raise SchemeConfigError(f"tau must be a number from 0 to 1, got {self.tau!r}")
+        if not 0 <= self.tau <= 1:
+            raise SchemeConfigError(f"tau must be a number from 0 to 1, got {self.tau}")
         if self.group not in get_args(Group):
             raise SchemeConfigError(f"group must be one of {', '.join(get_args(Group))}, got {self.group!r}")
 

@@ -125,6 +125,33 @@ def test_sparse_policy_reads_fewer_keys(llama, tokens):
 
 
 @torch.no_grad()
+def test_pages_of_eight_bits_serve_a_model_of_floats(llama, tokens):
+    ids = tokens(1, 40)
+    want = llama(ids).logits
+    with attach(llama, cache=cache_of(3, 2, 16, 16, 4, torch.int8)):
+        got = llama(ids).logits
+    assert not torch.equal(got, want)
+    assert float((got - want).norm() / want.norm()) < 0.1
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_a_part_that_moves_positions_is_served(phase, llama, tokens):
+    """Though the composed scheme itself moves none."""
+    ids = tokens(1, 60)
+    part = {"scheme": "streaming", "budget_tokens": 24}
+    dense = {"prefill": "dense", "decode": "dense"}
+    keys = {}
+    for name, policy in (("dense", dense), ("part", dense | {phase: part})):
+        with attach(llama, {"scheme": "composed", **policy}) as attached:
+            past = llama(ids).past_key_values
+            logits = llama(tokens(1, 1, seed=1), past_key_values=past).logits
+            keys[name] = attached.keys_read_fraction
+        assert bool(logits.isfinite().all())
+    assert keys["part"] < keys["dense"] == 1.0
+
+
+@torch.no_grad()
 def test_dense_tail_of_the_prompt_reads_every_key(tiny, tokens):
     # One layer: behind a second, keys differ between the policies.
     model = tiny("llama", num_hidden_layers=1)
@@ -288,9 +315,18 @@ def test_policies(llama):
     assert llama.config._attn_implementation == "eager"
 
 
+def cache_of(*sizes):
+    return KVCacheManager(PagePool(CacheGeometry(*sizes)), prefix_reuse=False)
+
+
 def test_caches_that_do_not_fit(llama, tokens):
     with pytest.raises(ValueError, match="num_kv_heads=1, the model 2"):
-        attach(llama, cache=KVCacheManager(PagePool(CacheGeometry(3, 1, 16, 16, 4))))
+        attach(llama, cache=cache_of(3, 1, 16, 16, 4))
+    with pytest.raises(ValueError, match=r"the cache holds torch\.bfloat16, the model computes in torch\.float32"):
+        attach(llama, cache=cache_of(3, 2, 16, 16, 4, torch.bfloat16))
+    with pytest.raises(ValueError, match="the cache lies on meta, the model on cpu"):
+        attach(llama, cache=cache_of(3, 2, 16, 16, 4, torch.float32, torch.device("meta")))
+    assert llama.config._attn_implementation == "eager"
     manager = KVCacheManager(PagePool(CacheGeometry(3, 2, 16, 16, 4)))
     with pytest.raises(ValueError, match="its own page_size"):
         attach(llama, cache=manager, page_size=32)

@@ -22,7 +22,9 @@ from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing, ProfileError
 from foveate.sparse_attn.profile import Profile
 
-KASCADE = ("--scheme", "kascade", "--samples", "4", "--tokens", "100", "--dtype", "float32")
+# Of so few tokens these options leave something to choose.
+SMALL = ("--option", "top_tokens=8", "--option", "sink_tokens=2", "--option", "window_tokens=8")
+KASCADE = ("--scheme", "kascade", "--samples", "4", "--tokens", "100", "--dtype", "float32", *SMALL)
 
 
 def run(model, output, *options):
@@ -163,6 +165,7 @@ def test_a_profile_of_another_model_is_refused(profile_file, model_dir, tmp_path
         (("--option", "top_tokens"), "NAME=VALUE"),
         (("--tokens", "513"), "context, 512"),
         (("--tokens", "64"), "more than 64 tokens"),
+        (("--option", "top_tokens=90"), "kascade needs samples of at least 101 tokens"),
         (("--samples", "0"), "at least 1 sample"),
         (("--text", "/nosuch/text"), "nosuch"),
         (("-o", "/nosuch/profile"), "no directory"),

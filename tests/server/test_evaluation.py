@@ -27,6 +27,8 @@ from foveate.server.request import SamplingParams
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing, SchemeConfigError
 
+from ..sparse_attn.cases import PROFILES, tight
+
 LENGTH = 1024
 DEPTHS = (0.1, 0.5, 0.9)
 STREAMING = {"scheme": "streaming", "budget_tokens": 64}
@@ -183,6 +185,9 @@ def test_a_text_has_no_dense_tail(loaded, ids):
     plain, tailed = (registry.build("streaming", budget_tokens=64, dense_tail_tokens=tail) for tail in (0, 200))
     assert forced.loss(loaded, tailed, ids, 150, 64) == forced.loss(loaded, plain, ids, 150, 64)
     assert forced.loss(loaded, plain, ids, 150, 64)[1] < 0.5
+    share = {"query_block_tokens": 32, "key_block_tokens": 16, "density": 0.2, "sink_tokens": 0, "window_tokens": 0}
+    plain, tailed = (registry.build("dhsa_block", **share, dense_tail_tokens=tail) for tail in (0, 200))
+    assert forced.loss(loaded, tailed, ids, 150, 64) == forced.loss(loaded, plain, ids, 150, 64)
 
 
 @pytest.mark.parametrize("attention", [{"scheme": "dense"}, {**STREAMING, "dense_tail_tokens": 20}], ids=label)
@@ -196,6 +201,52 @@ def test_an_answer_is_the_engines_own(long_dir, ids, attention):
     assert got.tokens == list(want.token_ids)
     # The engine does not compute the last token that it draws, and neither does this.
     assert got.keys_read_fraction == pytest.approx(want.usage.keys_read_fraction)
+
+
+def groups_seen(seen):
+    """A hook of a model that notes who chooses for whom, and what it is told of their prompts."""
+
+    def note(model, args, given):
+        seen.append(
+            [
+                (
+                    group.phase,
+                    group.scheme and (group.scheme.name, group.scheme.options),
+                    (group.start, group.owners, group.wanted),
+                    (group.rows.host_context_lens, group.rows.host_query_lens, group.rows.host_prompt_lens),
+                )
+                for group in given["foveate_step"].step.groups
+            ]
+        )
+
+    return note
+
+
+@pytest.mark.parametrize("tail", [0, 20])
+@pytest.mark.parametrize("name", registry.names())
+def test_a_policy_chooses_what_it_does_in_the_engine(long_dir, ids, name, tail):
+    """Among them those that look at the length of the prompt; of ``dhsa_block``, whose budget is a share of it."""
+    options = EngineOptions(long_dir, dtype="float32", max_batch_tokens=64, max_running=1)
+    loaded = replace(load(options), profiles=PROFILES)
+    attention = {"scheme": name, **tight(name)}
+    if name == "composed":
+        attention["prefill"] = {**attention["prefill"], "dense_tail_tokens": tail}
+    else:
+        attention["dense_tail_tokens"] = tail
+    if name == "dhsa_block":
+        attention |= {"budget_tokens": 0, "density": 0.3}
+    with LLM.over(Engine(loaded, options)) as llm:
+        scheme = llm.engine.build_scheme(attention)
+        seen, expected = [], []
+        with loaded.model.register_forward_pre_hook(groups_seen(seen), with_kwargs=True):
+            got = forced.answer(loaded, scheme, ids, 12, 64)
+        with loaded.model.register_forward_pre_hook(groups_seen(expected), with_kwargs=True):
+            [want] = llm.generate([ids], SamplingParams(temperature=0, max_tokens=12, ignore_eos=True), attention)
+    assert seen == expected
+    assert len(seen) == 16
+    assert got.tokens == list(want.token_ids)
+    assert got.keys_read_fraction == pytest.approx(want.usage.keys_read_fraction)
+    assert (got.keys_read_fraction < 0.95) == (name != "dense")
 
 
 def test_agreement_by_hand():
@@ -414,6 +465,16 @@ def test_prompts_that_cannot_be_made_are_told_before_anything_is_computed(long_d
     assert evaluate(long_dir, "--lengths", "2048", "--depths", depths, output=tmp_path) == 1
     assert "36 facts in a document are too many" in capsys.readouterr().err
     assert not (tmp_path / "trials.jsonl").exists()
+
+
+@pytest.mark.parametrize(("task", "least"), [("agreement", 33), ("perplexity", 2)])
+def test_lengths_with_no_room_for_a_text_are_told(task, least, long_dir, capsys, tmp_path):
+    arguments = ["--tasks", task, "--scheme", "dense", "--lengths"]
+    assert evaluate(long_dir, *arguments, f"{least - 1},64", output=tmp_path) == 1
+    assert f"{least - 1} tokens have no room for {task}, which needs {least} at least" in capsys.readouterr().err
+    assert not (tmp_path / "trials.jsonl").exists()
+    assert evaluate(long_dir, *arguments, str(least), output=tmp_path) == 0
+    assert "not run" not in capsys.readouterr().out
 
 
 def test_what_cannot_run_at_all_ends_with_its_reason(long_dir, capsys, tmp_path):

@@ -147,18 +147,57 @@ def test_layers_with_a_window_are_never_anchors():
         assert set(anchors) <= {1, 3, 4}
         assert tensors[f"head_map.{count}"].shape == (5, KV_HEADS)
     assert "anchors.4" not in tensors
+
+
+@pytest.mark.parametrize("name", [name for name in registry.names() if registry.load(name).calibrated])
+def test_a_model_of_nothing_but_windows_is_refused_before_any_sample(name):
     with pytest.raises(SchemeConfigError, match="window of its own"):
-        calibrator((20, 20))
+        registry.load(name).calibrator(shape((20, 20)), {})
+
+
+@pytest.mark.parametrize(
+    ("options", "least"),
+    [
+        # The last token, generated, chooses five of six keys, its own among them.
+        ({"objective": "similarity", "decode_tokens": 1}, TOP + 1),
+        # The first tile behind as many keys begins at 16.
+        ({"objective": "similarity", "decode_tokens": 0}, TILE + 1),
+        ({"objective": "mass", "decode_tokens": 1}, 3 + 8 + TOP + 1),
+        ({"objective": "mass", "decode_tokens": 0}, 2 * TILE + 1),
+    ],
+    ids=str,
+)
+def test_samples_that_leave_no_choice_are_refused(options, least):
+    """Were every candidate chosen, any layer's choice would hold all that any other attends to."""
+    options = options | {"sink_tokens": 3, "window_tokens": 8}
+
+    def learn(length):
+        seen, prompt = calibrator(**options), length - options["decode_tokens"]
+        answer = [(token, token + 1, Phase.DECODE) for token in range(prompt, length)]
+        show(seen, *sample(0, length), [(0, prompt, Phase.PREFILL), *answer])
+        return seen.result()[1]["layer_holdings"]
+
+    with pytest.raises(SchemeConfigError, match=f"samples of at least {least} tokens"):
+        learn(least - 1)
+    assert float(learn(least).diagonal().min()) > 0
+
+
+def test_each_sample_must_leave_a_choice():
+    seen = calibrator()
+    show(seen, *sample(0), WHOLE)
+    with pytest.raises(SchemeConfigError, match=f"samples of at least {TOP + 1} tokens"):
+        show(seen, *sample(1, TOP), [(0, TOP, Phase.PREFILL)])
 
 
 @pytest.mark.parametrize("objective", ["similarity", "mass"])
 def test_it_goes_on_from_its_state(objective):
-    whole, first = calibrator(objective=objective), calibrator(objective=objective)
+    options = {"objective": objective, "sink_tokens": 3, "window_tokens": 8}
+    whole, first = calibrator(**options), calibrator(**options)
     for seed in range(3):
         show(whole, *sample(seed), WHOLE)
     for seed in range(2):
         show(first, *sample(seed), WHOLE)
-    second = calibrator(objective=objective)
+    second = calibrator(**options)
     second.restore(first.state())
     show(second, *sample(2), WHOLE)
     for name, tensor in whole.result()[1].items():
@@ -180,7 +219,7 @@ def test_schemes_without_a_profile_have_nothing_to_calibrate(name):
     "options",
     [
         {"top_tokens": 0}, {"anchors": 9}, {"anchors": True}, {"decode_tokens": -1}, {"nonsense": 1},
-        {"kept": 0}, {"kept": 1.5}, {"kept": True}, {"objective": "both"},
+        {"kept": 0}, {"kept": 1.5}, {"kept": True}, {"objective": "both"}, {"anchors": 10**20},
     ],
     ids=str,
 )  # fmt: skip

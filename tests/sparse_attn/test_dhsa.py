@@ -379,7 +379,8 @@ def test_chunks_by_the_predictor():
         {"chunk_tokens": 48}, {"chunk_tokens": 4}, {"chunk_tokens": 256}, {"block_tokens": 96}, {"block_tokens": 0},
         {"segment_tokens": 100}, {"max_chunk_tokens": 15, "chunk_tokens": 8}, {"boundary_window_tokens": 0},
         {"boundary_threshold": "1"}, {"share_boundaries": 1}, {"delimiter_ids": [1]}, {"boundaries": "delimiter"},
-        {"boundaries": "delimiter", "delimiter_ids": ["a"]}, {"min_chunk_tokens": 0},
+        {"boundaries": "delimiter", "delimiter_ids": ["a"]}, {"min_chunk_tokens": 0}, {"chunks_per_block": 2**62},
+        {"boundary_threshold": float("nan")}, {"boundary_threshold": 10**39},
     ],
     ids=str,
 )  # fmt: skip

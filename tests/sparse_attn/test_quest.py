@@ -227,6 +227,7 @@ def test_decode_reads_its_budget_and_the_first_layers_all():
     [
         ({"min_pages": -1}, "min_pages"),
         ({"min_pages": 1.5}, "min_pages"),
+        ({"min_pages": 10**20}, "min_pages"),
         ({"dense_first_layers": True}, "dense_first_layers"),
         ({"group": "mean"}, "none, max, sum, softmax"),
         ({"group": []}, "group"),

@@ -374,6 +374,8 @@ def test_without_a_usable_profile_it_says_so():
         ({"compensation_scale": -1.0}, "compensation_scale"),
         ({"compensation_scale": float("nan")}, "compensation_scale"),
         ({"compensation_scale": INF}, "compensation_scale"),
+        ({"compensation_scale": 1e39}, "compensation_scale"),
+        ({"compensation_scale": 10**39}, "compensation_scale"),
         ({"value_mean": 1}, "value_mean"),
         ({"sparse_prefill": "no"}, "sparse_prefill"),
         ({"gqa": "shared"}, "gqa"),
@@ -386,7 +388,10 @@ def test_options_that_cannot_be_are_refused(options, named):
         TopTheta.Options(**options)
 
 
-@pytest.mark.parametrize(("options", "named"), [({"sigma": "x"}, "sigma"), ({"queries_per_length": 0}, "queries")])
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"sigma": "x"}, "sigma"), ({"sigma": 10**400}, "sigma"), ({"queries_per_length": 0}, "queries")],
+)
 def test_calibration_options_that_cannot_be_are_refused(options, named):
     with pytest.raises(SchemeConfigError, match=named):
         calibrator(**options)
