@@ -7,6 +7,7 @@ what looks into its modules sees what it did before. Which layers can be compute
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +48,8 @@ _RELATIVE_ERROR_OF_BITS = {
 }
 # Small rows, beside which what the layer adds is large: its norms make that independent of them.
 _SCALE = 0.01
+# Rows behind the norms, on which whatever clips values must show.
+_LARGE = 2.0**16
 
 _EVERYTHING = Choice(None)
 
@@ -63,6 +66,7 @@ class FusedLayer:
         keys_values: ``[T, E]`` to keys and values alone.
         read: Rotates, writes and attends.
         write: Keys and values of ``x [T, E]``, and nothing else, to ``slots [T]``; cos and sin are ``[T, R]``.
+        feed: The MLP and a norm behind it, if there is one.
         finish: What follows: the attention's output layer and the MLP, both added to the residual stream.
         rotates: Whether queries and keys are rotated (not in NoPE layers).
         whole: All of it in a decode step, where the layer is made of such parts as that knows.
@@ -80,7 +84,7 @@ class FusedLayer:
         self.write = self._write
         self._output: Sum = _normed(attention.o_proj, after)
         mlp: Any = layer.mlp
-        self._feed: Sum = mlp_plus(mlp) if last is None else _normed(mlp, last)
+        self.feed: Sum = mlp_plus(mlp) if last is None else _normed(mlp, last)
         self._finish_few = self._native_finish()
         self.finish: Sum = self._finish
         self.rotates = True
@@ -144,11 +148,11 @@ class FusedLayer:
         if few is not None and len(x) <= few.most_rows and attended.is_contiguous() and x.is_contiguous():
             return few(attended.float(), x.float()).to(x.dtype)
         x = self._output(attended, x)
-        return self._feed(x if self._between is None else self._between(x), x)
+        return self.feed(x if self._between is None else self._between(x), x)
 
     def _native_finish(self) -> NativeFinish | None:
         """The same in one call, where it is made of such parts as that knows."""
-        norm, feed = getattr(self._between, "__self__", None), self._feed
+        norm, feed = getattr(self._between, "__self__", None), self.feed
         if not (isinstance(self._output, NativeProduct) and isinstance(norm, NativeNorm)):
             return None
         if not (
@@ -330,7 +334,7 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
     half = torch.randn(2, 1, _ROWS_COMPARED, width // 2, generator=generator).to(weight.dtype)
     cos, sin = half.repeat(1, 1, 1, 2)
     seen, expected = _stock_pass(layer, config, x, cos, sin)
-    if seen is None:
+    if seen is None or not isinstance(expected, torch.Tensor):
         return None
     bits = [module.activation_bits for module in layer.modules() if isinstance(module, QuantizedLinear)]
     allowed = (_RELATIVE_ERROR_OF_BITS[min(bits)] if bits else _RELATIVE_ERROR)[x.dtype]
@@ -347,6 +351,8 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
         for fused.rotates in (True, False):
             out = fused.compute(x[0], cos, sin, None, see)  # type: ignore[arg-type]
             if all(_error(*pair) <= allowed for pair in zip((*got, out), (*wanted, expected[0]), strict=True)):
+                if _clips(layer, fused, _LARGE / _SCALE * x, cos, sin, allowed):
+                    return None
                 fused.whole = fused.native_whole()
                 return fused
     except (ValueError, TypeError, RuntimeError, AttributeError):  # its modules are of another kind
@@ -354,10 +360,51 @@ def _tried(layer: nn.Module, order: tuple[str | None, ...], width: int) -> Fused
     return None
 
 
+def _clips(
+    layer: nn.Module, fused: FusedLayer, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, allowed: float
+) -> bool:
+    """Does the layer, its attention or its MLP compute something else on large rows ``[1, L, E]``?
+
+    Attention and MLP are asked by themselves, since in a layer norms keep such rows from them.
+    """
+
+    def see(query: Any, key: Any, value: Any, cos: Any, sin: Any, _: Any) -> torch.Tensor:
+        return fused.rotated(query, key, cos, sin)[0].flatten(1)
+
+    attention: Any = layer.self_attn
+    config = attention.config
+    _, whole = _stock_pass(layer, config, x, cos, sin)
+    with _louder([norm for norm in fused.project.norms if norm is not None]):
+        seen, output = _stock_pass(attention, config, x, cos, sin)
+        query, key, value = fused.project(x[0])
+    if seen is None or not isinstance(output, tuple):
+        return True
+    query, key = fused.rotated(query, key, cos, sin)
+    out = fused.compute(x[0], cos, sin, None, see)  # type: ignore[arg-type]
+    got = [out, query, key, value, attention.o_proj(query.flatten(1))]
+    expected = [whole[0], *(part[0].transpose(0, 1) for part in (seen.query, seen.key, seen.value)), output[0][0]]
+    if isinstance(fused.feed, JoinedMLP):
+        mlp: Any = layer.mlp
+        got.append(fused.feed(x[0], torch.zeros_like(x[0])))
+        expected.append(mlp(x[0]))
+    return not all(_error(*pair) <= allowed for pair in zip(got, expected, strict=True))
+
+
+@contextmanager
+def _louder(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Meanwhile these give ``_LARGE`` times what they gave."""
+    handles = [module.register_forward_hook(lambda _, given, output: _LARGE * output) for module in modules]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 def _stock_pass(
     layer: nn.Module, config: Any, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
-) -> tuple[_Seen | None, torch.Tensor]:
-    """What the layer gives an attention function, and what it makes of that function's answer, the queries."""
+) -> tuple[_Seen | None, Any]:
+    """What a layer gives an attention function, and what it makes of that function's answer, the queries."""
     seen: list[_Seen] = []
 
     def look(
@@ -372,10 +419,10 @@ def _stock_pass(
     try:
         out = layer(x, position_embeddings=(cos, sin), attention_mask=None)
     except (ValueError, TypeError, RuntimeError, AttributeError):
-        return None, x
+        return None, None
     finally:
         config._attn_implementation_internal = before
-    return (seen[0], out) if len(seen) == 1 and isinstance(out, torch.Tensor) else (None, x)
+    return (seen[0] if len(seen) == 1 else None), out
 
 
 def _error(got: torch.Tensor, expected: torch.Tensor) -> float:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedConfig
+from transformers.integrations.heterogeneity import AmbiguousGlobalPerLayerAttributeError
 
 from .errors import UnsupportedModel
 
@@ -31,7 +32,11 @@ VERIFIED: frozenset[str] = frozenset(
 LEARNED_SINKS: frozenset[str] = frozenset({"gpt_oss"})
 
 # Families that rotate only in their sliding-window layers, and say so in code alone.
-ROTATE_SLIDING_ONLY: frozenset[str] = frozenset({"cohere2", "exaone4"})
+ROTATE_SLIDING_ONLY: frozenset[str] = frozenset(
+    {"afmoe", "cohere2", "cohere2_moe", "exaone4", "exaone_moe", "flint", "kolibri1"}
+)
+# Those of them that rotate in every layer where the config names no window.
+ROTATE_WITHOUT_WINDOW: frozenset[str] = frozenset({"exaone4", "exaone_moe", "kolibri1"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +77,23 @@ def facts(config: PreTrainedConfig) -> ModelFacts:
         UnsupportedModel: the config names an attention that pages cannot serve.
     """
     text = config.get_text_config()
+    try:
+        return _facts(config, text)
+    except AmbiguousGlobalPerLayerAttributeError as error:
+        raise UnsupportedModel(
+            f"{text.model_type} cannot run on paged attention: its layers differ in head dim or KV heads, or in "
+            "something else that is one for all of them here"
+        ) from error
+
+
+def rope_parameters(text: PreTrainedConfig) -> tuple[Mapping[str, Any], ...]:
+    """The rotary parameters of a text config: one set, or one per layer type."""
+    given = getattr(text, "rope_parameters", None) or {}
+    nested = [value for value in given.values() if isinstance(value, Mapping)]
+    return tuple(nested) if nested else ((given,) if given else ())
+
+
+def _facts(config: PreTrainedConfig, text: PreTrainedConfig) -> ModelFacts:
     _refuse(config, text)
     num_layers = _whole(text, "num_hidden_layers")
     num_heads = _whole(text, "num_attention_heads")
@@ -91,13 +113,6 @@ def facts(config: PreTrainedConfig) -> ModelFacts:
         softcap=float(getattr(text, "attn_logit_softcapping", None) or 0.0),
         learned_sinks=text.model_type in LEARNED_SINKS,
     )
-
-
-def rope_parameters(text: PreTrainedConfig) -> tuple[Mapping[str, Any], ...]:
-    """The rotary parameters of a text config: one set, or one per layer type."""
-    given = getattr(text, "rope_parameters", None) or {}
-    nested = [value for value in given.values() if isinstance(value, Mapping)]
-    return tuple(nested) if nested else ((given,) if given else ())
 
 
 def _refuse(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
@@ -139,12 +154,19 @@ def _windows(text: PreTrainedConfig, num_layers: int) -> tuple[int | None, ...]:
 
 
 def _rotates(text: PreTrainedConfig, windows: tuple[int | None, ...]) -> tuple[bool, ...]:
-    rotates = getattr(text, "no_rope_layers", None)  # 1 where a layer does rotate
-    if rotates:
-        return tuple(bool(flag) for flag in rotates[: len(windows)])
-    if text.model_type in ROTATE_SLIDING_ONLY and any(windows):
-        return tuple(window is not None for window in windows)
-    return (True,) * len(windows)
+    # 1, or the base of the frequencies, where a layer does rotate.
+    told = getattr(text, "no_rope_layers", None) or getattr(text, "layer_rope_theta", None)
+    if told:
+        return tuple(bool(one) for one in told[: len(windows)])
+    if text.model_type in ROTATE_SLIDING_ONLY:
+        everywhere = text.model_type in ROTATE_WITHOUT_WINDOW and text.sliding_window is None
+        # The dense layers that Cohere 2 MoE may begin with rotate, too, where their pattern gives them no window.
+        prefix = getattr(text, "prefix_dense_sliding_window_pattern", None) == 1
+        dense = [prefix and kind == "dense" for kind in getattr(text, "mlp_layer_types", None) or windows]
+        return tuple(everywhere or window is not None or one for window, one in zip(windows, dense, strict=True))
+    ropes = getattr(text, "rope_parameters", None) or {}
+    kinds = getattr(text, "layer_types", None) or (None,) * len(windows)
+    return tuple(ropes.get(kind, ropes) is not None for kind in kinds[: len(windows)])
 
 
 def _context_length(text: PreTrainedConfig) -> int:
@@ -155,11 +177,11 @@ def _context_length(text: PreTrainedConfig) -> int:
     past the original length, and with it the meaning of keys in the cache and of its batch mates:
     the length up to which frequencies hold is the limit.
     """
-    length = _whole(text, "max_position_embeddings")
+    given = length = _whole(text, "max_position_embeddings")
     for rope in rope_parameters(text):
         original = rope.get("original_max_position_embeddings")
         if rope.get("rope_type") == "longrope" and original:
             length = min(length, int(original))
         if rope.get("rope_type") == "yarn" and original:
-            length = max(length, int(original * rope.get("factor", 1.0)))
+            length = max(length, int(original * (rope.get("factor") or given / original)))
     return length

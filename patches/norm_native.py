@@ -83,7 +83,10 @@ def replace_norms(model: PreTrainedModel) -> None:
             weight = getattr(child, "weight", None)
             if not type(child).__name__.endswith("RMSNorm") or weight is None or not isinstance(epsilon, float):
                 continue
-            if weight.dtype not in DTYPES or weight.dim() != 1 or not weight.is_contiguous():
+            # A norm that is kept in another type than the model (gpt-oss in float16) gets rows of the model's.
+            if weight.dtype is not model.dtype or weight.dtype not in DTYPES:
+                continue
+            if weight.dim() != 1 or not weight.is_contiguous():
                 continue
             if type(child) not in kinds:
                 kinds[type(child)] = _from_one(child, weight, epsilon)

@@ -25,8 +25,10 @@ ACTIVATIONS: dict[str, tuple[str, str]] = {
     "gelu": ("gelu", "none"),
 }
 _PARTS = ("gate_proj", "up_proj", "down_proj")
-# Random rows on which a replacement is compared, and how far it may be off: bfloat16 rounds by 2^-8.
+# Random rows on which a replacement is compared, as many large ones, on which whatever clips values must show, and how
+# far a row may be off: bfloat16 rounds by 2^-8.
 _ROWS_COMPARED = 4
+_LARGE = 2.0**16
 _RELATIVE_ERROR = 2**-6
 
 _pack: Callable[..., torch.Tensor] = torch.ops.mkldnn._reorder_linear_weight
@@ -111,14 +113,11 @@ def pack(model: PreTrainedModel) -> None:
     head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
     if type(head) is nn.Linear:
         model.set_output_embeddings(PackedLinear(head))  # type: ignore[no-untyped-call]
-    chosen: dict[type, str | None] = {}
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if not all(isinstance(getattr(child, part, None), PackedLinear) for part in _PARTS):
                 continue
-            if type(child) not in chosen:
-                chosen[type(child)] = _activation_of(child)
-            activation = chosen[type(child)]
+            activation = _activation_of(child)  # of each: what one layer computes another may clip
             if activation is not None:
                 setattr(parent, name, GatedMLP(child, activation))
 
@@ -127,11 +126,17 @@ def _activation_of(mlp: nn.Module) -> str | None:
     """The activation with which ``GatedMLP`` computes what ``mlp`` does, found by trying; ``None`` if there is none."""
     gate: PackedLinear = mlp.gate_proj  # type: ignore[assignment]
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_ROWS_COMPARED, gate.in_features, generator=generator).bfloat16()
+    x = torch.randn(_ROWS_COMPARED, gate.in_features, generator=generator)
+    x = torch.cat([x, _LARGE * x]).bfloat16()
     try:
         expected = mlp(x).float()
     except Exception:  # it takes more than one argument, and is something else
         return None
-    errors = {name: float((GatedMLP(mlp, name)(x).float() - expected).norm()) for name in ACTIVATIONS}
+
+    def error(name: str) -> float:
+        off = (GatedMLP(mlp, name)(x).float() - expected).norm(dim=1)
+        return float((off / expected.norm(dim=1).clamp(min=1e-30)).max())
+
+    errors = {name: error(name) for name in ACTIVATIONS}
     best = min(errors, key=errors.__getitem__)
-    return best if errors[best] <= _RELATIVE_ERROR * float(expected.norm()) else None
+    return best if errors[best] <= _RELATIVE_ERROR else None

@@ -19,6 +19,7 @@ def build_step(
     scheme: Scheme | None,
     rotary: QueryRotator | None = None,
     prompt_tokens: int | None = None,
+    dense_tail: bool = True,
 ) -> StepState:
     """Reserves pages for the next tokens of some sequences and describes their forward pass.
 
@@ -33,7 +34,8 @@ def build_step(
         scheme: One policy for all; ``None`` reads every key.
         rotary: For schemes that move positions.
         prompt_tokens: Length of every sequence's prompt: chunks of one token each are a decode step
-            iff they all lie behind it, and the dense tail is at its end.
+            iff they all lie behind it, the dense tail is at its end, and schemes may ask for it.
+        dense_tail: Whether the last queries of a prompt are the scheme's dense tail, where it has one.
 
     Raises:
         OutOfPages: the pool is too full. Tables keep what was reserved for them.
@@ -50,38 +52,42 @@ def build_step(
         pool=manager.pool,
         slots=torch.tensor(slots, dtype=torch.int64).to(device, non_blocking=True),
         positions=torch.tensor(positions, dtype=torch.int64).to(device, non_blocking=True),
-        groups=_groups(chunks, scheme, prompt_tokens, device),
+        groups=_groups(chunks, scheme, prompt_tokens, dense_tail, device),
         rotary=rotary,
         keys_read=torch.zeros(len(chunks), 2, dtype=torch.float64, device=device),
     )
 
 
 def _groups(
-    chunks: Sequence[tuple[BlockTable, int]], scheme: Scheme | None, prompt_tokens: int | None, device: torch.device
+    chunks: Sequence[tuple[BlockTable, int]],
+    scheme: Scheme | None,
+    prompt_tokens: int | None,
+    dense_tail: bool,
+    device: torch.device,
 ) -> tuple[StepGroup, ...]:
+    prompts = None if prompt_tokens is None else [prompt_tokens] * len(chunks)
     if all(count == 1 and table.num_tokens >= max(prompt_tokens or 0, 1) for table, count in chunks):
         scheme = scheme and scheme.for_phase(Phase.DECODE)
-        return (_group(range(len(chunks)), chunks, scheme, Phase.DECODE, 0, device),)
+        return (_group(chunks, scheme, Phase.DECODE, prompts, device),)
     scheme = scheme and scheme.for_phase(Phase.PREFILL)
-    if scheme is None or not scheme.options.dense_tail_tokens:
-        return (_group(range(len(chunks)), chunks, scheme, Phase.PREFILL, 0, device),)
+    if scheme is None or not dense_tail or not scheme.options.dense_tail_tokens:
+        return (_group(chunks, scheme, Phase.PREFILL, prompts, device),)
     groups = []
     start = 0
     for owner, (table, count) in enumerate(chunks):
         stop = table.num_tokens + count
         for first, last, dense in spans(table.num_tokens, stop, prompt_tokens or stop, scheme.options):
-            rows = Rows.build([list(table.pages)], [last], [last - first], device)
+            rows = Rows.build([list(table.pages)], [last], [last - first], device, prompts and prompts[:1])
             groups.append(StepGroup(None if dense else scheme, Phase.PREFILL, start, rows, (owner,)))
             start += last - first
     return tuple(groups)
 
 
 def _group(
-    owners: Sequence[int],
     chunks: Sequence[tuple[BlockTable, int]],
     scheme: Scheme | None,
     phase: Phase,
-    start: int,
+    prompts: list[int] | None,
     device: torch.device,
 ) -> StepGroup:
     rows = Rows.build(
@@ -89,5 +95,6 @@ def _group(
         [table.num_tokens + count for table, count in chunks],
         [count for _, count in chunks],
         device,
+        prompts,
     )
-    return StepGroup(scheme, phase, start, rows, tuple(owners))
+    return StepGroup(scheme, phase, 0, rows, tuple(range(len(chunks))))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -85,11 +86,12 @@ class VerifyReport:
 
 
 @torch.inference_mode()
-def verify(model: PreTrainedModel) -> VerifyReport:
+def verify(model: PreTrainedModel, change: Callable[[PreTrainedModel], None] | None = None) -> VerifyReport:
     """Compares logits on random tokens: one-shot, chunked prefill, decode, and two sequences in one row.
 
     Args:
         model: Not attached. Its attention implementation is as before afterwards.
+        change: What else is done to the model, for good, once its stock logits are known: ``tune``.
 
     Raises:
         UnsupportedModel: its config rules it out already.
@@ -109,6 +111,8 @@ def verify(model: PreTrainedModel) -> VerifyReport:
     model.train(False)
     try:
         stock = _stock(model, first, second)
+        if change is not None:
+            change(model)
         with attach_engine(model):
             try:
                 _compare(_Packed(model, known), first, second, *stock, differences)

@@ -110,12 +110,15 @@ def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
         ProfileError: a profile cannot be read, or was made for another model.
     """
     found = facts(model.config)
-    if found.model_type not in VERIFIED:
+    verified, rounds = found.model_type in VERIFIED, options.quantization != "none"
+    if not verified:
         log.info("%s is not a verified family: comparing its logits with stock attention", found.model_type)
-        verify(model).raise_on_failure()
-    if options.quantization != "none":
+        # Rounded weights give other logits, so of such a model what tuning makes is only tried layer by layer.
+        verify(model, None if rounds else tune).raise_on_failure()
+    if rounds:
         quantize(model, options.quantization)
-    tune(model)
+    if verified or rounds:
+        tune(model)
     context = options.max_context or found.context_length
     if context > found.context_length:
         raise InvalidRequest(

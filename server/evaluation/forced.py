@@ -13,7 +13,7 @@ from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.patches.interface import PackedStep
 from foveate.patches.step import build_step
-from foveate.sparse_attn.protocol import Phase, Scheme
+from foveate.sparse_attn.protocol import Scheme
 
 from ..loader import LoadedModel
 from .tasks import Prompt
@@ -36,6 +36,7 @@ class Reader:
             before are the scheme's dense tail.
         chunk_tokens: Prompt tokens per forward pass.
         geometry: Of the engine's pool, whose page size and element type are to be used; the defaults if ``None``.
+        dense_tail: Whether the prompt has a dense tail, if the scheme has one.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Reader:
         prompt_tokens: int,
         chunk_tokens: int,
         geometry: CacheGeometry | None = None,
+        *,
+        dense_tail: bool = True,
     ) -> None:
-        self._loaded, self._scheme = loaded, scheme
+        self._loaded, self._scheme, self._dense_tail = loaded, scheme, dense_tail
         self._prompt_tokens, self._chunk_tokens = prompt_tokens, chunk_tokens
         facts, device = loaded.attached.facts, loaded.device
         one = geometry or CacheGeometry(
@@ -78,7 +81,12 @@ class Reader:
         """
         for start, stop in self._chunks(len(ids)):
             step = build_step(
-                self._cache, [(self._table, stop - start)], self._scheme, self._loaded.rotary, self._prompt_tokens
+                self._cache,
+                [(self._table, stop - start)],
+                self._scheme,
+                self._loaded.rotary,
+                self._prompt_tokens,
+                self._dense_tail,
             )
             begin = len(self._read)
             self._read += ids[start:stop]
@@ -176,8 +184,7 @@ def loss(
     Returns:
         ``(nats per token, keys_read_fraction)``.
     """
-    tail = scheme.for_phase(Phase.PREFILL).options.dense_tail_tokens
-    reader = Reader(loaded, scheme, len(ids), len(ids) + tail, chunk_tokens, geometry)
+    reader = Reader(loaded, scheme, len(ids), len(ids), chunk_tokens, geometry, dense_tail=False)
     targets = torch.tensor(ids[scored_from:], device=loaded.device)
     total, done = 0.0, 0
     for logits in reader.read(ids[:-1], first=scored_from - 1):

@@ -78,6 +78,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
             },
         },
     ),
+    "olmo": ("Olmo", {}),
     "olmo2": ("Olmo2", {}),
     "smollm3": (
         "SmolLM3",

@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention, Qwen3DecoderLayer, Qwen3MLP
 
 import foveate
 from foveate.patches import decoder_layer
@@ -91,6 +92,54 @@ def test_layers_of_other_parts_are_left_alone(family, tiny):
 def test_a_layer_that_computes_something_else_is_left_alone(tiny):
     model = copy.deepcopy(tiny("granite")).requires_grad_(False)
     model.model.layers[1].residual_multiplier = 0.5
+    tune(model)
+    assert [layer._layer for layer in fused_layers(model)] == [model.model.layers[0], model.model.layers[2]]
+
+
+def test_projections_that_are_clipped_are_left_alone(tiny, tokens):
+    """At what one token reaches, and random rows behind a norm do not."""
+    assert len(list(fused_layers(tuned(tiny("olmo"))))) == 3
+    model, ids = copy.deepcopy(tiny("olmo", clip_qkv=40.0)).requires_grad_(False), tokens(1, 20)
+    reached = model.model.layers[0].input_layernorm(model.model.embed_tokens.weight[ids[0, 0]])
+    model.model.layers[0].self_attn.v_proj.weight[0] = reached
+    assert reached @ reached > 60
+    expected = logits_of(model, ids, 12)
+    faster = tuned(model)
+    assert not list(fused_layers(faster))
+    with foveate.attach(faster):
+        torch.testing.assert_close(logits_of(faster, ids, 12), expected, rtol=1e-4, atol=1e-4)
+
+
+class ClippedAttention(Qwen3Attention):
+    def forward(self, *args, **kwargs):
+        with self.q_norm.register_forward_hook(lambda _, given, output: output.clamp(-40, 40)):
+            return super().forward(*args, **kwargs)
+
+
+class CappedAttention(Qwen3Attention):
+    def forward(self, *args, **kwargs):
+        output, weights = super().forward(*args, **kwargs)
+        return 1000 * (output / 1000).tanh(), weights
+
+
+class ClippedMLP(Qwen3MLP):
+    def forward(self, x):
+        up = self.up_proj(x).clamp(-40, 40)
+        return self.down_proj(self.act_fn(self.gate_proj(x)) * up)
+
+
+class ClippedLayer(Qwen3DecoderLayer):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs).clamp(-1000, 1000)
+
+
+CLIPPED = {ClippedAttention: "self_attn", CappedAttention: "self_attn", ClippedMLP: "mlp", ClippedLayer: ""}
+
+
+@pytest.mark.parametrize("kind", CLIPPED, ids=lambda kind: kind.__name__)
+def test_a_layer_that_clips_is_left_alone(kind, tiny):
+    model = copy.deepcopy(tiny("qwen3")).requires_grad_(False)
+    model.model.layers[1].get_submodule(CLIPPED[kind]).__class__ = kind
     tune(model)
     assert [layer._layer for layer in fused_layers(model)] == [model.model.layers[0], model.model.layers[2]]
 

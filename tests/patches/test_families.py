@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 import torch
+import transformers
+from transformers import AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForCausalLM
 
+import foveate
 from foveate.kv_cache.table import BlockTable
 from foveate.patches.attach import attach_engine
 from foveate.patches.errors import UnsupportedModel
-from foveate.patches.families import VERIFIED, facts
-from foveate.patches.interface import PackedStep
+from foveate.patches.families import ROTATE_SLIDING_ONLY, VERIFIED, facts
+from foveate.patches.interface import PackedStep, no_mask
 from foveate.patches.step import build_step
 from foveate.sparse_attn.registry import build
 
@@ -160,6 +166,94 @@ def test_facts_of_each_family(config):
     assert facts(config("olmo2")).head_dim == 16
 
 
+_MIXED = ["full_attention", "sliding_attention", "full_attention"]
+_EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+_EXAONE_MOE = {**_EXPERTS, "first_k_dense_replace": 1, "n_group": 1, "topk_group": 1, "num_shared_experts": 1}
+# Families with layers that do not rotate, what their configs add, and the layers that do.
+NOPE = {
+    "afmoe": ({**_EXPERTS, "num_dense_layers": 1}, (False, True, False)),
+    "cohere2": ({}, (False, True, False)),
+    "cohere2, no windows": ({"layer_types": ["full_attention"] * 3}, (False, False, False)),
+    "cohere2_moe": (_EXPERTS, (False, True, False)),
+    "cohere2_moe, dense first": ({**_EXPERTS, "first_k_dense_replace": 1}, (True, True, False)),
+    "exaone4": ({}, (False, True, False)),
+    "exaone4, no window": ({"sliding_window": None, "layer_types": ["full_attention"] * 3}, (True, True, True)),
+    "exaone_moe": (_EXAONE_MOE, (False, True, False)),
+    "flint": ({}, (False, True, False)),
+    "granite_swa": ({"layer_rope_theta": [1e4, 0, 1e4]}, (True, False, True)),
+    "kolibri1": (_EXPERTS, (False, True, False)),
+    "smollm3": ({"no_rope_layers": [1, 1, 0]}, (True, True, False)),
+}
+
+
+@pytest.fixture
+def tiny_nope():
+    def make(name: str) -> transformers.PreTrainedModel:
+        sizes = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 3, "head_dim": 16}
+        heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 512}
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        given = {"sliding_window": 16, "layer_types": _MIXED, **NOPE[name][0]}
+        torch.manual_seed(0)
+        config = AutoConfig.for_model(name.partition(",")[0], **sizes, **heads, **ids, **given)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval().requires_grad_(False)
+        for layer in model.model.layers:
+            for product in (layer.self_attn.q_proj, layer.self_attn.k_proj):
+                product.weight.mul_(20)  # far from uniform attention
+        return model
+
+    return make
+
+
+@pytest.mark.parametrize("name", NOPE)
+def test_which_layers_rotate(name, tiny_nope):
+    """One token at two positions has two queries where its layer rotates, attention left out."""
+    model, seen = tiny_nope(name), {}
+
+    def look(module, query, key, value, attention_mask=None, **more):
+        seen[module.layer_idx] = bool((query[:, :, 0] - query[:, :, 1]).norm() > 0.05 * query.norm())
+        return torch.zeros_like(query).transpose(1, 2), None
+
+    AttentionInterface.register("look", look)
+    AttentionMaskInterface.register("look", no_mask)
+    model.set_attn_implementation("look")
+    model(input_ids=torch.tensor([[5, 5]]), position_ids=torch.tensor([[0, 300]]), use_cache=False)
+    assert facts(model.config).rotates == NOPE[name][1] == tuple(seen[layer] for layer in range(3))
+
+
+def test_layer_types_without_rotary_parameters_do_not_rotate():
+    assert facts(AutoConfig.for_model("beam", layer_types=_MIXED, num_hidden_layers=3)).rotates == (False, True, False)
+
+
+@pytest.mark.parametrize("name", ["afmoe", "exaone4", "exaone_moe", "flint", "kolibri1"])
+def test_queries_that_were_not_rotated_are_not_moved(name, tiny_nope, tokens):
+    """Layers that rotate read their own window here, whose queries and keys no policy moves apart."""
+    model, ids = tiny_nope(name), tokens(1, 150)
+    policy = {"scheme": "streaming", "budget_tokens": 64, "sink_tokens": 16}
+    logits = {}
+    for positions in ("cache", "text"):
+        with foveate.attach(model, {**policy, "positions": positions}):
+            logits[positions] = model(ids, use_cache=False).logits
+    torch.testing.assert_close(logits["cache"], logits["text"], rtol=1e-5, atol=1e-6)
+    with foveate.attach(model):
+        assert (model(ids, use_cache=False).logits - logits["text"]).norm() > 0.01 * logits["text"].norm()
+
+
+def test_every_family_that_rotates_by_its_windows_is_known():
+    """Their code says ``if`` before it rotates; of Exaone 4.5 the text part is Exaone 4."""
+    rotates = re.compile(
+        r"if [^\n]*(sliding|local)[^\n]*:\n(\s+cos, sin = position_embeddings\n)?[^\n]* = apply_rotary_pos_emb\("
+    )
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    found = {file.parent.name for file in files if rotates.search(file.read_text(encoding="utf-8"))}
+    assert found - {"exaone4_5"} == ROTATE_SLIDING_ONLY
+
+
+@pytest.mark.parametrize("family", ["gemma4_text", "gemma4"])
+def test_layers_of_several_sizes_are_refused(family):
+    with pytest.raises(UnsupportedModel, match=r"gemma4_text .* its layers differ in head dim or KV heads"):
+        facts(AutoConfig.for_model(family))
+
+
 @pytest.mark.parametrize(
     ("rope", "length"),
     [
@@ -168,6 +262,9 @@ def test_facts_of_each_family(config):
             {"rope_type": "linear", "factor": 2.0}, 256, id="linear: max_position_embeddings is the extended length"
         ),
         pytest.param({"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64}, 512, id="yarn"),
+        pytest.param(
+            {"rope_type": "yarn", "factor": None, "original_max_position_embeddings": 64}, 256, id="yarn without factor"
+        ),
         pytest.param({"rope_type": "yarn", "factor": 4.0}, 1024, id="yarn with the original length in max_position"),
         pytest.param({"rope_type": "dynamic", "factor": 4.0}, 256, id="dynamic"),
         pytest.param(

@@ -156,3 +156,21 @@ def test_the_length_of_the_prompt_says_what_is_decode_and_where_the_dense_tail_i
     assert phases(1, 10) == [(Phase.PREFILL, None, 1)], "one token of the prompt is no decode step"
     assert phases(2, 10) == [(Phase.PREFILL, None, 2)]
     assert phases(1, 10) == [(Phase.DECODE, scheme, 1)]
+
+
+@pytest.mark.parametrize("tail", [0, 4])
+def test_schemes_are_told_the_length_of_the_prompt(tail, manager):
+    scheme = build("streaming", budget_tokens=8, dense_tail_tokens=tail)
+    tables = [manager.open([], b""), manager.open([], b"")]
+    for count, known in ((8, 10), (2, 10), (1, 10), (1, None)):
+        step = build_step(manager, [(table, count) for table in tables], scheme, prompt_tokens=known)
+        for table in tables:
+            manager.commit(table, range(table.num_tokens + count))
+        told = [length for group in step.groups for length in group.rows.host_prompt_lens or (None,)]
+        assert set(told) == {known}
+
+
+def test_a_text_may_have_no_dense_tail(manager):
+    scheme = build("streaming", budget_tokens=8, dense_tail_tokens=4)
+    [group] = build_step(manager, [(manager.open([], b""), 10)], scheme, prompt_tokens=10, dense_tail=False).groups
+    assert (group.scheme, group.rows.num_queries) == (scheme, 10)

@@ -9,10 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from transformers import Gemma3TextConfig, LlamaConfig
+from transformers import Gemma3TextConfig, GptOssConfig, GptOssForCausalLM, LlamaConfig
 from transformers.models.gemma3.modeling_gemma3 import Gemma3MLP, Gemma3RMSNorm
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm
 
+from foveate.patches import packed
 from foveate.patches.fingerprint import fingerprint, weights_digest
 from foveate.patches.norm_native import NativeNorm, replace_norms
 from foveate.patches.packed import GatedMLP, PackedLinear, _activation_of, supports
@@ -90,13 +91,29 @@ def test_norms_are_replaced_by_what_they_compute():
     model = nn.ModuleDict({"llama": LlamaRMSNorm(32), "gemma": Gemma3RMSNorm(32), "halved": HalfRMSNorm(32)})
     for norm in model.values():
         nn.init.normal_(norm.weight)
-    model.device = torch.device("cpu")
+    model.device, model.dtype = torch.device("cpu"), torch.float32
     x = torch.randn(5, 32)
     before = {name: norm(x) for name, norm in model.items()}
     replace_norms(model)
     assert {name for name, norm in model.items() if isinstance(norm, NativeNorm)} == {"llama", "gemma"}
     for name, norm in model.items():
         torch.testing.assert_close(norm(x), before[name], rtol=2e-6, atol=1e-7)
+
+
+@needs_kernels
+def test_norms_that_a_checkpoint_keeps_in_float32_are_left_alone(tmp_path):
+    """Of gpt-oss in float16, whose norms get and give float16."""
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "num_hidden_layers": 2}
+    config = GptOssConfig(vocab_size=101, hidden_size=64, intermediate_size=64, pad_token_id=0, **heads, **experts)
+    GptOssForCausalLM(config).save_pretrained(tmp_path)
+    model = GptOssForCausalLM.from_pretrained(tmp_path, dtype=torch.float16).eval().requires_grad_(False)
+    assert model.dtype is torch.float16
+    assert model.model.norm.weight.dtype is torch.float32
+    ids = torch.arange(1, 31)[None]
+    expected = model(ids).logits
+    tune(model)
+    torch.testing.assert_close(model(ids).logits, expected, rtol=0, atol=0)
 
 
 @needs_bfloat16
@@ -123,21 +140,21 @@ MLPS = {
 
 def packed_mlp(name: str) -> tuple[nn.Module, nn.Module]:
     mlp = MLPS[name]().bfloat16().requires_grad_(False)
-    packed = copy.deepcopy(mlp)
+    copied = copy.deepcopy(mlp)
     for part in ("gate_proj", "up_proj", "down_proj"):
-        setattr(packed, part, PackedLinear(getattr(mlp, part)))
-    return mlp, packed
+        setattr(copied, part, PackedLinear(getattr(mlp, part)))
+    return mlp, copied
 
 
 @needs_bfloat16
 @pytest.mark.parametrize("name", MLPS)
 def test_gated_mlp_is_as_close_to_the_exact_one(name):
-    mlp, packed = packed_mlp(name)
+    mlp, copied = packed_mlp(name)
     x = torch.randn(1, 9, 64).bfloat16() * 3
     with torch.inference_mode():
         # Tanh and exact GELU lie closer together than bfloat16 resolves: either may be found.
-        assert _activation_of(packed) in ({"silu"} if name == "silu" else {"gelu", "gelu_tanh"})
-        fused = GatedMLP(packed, name)(x).float()
+        assert _activation_of(copied) in ({"silu"} if name == "silu" else {"gelu", "gelu_tanh"})
+        fused = GatedMLP(copied, name)(x).float()
         exact = copy.deepcopy(mlp).float()(x.float())
         error, stock_error = (fused - exact).norm(), (mlp(x).float() - exact).norm()
     assert error <= 1.2 * stock_error
@@ -145,10 +162,50 @@ def test_gated_mlp_is_as_close_to_the_exact_one(name):
 
 @needs_bfloat16
 def test_an_mlp_of_another_kind_is_left_alone():
-    _, packed = packed_mlp("silu")
-    packed.act_fn = nn.ReLU()
+    _, copied = packed_mlp("silu")
+    copied.act_fn = nn.ReLU()
     with torch.inference_mode():
-        assert _activation_of(packed) is None
+        assert _activation_of(copied) is None
+
+
+class ClippedMLP(LlamaMLP):
+    limit = float("inf")
+
+    def forward(self, x):
+        gate = self.act_fn(self.gate_proj(x)).clamp(max=self.limit)
+        return self.down_proj(gate * self.up_proj(x).clamp(min=-self.limit, max=self.limit))
+
+
+@pytest.fixture
+def plain_products(monkeypatch):
+    """What oneDNN's products compute, on any CPU."""
+    acts = {
+        "none": lambda x, _: x,
+        "swish": lambda x, _: nn.functional.silu(x),
+        "gelu": lambda x, kind: nn.functional.gelu(x, approximate=kind),
+    }
+
+    def product(x, weight, bias, activation, scalars, algorithm):
+        return acts[activation](nn.functional.linear(x, weight, bias), algorithm)
+
+    def times_or_plus(x, other, weight, bias, what):
+        out = nn.functional.linear(x, weight, bias)
+        return out * other if what == "mul" else out + other
+
+    product.binary = times_or_plus
+    monkeypatch.setattr(packed, "_linear", product)
+    monkeypatch.setattr(packed, "_pack", lambda weight, rows: weight)
+
+
+@torch.inference_mode()
+def test_an_mlp_that_clips_is_left_alone(plain_products, tiny_llama):
+    """Also where it is of one class with others that do not, and at what random rows never reach."""
+    model = copy.deepcopy(tiny_llama).bfloat16()
+    for layer in model.model.layers:
+        layer.mlp.__class__ = ClippedMLP
+    model.model.layers[1].mlp.limit = 50.0
+    packed.pack(model)
+    assert [type(layer.mlp) for layer in model.model.layers] == [GatedMLP, ClippedMLP, GatedMLP]
 
 
 @pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -97,6 +98,20 @@ def test_nan_fails(config):
     report = verify(model)
     assert not report.passed
     assert set(report.differences.values()) == {math.inf}
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.01])
+def test_what_is_changed_is_compared_with_what_it_was(factor, tiny):
+    """Also what stock and paged attention have in common."""
+    model = copy.deepcopy(tiny("granite")).requires_grad_(False)
+
+    def change(given):
+        assert given is model
+        given.model.layers[1].mlp.up_proj.weight *= factor
+
+    report = verify(model, change)
+    assert report.passed == (factor == 1.0)
+    assert (report.largest > 1e-3) == (factor != 1.0)
 
 
 def test_training_mode_comes_back(config):
