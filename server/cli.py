@@ -169,7 +169,9 @@ def read_settings(given: argparse.Namespace, parser: argparse.ArgumentParser) ->
 
 
 def _complain(error: ValidationError, given: dict[str, Any], parser: argparse.ArgumentParser) -> NoReturn:
-    first = error.errors(include_url=False, include_input=False)[0]
+    found = error.errors(include_url=False, include_input=False)
+    # A model may be named where its settings are read next (``batch``); what else is wrong comes first.
+    first = next((item for item in found if (item["loc"], item["type"]) != (("model",), "missing")), found[0])
     reason = first["msg"].removeprefix("Value error, ")
     if not first["loc"]:  # of several settings together
         parser.error(reason)

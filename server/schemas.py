@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar
 
-from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator
+from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from .request import SamplingParams
 from .sampling_limits import (
@@ -37,6 +37,10 @@ _EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
     "prompt_cache_options": (({},), "how prefixes are kept cannot be chosen"),
     "prompt_cache_retention": (("in_memory", "in-memory"), "only in_memory can be chosen"),
 }
+
+
+def _policy_of(given: Any) -> Any:
+    return {"scheme": given} if isinstance(given, str) else given
 
 
 # What ``sampling_limits`` checks of these, for the description of the server.
@@ -89,7 +93,9 @@ class GenerationBody(GrammarBody, LabelledBody):
     priority: int = Field(0, ge=LEAST_PRIORITY, le=LARGEST_PRIORITY)
     timeout: float | None = Field(None, gt=0)
 
-    attention: dict[str, Any] | None = Field(None, max_length=64)
+    attention: Annotated[
+        dict[str, Any] | None, BeforeValidator(_policy_of, json_schema_input_type=dict[str, Any] | str | None)
+    ] = Field(None, max_length=64)
     return_progress: bool = False
 
     @field_validator("stop", mode="before")

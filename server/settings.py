@@ -14,6 +14,7 @@ from pydantic import Field, SecretStr, field_validator
 from pydantic_settings import NoDecode, SettingsConfigDict
 
 from foveate.sparse_attn import registry
+from foveate.sparse_attn.errors import SchemeError
 
 from .settings_checks import read_keys
 from .settings_operation import PREFIX, OperationSettings
@@ -192,8 +193,23 @@ class Settings(OperationSettings):
     @field_validator("attention")
     @classmethod
     def _scheme_exists(cls, value: dict[str, Any] | None) -> dict[str, Any] | None:
-        """Said before a model is loaded; the engine checks the options, which takes torch."""
-        name = "dense" if value is None else value.get("scheme", "dense")
+        """Said before a model is loaded."""
+        name, options = "dense", dict(value or {})
+        if "scheme" in options:
+            name = options.pop("scheme")
         if name not in registry.names():
             raise ValueError(f"unknown attention scheme {name!r}; there are: {', '.join(registry.names())}")
+        if options:  # only then, since it takes torch
+            try:
+                registry.check(name, **options)
+            except SchemeError as error:
+                raise ValueError(str(error)) from None
+        return value
+
+    @field_validator("profile")
+    @classmethod
+    def _profiles_exist(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for path in value:
+            if not Path(path).is_file():
+                raise ValueError(f"there is no file {path}")
         return value

@@ -68,6 +68,18 @@ def build(name: str, profiles: Mapping[str, Profile] | None = None, /, **options
     return scheme(options_from(scheme.Options, options), profiles)
 
 
+def check(name: str, /, **options: Any) -> None:
+    """Whether a scheme takes ``options``, without building it.
+
+    Raises:
+        UnknownScheme: no scheme of that name.
+        SchemeConfigError: an option is unknown or out of range.
+    """
+    from .protocol import options_from
+
+    options_from(load(name).Options, options)
+
+
 def describe() -> list[dict[str, Any]]:
     """Name, source and options with defaults of every scheme, ready for JSON."""
     described = []

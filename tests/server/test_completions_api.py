@@ -135,8 +135,9 @@ def test_null_is_the_default(client, engine):
 
 
 def test_attention_of_the_request(client, engine):
-    body = post(client, prompt="Hi", attention={"scheme": "streaming"}).json()
-    assert body["usage"]["attention"]["scheme"] == "streaming"
+    for attention in ({"scheme": "streaming"}, "streaming"):
+        body = post(client, prompt="Hi", attention=attention).json()
+        assert body["usage"]["attention"]["scheme"] == "streaming"
     assert engine.requests[0].scheme.name == "streaming"
 
 

@@ -124,7 +124,7 @@ REFUSED = {
     "scheme-of-a-phase": (text(attention={"scheme": "composed", "decode": {"scheme": "nosuch"}}), "attention"),
     "scheme-of-a-phase-list": (text(attention={"scheme": "composed", "decode": {"scheme": ["quest"]}}), "attention"),
     "scheme-in-itself": (chat(attention={"scheme": "composed", "prefill": "composed"}), "attention"),
-    "attention-text": (text(attention="dense"), "attention"),
+    "attention-number": (text(attention=5), "attention"),
     "attention-many": (text(attention={str(i): i for i in range(65)}), "attention"),
     "no-messages": ((CHAT, {}), "messages"),
     "messages-empty": (chat(messages=[]), "messages"),

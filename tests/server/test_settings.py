@@ -97,11 +97,18 @@ def test_keys(monkeypatch):
         (["m", "--attention", '{"a": 1} x'], "--attention: "),
         (["m", "--attention", "nosuch"], "--attention: unknown attention scheme 'nosuch'; there are: dense, "),
         (["m", "--attention", '{"scheme": [1]}'], "--attention: unknown attention scheme [1]"),
+        (
+            ["m", "--attention", '{"scheme": "streaming", "budget": 3}'],
+            "--attention: unknown option budget; there are: ",
+        ),
+        (["m", "--attention", '{"sink_tokens": -1}'], "--attention: sink_tokens must be a whole number >= 0, got -1"),
+        (["m", "--profile", "/nope"], "--profile: there is no file /nope"),
         (["m", "--api-key", ""], "--api-key: an API key must not be empty"),
         (["m", "--max-batch-tokens", "0"], "--max-batch-tokens: "),
         (["m", "--stall-seconds", "1"], "--stall-seconds: "),  # an idle engine gives a sign of life once a second
         (["m", "--dtype", "int8"], "invalid choice"),
         ([], "name a MODEL"),
+        (["--page-size", "48"], "--page-size: must be"),
         (["m", "--nosuch"], "unrecognized arguments"),
     ],
 )
@@ -124,5 +131,8 @@ def test_settings_make_engine_options():
         assert getattr(EngineOptions("m"), name) == Settings.model_fields[name].default
 
 
-def test_profiles_add_up():
-    assert parse("m", "--profile", "a", "--profile", "b").profile == ("a", "b")
+def test_profiles_add_up(tmp_path):
+    files = [str(tmp_path / name) for name in "ab"]
+    for file in files:
+        open(file, "w").close()
+    assert parse("m", "--profile", files[0], "--profile", files[1]).profile == tuple(files)
