@@ -334,7 +334,8 @@ class PageStore:
             log.warning("document cache: pages in front of deleted ones go, too: %s", error)
 
     def _write_run(self, header: RunHeader, head: bytes, pages: torch.Tensor, used: int) -> None:
-        """
+        """Writes a run to a file of its name, and notes it.
+
         Raises:
             OSError: the disk refuses; nothing is left of it.
         """

@@ -15,7 +15,7 @@ from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing
-from foveate.sparse_attn.protocol import Phase, Scheme
+from foveate.sparse_attn.protocol import Scheme
 
 from .errors import AttachError, UnsupportedModel
 from .families import ModelFacts, facts
@@ -63,8 +63,7 @@ class Attached:
         self._num_pages = num_pages
         self._hook: StepHook | None = None
         self._keys_read = [0.0, 0.0]  # by a hook that is gone
-        moves = scheme is not None and any(scheme.for_phase(phase).moves_positions for phase in Phase)
-        rotary = ModelRotary(model) if moves else None
+        rotary = ModelRotary(model) if scheme is not None and scheme.moves_positions else None
         self._implementations = [(config, config._attn_implementation_internal) for config in _configs(model)]
         try:
             _switch(model)

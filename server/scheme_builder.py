@@ -8,7 +8,7 @@ from typing import Any
 
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import SchemeConfigError
-from foveate.sparse_attn.protocol import Phase, Scheme
+from foveate.sparse_attn.protocol import Scheme
 
 from .loader import LoadedModel
 
@@ -40,7 +40,7 @@ class SchemeBuilder:
 
     def _make(self, name: str, options: str) -> Scheme:
         scheme = registry.build(name, self._loaded.profiles, **json.loads(options))
-        if any(scheme.for_phase(phase).moves_positions for phase in Phase) and self._loaded.rotary is None:
+        if scheme.moves_positions and self._loaded.rotary is None:
             raise SchemeConfigError(
                 f"{name} moves positions, but the rotary embedding of this model is of a kind that cannot be moved"
             )

@@ -64,6 +64,7 @@ class Composed(Scheme):
         """
         super().__init__(options, profiles)
         self._parts = {phase: _build(phase, getattr(options, phase.value), profiles) for phase in Phase}
+        self.moves_positions = any(part.moves_positions for part in self._parts.values())
 
     @property
     def identity(self) -> str:

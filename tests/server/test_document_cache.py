@@ -238,19 +238,25 @@ def test_a_disk_that_hangs_is_waited_for_only_so_long(start, monkeypatch, caplog
     gate.set()
 
 
-def test_a_request_that_goes_while_its_pages_come_leaves_nothing(start, monkeypatch):
-    prompt = prompt_of(300)
-    cold = ask(start(), prompt)
-    engine = start()
-    gate, reading = threading.Event(), threading.Event()
-    real = PageStore.read
+@pytest.fixture
+def held_reads(monkeypatch):
+    """``(reading, gate)``: set when a file was read, and what its pages wait for then."""
+    reading, gate, real = threading.Event(), threading.Event(), PageStore.read
 
     def slow(*arguments):
+        pages = real(*arguments)
         reading.set()
         assert gate.wait(60)
-        return real(*arguments)
+        return pages
 
     monkeypatch.setattr(PageStore, "read", slow)
+    return reading, gate
+
+
+def test_a_request_that_goes_while_its_pages_come_leaves_nothing(start, held_reads):
+    prompt = prompt_of(300)
+    cold = ask(start(), prompt)
+    engine, (reading, gate) = start(), held_reads
     request_id, events = submit(engine, prompt)
     assert reading.wait(60)
     assert engine.snapshot().waiting == 1
@@ -415,20 +421,10 @@ def test_deleting_one_question_leaves_the_other_to_the_next_engine(start):
     assert ask(start(), one)[1] == 320
 
 
-def test_a_load_of_what_is_deleted_is_given_up(start, monkeypatch):
+def test_a_load_of_what_is_deleted_is_given_up(start, held_reads):
     prompt = prompt_of(300)
     cold = ask(start(), prompt)
-    engine = start()
-    gate, reading = threading.Event(), threading.Event()
-    real = PageStore.read
-
-    def slow(*arguments):
-        pages = real(*arguments)
-        reading.set()
-        assert gate.wait(60)
-        return pages
-
-    monkeypatch.setattr(PageStore, "read", slow)
+    engine, (reading, gate) = start(), held_reads
     _, events = submit(engine, prompt)
     assert reading.wait(60)
     engine.documents.delete(None)

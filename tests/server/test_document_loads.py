@@ -49,6 +49,14 @@ class Desk:
             self.woken.clear()
             self.turn()
 
+    def begin(self):
+        """Asks, and brings the pages of the first file in."""
+        sequence = self.ask()
+        self.take()
+        self.turn()
+        self.load(pages=2)
+        return sequence
+
     def leave(self, tokens, namespace):
         """Leaves the pages of a prompt as a request does that ends."""
         table = self.cache.open(tokens, namespace)
@@ -91,10 +99,7 @@ def test_what_a_load_brought_in_is_evicted_from_its_end(tmp_path):
 @pytest.mark.parametrize("end", ["aborted", "closed", "stalled", "forgotten", "under way"])
 def test_a_load_that_does_not_come_to_its_end_leaves_a_beginning(tmp_path, monkeypatch, gate, end):
     desk = Desk(tmp_path, pages=12)
-    sequence = desk.ask()
-    desk.take()
-    desk.turn()
-    desk.load(pages=2)
+    sequence = desk.begin()
     if end == "aborted":
         sequence.group.sequences.clear()
         desk.turn()
@@ -116,10 +121,7 @@ def test_a_load_that_does_not_come_to_its_end_leaves_a_beginning(tmp_path, monke
 def test_a_load_that_lost_a_page_ends(tmp_path, gate, way):
     """What comes behind the gap would not be found."""
     desk = Desk(tmp_path, pages=12)
-    desk.ask()
-    desk.take()
-    desk.turn()
-    desk.load(pages=2)
+    desk.begin()
     if way == "evicted":
         for page in desk.cache.allocator.allocate(11):
             desk.cache.allocator.release(page)
@@ -134,10 +136,7 @@ def test_a_load_that_lost_a_page_ends(tmp_path, gate, way):
 @pytest.mark.parametrize("held", [0, 9], ids=["between", "within"])
 def test_a_load_does_not_take_the_place_of_what_it_continues(tmp_path, gate, held):
     desk = Desk(tmp_path, pages=12)
-    desk.ask()
-    desk.take()
-    desk.turn()
-    desk.load(pages=2)
+    desk.begin()
     if held:
         desk.cache.allocator.allocate(held)
     else:
