@@ -37,15 +37,17 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from foveate.server.packaged import resolve
 
 ANSWER_TOKENS = 64
+SETTLE_SECONDS = 2.0  # for which chats run before they are measured
 ALONE_SECONDS = 10.0
 
 
 @dataclass
 class Waits:
-    """Seconds between two tokens of a chat, and to its first one."""
+    """Seconds between two tokens of a chat, and to its first one: of waits that begin at ``since`` or later."""
 
     between: list[float] = field(default_factory=list)
     first: list[float] = field(default_factory=list)
+    since: float = float("inf")
 
 
 @contextmanager
@@ -102,7 +104,8 @@ async def chat(client: httpx.AsyncClient, seed: int, waits: Waits, stop: asyncio
         async for event in events(client, body):
             now = time.perf_counter()
             if event["choices"] and not stop.is_set():
-                (waits.first if is_first else waits.between).append(now - last)
+                if last >= waits.since:
+                    (waits.first if is_first else waits.between).append(now - last)
                 is_first, last = False, now
 
 
@@ -113,14 +116,18 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
         prompt = [rng.randrange(1000, 30_000) for _ in range(context - 8)]
         alone, beside, chunks = Waits(), Waits(), []
 
-        async def phase(waits: Waits, work: Any) -> None:
+        async def phase(waits: Waits, work: Any) -> float:
+            """Seconds that the work took, during which alone waits are counted."""
             stop = asyncio.Event()
             chats = [asyncio.create_task(chat(client, index, waits, stop)) for index in range(given.chats)]
+            await asyncio.sleep(SETTLE_SECONDS)
+            waits.since = time.perf_counter()
             await work
+            took = time.perf_counter() - waits.since
             stop.set()
             await asyncio.gather(*chats)
+            return took
 
-        await phase(Waits(), asyncio.sleep(2))
         await phase(alone, asyncio.sleep(ALONE_SECONDS))
 
         async def long() -> None:
@@ -129,7 +136,6 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
                 body["attention"] = (
                     json.loads(given.attention) if "{" in given.attention else {"scheme": given.attention}
                 )
-            await asyncio.sleep(2)
             last, done = None, 0
             with tqdm(total=len(prompt), unit=" tokens", file=sys.stderr) as bar:
                 async for event in events(client, body):
@@ -140,11 +146,9 @@ async def measure(url: str, given: argparse.Namespace) -> dict[str, Any]:
                         bar.update(progress["processed"] - done)
                         last, done = now, progress["processed"]
 
-        began = time.perf_counter()
-        await phase(beside, long())
         return {
             "context": context,
-            "long_seconds": time.perf_counter() - began - 2,
+            "long_seconds": await phase(beside, long()),
             "alone": vars(alone),
             "beside": vars(beside),
             "chunks": chunks,
