@@ -125,7 +125,7 @@ def anchor_lse_kernel(
         shift = tl.where(higher == float("-inf"), 0.0, higher)
         total = total * tl.exp2(peak - shift) + tl.sum(tl.exp2(logits - shift[:, None]), 1)
         peak = higher
-    seen = total > 0
+    seen = total != 0  # as in finish
     natural = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
     tl.store(lse + (token * (tl.num_programs(1) * FOLD) + row_head) * splits + split, natural, mask=valid)
 

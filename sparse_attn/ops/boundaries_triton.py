@@ -48,7 +48,8 @@ def plan(scores: torch.Tensor, limits: torch.Tensor, threshold: float, distance:
         raise ValueError(f"{length} scores do not fit a program, which holds {MOST_SCORES_ON_GPU}")
     arguments = {
         "scores": scores.contiguous(),
-        "limits": limits.int(),
+        # No more rounds than there are picks, as a request may ask for more than 32 bits hold.
+        "limits": limits.clamp(max=-(-scores.shape[1] // (distance + 1))).int(),
         "picked": picked,
         "length": length,
         "threshold": threshold,

@@ -93,7 +93,7 @@ def attend(
 @triton.jit
 def finish(acc, peak, total, sink):
     """``(out, lse)`` of each row; ``sink`` is a logit per row, or None, and stays out of ``lse``."""
-    seen = total > 0
+    seen = total != 0  # NaN is seen, and shows in what parts are joined to
     lse = tl.where(seen, (peak + tl.log2(tl.where(seen, total, 1.0))) * LN2, float("-inf"))
     if sink is not None:
         sink = sink.to(tl.float32) * LOG2E

@@ -131,6 +131,8 @@ def key_change(view: PagedView, window: int, segment: int, segments: int) -> tor
     """See ``ops.key_change``."""
     sequences = view.rows.num_sequences
     scores = torch.empty(sequences, segments * segment, dtype=torch.float32, device=view.pages.keys.device)
+    if 2 * window > segment:  # no window fits, be it of millions of keys
+        return scores.fill_(-torch.inf).view(sequences, segments, segment)
     if scores.numel():
         plan(view, window, segment, scores).run()
     return scores.view(sequences, segments, segment)

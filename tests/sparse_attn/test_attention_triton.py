@@ -187,6 +187,18 @@ def rms(tensor: torch.Tensor) -> float:
     return float(tensor.pow(2).mean().sqrt())
 
 
+def run_bad_key() -> dict[str, bool]:
+    """Decode over several splits of keys, one of which has a key that is no number."""
+    pool = PagePool(CacheGeometry(1, 1, 64, 32, 32))
+    keys, values, query = (torch.randn(count, 1, 64) for count in (1024, 1024, 1))
+    keys[10] = float("nan")
+    ops.write_kv(keys, values, pool.layer(0), torch.arange(1024), backend="torch")
+    view = on_device(PagedView(pool.layer(0), Rows.build([list(range(32))], [1024], [1], torch.device("cpu"))))
+    spec = AttentionSpec(0.125)
+    outs = {name: ops.decode(query.to(DEVICE), view, None, spec, backend=name)[0] for name in ("reference", "triton")}
+    return {name: bool(out.isnan().all()) for name, out in outs.items()}
+
+
 def run_far_page() -> dict[str, Any]:
     """A page whose first element lies beyond 2^31; the memory before it is reserved and never touched."""
     from foveate.sparse_attn.ops import decode_triton, write_triton
@@ -278,6 +290,10 @@ def test_write_equals_torch(name, measured):
         assert untouched, f"{stat}: a page without tokens was changed"
 
 
+def test_a_key_that_is_no_number_shows_behind_splits(measured):
+    assert measured["bad-key"] == {"reference": True, "triton": True}
+
+
 def test_addresses_beyond_32_bits(measured):
     assert measured["far-page"]["stored"], "keys: not where page 2^21 + 1 lies"
     assert measured["far-page"]["out"] < 1e-3, "out: read from elsewhere"
@@ -287,7 +303,7 @@ def main() -> None:
     teach_interpreter()
     attention = {name: partial(run_attention, case) for name, case in ATTENTION.items()}
     writes = {name: partial(run_write, *arguments) for name, arguments in WRITES.items()}
-    tell_cases(attention | writes | {"far-page": run_far_page})
+    tell_cases(attention | writes | {"far-page": run_far_page, "bad-key": run_bad_key})
 
 
 if __name__ == "__main__":

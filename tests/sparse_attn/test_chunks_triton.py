@@ -76,6 +76,14 @@ def run_change(name: str, window: int, segment: int, segments: int) -> dict[str,
     }
 
 
+def run_wide_window() -> bool:
+    """A window of which no two fit a segment is not walked: the interpreter would take minutes."""
+    from foveate.sparse_attn.ops.key_change import key_change
+
+    scores = key_change(make_view(*VIEWS["d64-g2-page16"]), 2**24, 512, 1, backend="triton")
+    return bool(scores.isneginf().all())
+
+
 def run_pick(length: int, distance: int, threshold: float) -> dict[str, Any]:
     from foveate.sparse_attn.ops.boundaries import pick_boundaries
 
@@ -83,7 +91,8 @@ def run_pick(length: int, distance: int, threshold: float) -> dict[str, Any]:
     scores = torch.randn(5, length, generator=generator)
     scores[2] = scores[2].round()  # ties
     scores[3, ::2] = float("-inf")
-    scores, limits = scores.to(DEVICE), torch.tensor([length, 3, length, 7, 0], device=DEVICE)
+    # More than 32 bits hold: what a request asks for is up to it.
+    scores, limits = scores.to(DEVICE), torch.tensor([length, 3, 2**32, 7, 0], device=DEVICE)
     want = pick_boundaries(scores, limits, threshold, distance, backend="reference")
     got = pick_boundaries(scores, limits, threshold, distance, backend="triton")
     return {"same": bool(torch.equal(got, want)), "picks": int(want.sum())}
@@ -107,6 +116,10 @@ def test_change_of_keys_equals_reference(case, measured):
     assert got["error"] < 1e-5
 
 
+def test_window_that_fits_nowhere_costs_nothing(measured):
+    assert measured["wide-window"]
+
+
 @pytest.mark.parametrize("pick", PICKS)
 def test_picked_boundaries_equal_reference(pick, measured):
     assert measured[pick]["same"]
@@ -116,7 +129,8 @@ def test_picked_boundaries_equal_reference(pick, measured):
 def main() -> None:
     sums = {f"sums-{name}": partial(run_sums, name) for name in VIEWS}
     changes = {case: partial(run_change, view, *CHANGES[change]) for case, (change, view) in CHANGE_CASES.items()}
-    tell_cases(sums | changes | {name: partial(run_pick, *sizes) for name, sizes in PICKS.items()})
+    wide = {"wide-window": run_wide_window}
+    tell_cases(sums | changes | wide | {name: partial(run_pick, *sizes) for name, sizes in PICKS.items()})
 
 
 if __name__ == "__main__":
