@@ -102,15 +102,15 @@ class LLM:
                         raise
                     waiting += [(number, request.prompt_token_ids) for number, request in requests.items()][::-1]
                 number, event = events.get()
+                if isinstance(event, Failed | Finished):
+                    del running[number]  # before on_event, whose error must not wait for events that will not come
                 if on_event is not None:
                     on_event(number, event)
                 if isinstance(event, Delta):
                     texts.setdefault((number, event.index), []).append(event)
                 elif isinstance(event, Failed):
-                    del running[number]
                     raise event.error
                 elif isinstance(event, Finished):
-                    del running[number]
                     usages[number] = event.usage
                     refill = True
         finally:

@@ -87,7 +87,7 @@ def run(given: Namespace, settings: Settings) -> int:
     Returns:
         Exit code: 1 if nothing could be run.
     """
-    options = replace(EngineOptions.of(settings), prefix_reuse=False)
+    options = replace(EngineOptions.of(settings), prefix_reuse=False, cache_dir=None)
     try:
         wanted = policies.choices(schemes_of(given), options_of(given.option), given.policy, given.budgets)
         loaded = load(options)

@@ -392,4 +392,11 @@ def test_offline_generation(model_dir, stock):
         assert len(llm.generate(["hello"], SamplingParams(max_tokens=3, n=2))) == 2
         with pytest.raises(ContextOverflow):
             llm.generate(["a", "b" * 600])
+
+        def stumble(index, event):
+            if isinstance(event, Finished):
+                raise LookupError("of the caller")
+
+        with pytest.raises(LookupError, match="of the caller"):
+            llm.generate(["hello"], GREEDY, on_event=stumble)
         assert llm.engine.snapshot().pages_used == 0
