@@ -52,5 +52,6 @@ bench: setup ## measure speed on this machine
 	@$(BIN)/python tests/bench/compare_transformers.py
 
 clean: ## remove .venv and everything that was built
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis sparse_attn/ops/native/*.so.1
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -f $(addprefix sparse_attn/ops/native/*.so,.1 .new)
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

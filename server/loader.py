@@ -24,6 +24,7 @@ from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 from foveate.sparse_attn.profile import Profile
 
 from .exceptions import InvalidRequest
+from .free_memory import free_bytes
 from .memory import tune_allocator
 from .options import EngineOptions
 from .packaged import resolve
@@ -213,9 +214,7 @@ def dtype_of(name: str, device: torch.device) -> torch.dtype | str:
 def _free_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
-    # What Linux says can be had without swapping, file caches included.
-    with open("/proc/meminfo", encoding="ascii") as lines:
-        return next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable")) * 1024
+    return free_bytes()
 
 
 def _eos(model: Any, tokenizer: Any) -> frozenset[int]:

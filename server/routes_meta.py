@@ -47,7 +47,7 @@ async def tokenize(request: Request) -> JSONResponse:
     state = state_of(request)
     state.served()
     data = await parse_request(request)
-    if "messages" in data:
+    if data.get("messages") is not None:
         check_messages(data, "messages", state.settings.max_messages)
         chat = validate(TokenizeChatBody, data)
         served = state.served_as(chat.model)

@@ -6,6 +6,7 @@ is checked once, by the body of chat completions; a refusal names the field of t
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -56,6 +57,12 @@ class TextOptions(Body):
 
     format: dict[str, Any] = Field({"type": "text"}, max_length=16)
     verbosity: str | None = Field(None, max_length=16)
+
+    @field_validator("format")
+    @classmethod
+    def _is_json(cls, value: dict[str, Any]) -> dict[str, Any]:
+        json.dumps(value, allow_nan=False)  # the answer repeats it, and 1e999 is read as infinity
+        return value
 
     def response_format(self) -> dict[str, Any]:
         if self.format.get("type") != "json_schema":

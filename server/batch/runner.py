@@ -10,7 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, ParamSpec, TypeVar
 
+from ..errors import ApiError
 from ..exceptions import EngineDead, QueueFull, RequestAborted, StepFailed
+from ..generation import Generation
 from ..metrics import ServerMetrics
 from ..state import ServerState
 from .endpoints import answer, prepare
@@ -24,8 +26,8 @@ from .records import Result, answered, refused, unreadable
 MAX_BYTES_AT_ONCE = 32 * 2**20
 # Of the threads that read text; HTTP requests have the others.
 PREPARED_AT_ONCE = 2
-QUEUE_SECONDS = 2.0  # at most, until a line that found the queue full is tried again
-# A step that fails ends everyone in it, so each gets another try beside others.
+QUEUE_SECONDS = 2.0  # at most, until a line that found the queue full, or no time for its grammar, is tried again
+# A step that fails ends everyone in it, so each gets another try beside others; so does what waited too long.
 TRIES = 3
 
 P = ParamSpec("P")
@@ -183,13 +185,26 @@ class BatchRunner:
         raise AssertionError("every try returns or raises")
 
     async def _answer(self, entry: Entry) -> dict[str, object]:
-        async with self._preparing:
-            generation = await prepare(self._state, entry.url, entry.body)
+        generation = await self._prepared(entry)
         while True:
             try:
                 return await answer(self._state, generation, self._owner, self._metrics)
             except QueueFull as error:
                 await asyncio.sleep(min(error.retry_seconds, QUEUE_SECONDS))
+
+    async def _prepared(self, entry: Entry) -> Generation:
+        """As ``prepare``, which is tried again where it lacked only time."""
+        for tries_left in reversed(range(TRIES)):
+            try:
+                async with self._preparing:
+                    return await prepare(self._state, entry.url, entry.body)
+            except ApiError as error:
+                # A text that takes too long keeps a thread until it ends, and would take another.
+                again = error.status == 503 and error.code != "text_timeout"
+                if not again or not tries_left or self._state.condition != "ready":
+                    raise
+            await asyncio.sleep(QUEUE_SECONDS)
+        raise AssertionError("every try returns or raises")
 
     def _check_engine(self, error: Exception) -> None:
         """An engine that stops fails everything in it: that says nothing about a line."""

@@ -304,7 +304,13 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_output(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of weights, prompts, arrivals (default: 0)")
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="of weights and arrivals, and of prompts but in serve (default: 0)",
+    )
     parser.add_argument("-o", "--output", type=Path, metavar="DIR", help="where to write JSON and plots")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import secrets
 import statistics
 import sys
 import time
@@ -53,10 +54,13 @@ def run(given: Namespace) -> int:
         print("foveate: httpx is missing. Get it with `pip install 'foveate[bench]'`.", file=sys.stderr)
         return 1
 
+    # In every prompt's name: a server that was measured before would answer the same prompts from its prefix cache.
+    nonce = secrets.token_hex(8)
+
     async def measure() -> tuple[dict[str, Any], list[Load], list[dict[str, Any]]]:
         client = Client(given.url, given.api_key, given.timeout)
         try:
-            return await _measure(given, client)
+            return await _measure(given, client, nonce)
         finally:
             await client.close()
 
@@ -68,6 +72,7 @@ def run(given: Namespace) -> int:
         return 1
     body = {
         "server": server,
+        "nonce": nonce,
         "machine_is": "the client's",
         "cells": [cell(load) for load in loads],
         "unavailable": refused,
@@ -76,13 +81,15 @@ def run(given: Namespace) -> int:
     return 0 if loads else 1
 
 
-async def _measure(given: Namespace, client: Client) -> tuple[dict[str, Any], list[Load], list[dict[str, Any]]]:
+async def _measure(
+    given: Namespace, client: Client, nonce: str
+) -> tuple[dict[str, Any], list[Load], list[dict[str, Any]]]:
     served = await client.model(given.model)
     policies: list[Mapping[str, Any] | None] = [*wanted(given)] or [None]
     allowed, refused = [], []
     for attention in policies:
         for number in range(given.warmup):
-            body = _body(given, served["id"], attention, ("warm", number), given.lengths[0])
+            body = _body(given, served["id"], attention, (nonce, "warm", number), given.lengths[0])
             reason = await client.refusal({**body, "max_tokens": 2})
             if reason is not None:
                 refused.append({"attention": dict(attention or {}), "reason": reason})
@@ -100,7 +107,7 @@ async def _measure(given: Namespace, client: Client) -> tuple[dict[str, Any], li
             for load in loads:
                 bar.set_postfix_str(f"{load.rate:g}/s {load.label}")
                 busy = load_average()
-                answers = await _offer(given, client, served["id"], load, turn, bar.update)
+                answers = await _offer(given, client, served["id"], load, (nonce, turn), bar.update)
                 found = summarize(answers, given.slo_ttft, given.slo_tpot)
                 load.runs.append({**found, "load": [busy, load_average()]})
     kept = {name: served.get(name) for name in ("id", "max_model_len", "dtype")}
@@ -108,14 +115,14 @@ async def _measure(given: Namespace, client: Client) -> tuple[dict[str, Any], li
 
 
 async def _offer(
-    given: Namespace, client: Client, model: str, load: Load, turn: int, on_end: Callable[[], Any]
+    given: Namespace, client: Client, model: str, load: Load, name: tuple[str, int], on_end: Callable[[], Any]
 ) -> list[Answer]:
-    """Sends every request at its moment, whatever became of those before."""
+    """Sends every request at its moment, whatever became of those before; ``name`` is the nonce and the round."""
     # The same moments for all policies of a round; another prompt for every request, so that nothing is cached.
-    moments = poisson(load.rate, given.requests, f"{given.seed} {turn}")
+    moments = poisson(load.rate, given.requests, f"{given.seed} {name[1]}")
     lengths = itertools.cycle(given.lengths)
     bodies = [
-        _body(given, model, load.attention, (turn, load.rate, load.label, number), length)
+        _body(given, model, load.attention, (*name, load.rate, load.label, number), length)
         for number, length in zip(range(given.requests), lengths, strict=False)
     ]
     start = time.perf_counter()

@@ -47,6 +47,7 @@ class Grammars:
         self._seconds = seconds
         self._tokenizer: llguidance.LLTokenizer | None = None
         self._guard: Guard | None = None
+        self._unavailable: str | None = None  # why, once the tokenizer was read in vain
         self._thread: ThreadPoolExecutor | None = None
         self._cached: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._cached_bytes = 0
@@ -109,6 +110,15 @@ class Grammars:
         Raises:
             GrammarsUnavailable: constrained output does not work with this model.
         """
+        if self._unavailable is not None:
+            raise GrammarsUnavailable(self._unavailable)
+        try:
+            self._load()
+        except GrammarsUnavailable as error:
+            self._unavailable = str(error)
+            raise
+
+    def _load(self) -> None:
         backend = getattr(self._hf_tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise GrammarsUnavailable("constrained output needs a model with a fast tokenizer")

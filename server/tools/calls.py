@@ -88,7 +88,10 @@ def call_named(name: str, arguments: Any) -> list[Part] | None:
         arguments = load(arguments)
     if not isinstance(arguments, dict):
         return None
-    text = json.dumps(arguments, ensure_ascii=False)
+    try:
+        text = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # a number such as 1e999
+        return None
     try:
         text.encode()
     except UnicodeEncodeError:  # half a surrogate pair, which only an escape can write

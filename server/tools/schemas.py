@@ -32,7 +32,7 @@ class Function(Body):
             check_depth(value, "parameters")
         except GrammarRefused as error:
             raise ValueError(str(error)) from None
-        if len(json.dumps(value, ensure_ascii=False).encode()) > MAX_SCHEMA_BYTES:
+        if len(json.dumps(value, ensure_ascii=False, allow_nan=False).encode()) > MAX_SCHEMA_BYTES:
             raise ValueError(f"a schema has at most {MAX_SCHEMA_BYTES} bytes")
         return {"type": "object", **value}
 

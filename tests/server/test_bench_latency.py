@@ -96,6 +96,14 @@ def test_every_scheme_is_measured_at_every_length(tmp_path, capsys):
 FEW = ("--new-tokens", "2", "--scheme", "dense,streaming", "--no-parts")
 
 
+def test_settings_that_are_no_flags_here_are_not_taken_from_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVEATE_AUDIT_RATE", "1")
+    monkeypatch.setenv("FOVEATE_MAX_CONTEXT", "16")
+    assert bench(tmp_path, "--lengths", "40", "--new-tokens", "2", "--repeats", "1", "--scheme", "dense") == 0
+    engine = report_of(tmp_path)["engine"]
+    assert (engine["audit_rate"], engine["max_context"]) == (0, None)
+
+
 def test_a_run_goes_on_where_it_was(tmp_path, monkeypatch):
     real, asked = time_request, []
 

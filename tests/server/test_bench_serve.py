@@ -14,6 +14,8 @@ import uvicorn
 
 from foveate.server import cli
 from foveate.server.app import create_app
+from foveate.server.bench import serve
+from foveate.server.bench.arrivals import poisson
 from foveate.server.bench.client import Client, ServerError
 from foveate.server.serve import address_of, listen, server_config
 from foveate.server.settings import Settings
@@ -69,6 +71,19 @@ def test_a_run_reports_each_rate_and_policy(url, engine, tmp_path, capsys):
     prompts = {tuple(request.prompt_token_ids) for request in engine.requests}
     assert len(prompts) >= 2 * 2 * 2 * 6, "every prompt is another, or a prefix cache would help"
     assert {request.scheme.name for request in engine.requests} == {"dense", "streaming"}
+
+
+def test_a_second_run_sends_other_prompts_at_the_same_moments(url, engine, tmp_path, monkeypatch):
+    moments, nonces, beginnings = [], set(), []
+    monkeypatch.setattr(serve, "poisson", lambda *given: moments.append(poisson(*given)) or moments[-1])
+    for name in ("first", "second"):
+        engine.requests.clear()
+        assert bench(url, tmp_path / name, *FEW) == 0
+        nonces.add(json.loads((tmp_path / name / "serve.json").read_text())["nonce"])
+        beginnings.append({tuple(request.prompt_token_ids[:16]) for request in engine.requests})
+    assert moments[:2] == moments[2:]
+    assert len(nonces) == 2
+    assert beginnings[0].isdisjoint(beginnings[1]), "a server would answer the second run from its prefix cache"
 
 
 def test_the_load_is_open_and_slow_answers_are_not_good(url, engine, tmp_path):

@@ -180,6 +180,20 @@ def test_what_cannot_be_is_said(options, said, model_dir, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_settings_that_are_no_flags_here_are_not_taken_from_the_environment(profile_file, tmp_path, monkeypatch):
+    seen = []
+
+    def load(options):
+        seen.append(options)
+        raise ValueError("seen enough")
+
+    monkeypatch.setattr(calibrate, "load", load)
+    for name, value in {"QUANTIZATION": "int8", "PROFILE": str(profile_file), "CACHE_DIR": str(tmp_path)}.items():
+        monkeypatch.setenv(f"FOVEATE_{name}", value)
+    assert run("model", tmp_path / "out") == 1
+    assert [(one.quantization, one.profile, one.cache_dir) for one in seen] == [("none", (), None)]
+
+
 def test_a_text_too_short_is_refused(model_dir, tmp_path, capsys):
     text = tmp_path / "text"
     text.write_text("short", encoding="utf-8")

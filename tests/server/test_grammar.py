@@ -254,6 +254,21 @@ def test_other_kinds_of_tokenizers_are_told_apart():
         Grammars(Slow(), 10).load()
 
 
+def test_a_tokenizer_of_another_kind_is_read_once(tokenizer, monkeypatch):
+    reads = []
+
+    def unknown(*given):
+        reads.append(given)
+        raise ValueError("x")
+
+    monkeypatch.setattr(store, "tokenizer_of", unknown)
+    grammars = Grammars(tokenizer, VOCAB)
+    for _ in range(3):
+        with pytest.raises(GrammarsUnavailable, match="kind of tokenizer"):
+            grammars.compile_now(regex_source("a", "p"))
+    assert len(reads) == 1
+
+
 def test_the_process_that_tries_grammars_gets_no_secrets(tokenizer, monkeypatch):
     monkeypatch.setenv("FOVEATE_API_KEY", "secret")
     grammars = Grammars(tokenizer, VOCAB)

@@ -33,6 +33,11 @@ def test_tokenize_and_back(client):
     assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "Grüße"}
 
 
+def test_no_messages_are_as_if_left_out(client):
+    answers = [client.post("/tokenize", json={"prompt": "Hi", **more}).json() for more in ({}, {"messages": None})]
+    assert answers[0] == answers[1]
+
+
 def test_tokenize_a_chat(client, tokenizer):
     answer = client.post("/tokenize", json={"messages": [{"role": "user", "content": "Hi"}]}).json()
     assert tokenizer.decode(answer["tokens"]).endswith("<|im_start|>assistant\n")

@@ -226,6 +226,23 @@ def test_refused(client, engine, name):
     assert engine.requests == []
 
 
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        ('"text": {"format": {"type": "text", "x": [1e999]}}', "text.format"),
+        ('"tools": [{"type": "function", "name": "a", "parameters": {"x": -1e999}}]', "tools[0].parameters"),
+        ('"metadata": {"a": 1e999}', "metadata.a"),
+    ],
+    ids=["format", "tools", "metadata"],
+)
+def test_numbers_that_no_answer_could_repeat(client, engine, field, param, stream):
+    content = f'{{"input": "Hi", "stream": {json.dumps(stream)}, {field}}}'
+    response = client.post(PATH, content=content, headers={"content-type": "application/json"})
+    assert (response.status_code, response.json()["error"]["param"]) == (400, param)
+    assert engine.requests == []
+
+
 def test_wrong_model(client):
     response = post(client, model="gpt-5")
     assert (response.status_code, response.json()["error"]["code"]) == (404, "model_not_found")

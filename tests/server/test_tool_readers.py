@@ -74,6 +74,7 @@ TEXTS = {
         '<tool_call>{"name": ["f"]}</tool_call>',
         '<tool_call>{"name": "f", "arguments": 3}</tool_call>',
         '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
+        '<tool_call>{"name": "f", "arguments": {"a": [-1e999]}}</tool_call>',
         "<tool_call>{'name': 'f', 'arguments': {}}</tool_call>",
         '<tool_call>{"name": "f", "arguments": {}',
         "<tool_call>",
@@ -91,6 +92,7 @@ TEXTS = {
         "[TOOL_CALLS]" + "x" * 400,
         "[TOOL_CALLS][]",
         "[TOOL_CALLS]f[ARGS]{'a': 1}",
+        '[TOOL_CALLS]f[ARGS]{"a": 1e999}',
     ],
     "llama3_json": [
         "No.",

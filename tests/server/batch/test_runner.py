@@ -8,10 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from foveate.server.batch.endpoints import ENDPOINTS
+from foveate.server.batch.endpoints import ENDPOINTS, prepare
 from foveate.server.batch.errors import BatchError, EngineStopped
 from foveate.server.batch.ledger import Ledger
 from foveate.server.batch.runner import BatchRunner, Source, open_input
+from foveate.server.errors import ApiError
 from foveate.server.exceptions import BadLogits, EngineDead, QueueFull, StepFailed
 from foveate.server.json_text import json_text
 from foveate.server.settings import Settings
@@ -238,6 +239,41 @@ def test_a_full_queue_is_waited_for(batch, engine, monkeypatch):
 
     engine.submit = full_at_first
     assert batch([chat_line("a")])["a"]["response"]["status_code"] == 200
+
+
+@pytest.mark.parametrize("times", [2, 9])
+def test_a_line_that_could_not_be_read_in_time_is_tried_again(batch, monkeypatch, times):
+    monkeypatch.setattr("foveate.server.batch.runner.QUEUE_SECONDS", 0.001)
+    tries = []
+
+    async def busy_at_first(*given):
+        tries.append(given)
+        if len(tries) <= times:
+            raise ApiError(503, "x", code="grammar_timeout")
+        return await prepare(*given)
+
+    monkeypatch.setattr("foveate.server.batch.runner.prepare", busy_at_first)
+    assert batch([chat_line("a")])["a"]["response"]["status_code"] == (200 if times < 3 else 503)
+    assert len(tries) == 3
+
+
+def test_a_line_is_left_undone_where_no_request_is_taken(batch, engine, monkeypatch):
+    monkeypatch.setattr("foveate.server.batch.runner.QUEUE_SECONDS", 0.001)
+
+    tries = []
+
+    async def busy(*given):
+        tries.append(given)
+        engine.state = "draining"
+        raise ApiError(503, "x", code="grammar_timeout")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("foveate.server.batch.runner.prepare", busy)
+        with pytest.raises(EngineStopped):
+            batch([chat_line("a")])
+    assert len(tries) == 1
+    engine.state = "ready"
+    assert batch()["a"]["response"]["status_code"] == 200
 
 
 @pytest.mark.parametrize(
