@@ -53,5 +53,5 @@ bench: setup ## measure speed on this machine
 
 clean: ## remove .venv and everything that was built
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	rm -f $(addprefix sparse_attn/ops/native/*.so,.1 .new)
+	rm -f sparse_attn/ops/native/*.so.*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

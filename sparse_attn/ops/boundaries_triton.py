@@ -49,7 +49,7 @@ def plan(scores: torch.Tensor, limits: torch.Tensor, threshold: float, distance:
     arguments = {
         "scores": scores.contiguous(),
         # No more rounds than there are picks, as a request may ask for more than 32 bits hold.
-        "limits": limits.clamp(max=-(-scores.shape[1] // (distance + 1))).int(),
+        "limits": limits.clamp(max=-(-length // (distance + 1))).int(),
         "picked": picked,
         "length": length,
         "threshold": threshold,

@@ -241,20 +241,23 @@ def test_a_full_queue_is_waited_for(batch, engine, monkeypatch):
     assert batch([chat_line("a")])["a"]["response"]["status_code"] == 200
 
 
-@pytest.mark.parametrize("times", [2, 9])
-def test_a_line_that_could_not_be_read_in_time_is_tried_again(batch, monkeypatch, times):
+@pytest.mark.parametrize(
+    ("code", "times", "tries", "status"),
+    [("grammar_timeout", 2, 3, 200), ("grammar_timeout", 9, 3, 503), ("text_timeout", 2, 1, 503)],
+)
+def test_a_line_that_found_no_time_is_tried_again(batch, monkeypatch, code, times, tries, status):
     monkeypatch.setattr("foveate.server.batch.runner.QUEUE_SECONDS", 0.001)
-    tries = []
+    seen = []
 
     async def busy_at_first(*given):
-        tries.append(given)
-        if len(tries) <= times:
-            raise ApiError(503, "x", code="grammar_timeout")
+        seen.append(given)
+        if len(seen) <= times:
+            raise ApiError(503, "x", code=code)
         return await prepare(*given)
 
     monkeypatch.setattr("foveate.server.batch.runner.prepare", busy_at_first)
-    assert batch([chat_line("a")])["a"]["response"]["status_code"] == (200 if times < 3 else 503)
-    assert len(tries) == 3
+    assert batch([chat_line("a")])["a"]["response"]["status_code"] == status
+    assert len(seen) == tries
 
 
 def test_a_line_is_left_undone_where_no_request_is_taken(batch, engine, monkeypatch):
