@@ -29,7 +29,9 @@ def quantize_rows(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tenso
     return (x * steps).round(), worth
 
 
-def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation_bits: int) -> torch.Tensor:
+def linear(
+    x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activation_bits: int, *, as_bytes: bool = False
+) -> torch.Tensor:
     """``x [T, K] @ weight.T + bias``, in float32 but for the rounding of ``x`` and the weight; ``[T, N]`` as ``x``.
 
     Args:
@@ -37,6 +39,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activatio
         weight: Quantised.
         bias: float32 ``[N]`` padded to 16.
         activation_bits: 8 or 16, see ``quantize_rows``; 8 bits behind 4-bit weights are rounded by groups as these are.
+        as_bytes: A 4-bit weight is taken as ``Int4Weight.as_bytes`` has it.
     """
     if activation_bits == 8 and not isinstance(weight, Int8Weight):
         padded = functional.pad(x, (0, -weight.in_channels % GROUP))
@@ -50,7 +53,7 @@ def linear(x: torch.Tensor, weight: Weight, bias: torch.Tensor | None, activatio
         whole = (weight.exact() / torch.where(scales > 0, scales, 1.0)[:, None]).round()
         out = functional.linear(rounded, whole) * (worth * scales)
     else:
-        out = functional.linear(rounded, weight.exact()) * worth
+        out = functional.linear(rounded, weight.as_bytes() if as_bytes else weight.exact()) * worth
     if bias is not None:
         out = out + bias[: weight.out_channels]
     return out.to(x.dtype)

@@ -17,6 +17,7 @@ BLOCK = 16  # output channels side by side
 DEPTH = 64  # input channels are padded to a multiple of it
 GROUP = 32  # input channels that share a step and a zero in 4 bits
 REFITS = 2  # of step and zero to the rounded weights; a third gains nothing
+PIECE = 16  # groups that share a unit where weights of 4 bits are multiplied as bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -94,10 +95,32 @@ class Int4Weight:
 
     def exact(self) -> torch.Tensor:
         """The weight that the values stand for, float32 ``[N, K]``."""
-        blocks, groups = self.values.shape[:2]
-        fours = torch.cat([self.values & 15, self.values >> 4], dim=2).float()  # [N/16, K/32, 8, 16, 4]
+        fours, steps, zeros = self._parts()
+        return self._in_rows(fours * steps + zeros)
+
+    def as_bytes(self) -> torch.Tensor:
+        """The same as kernels with dot products of bytes take it for many rows, float32 ``[N, K]``.
+
+        An output channel has a unit in ``PIECE`` groups, a 127th of its largest weight there. Step and zero are rounded
+        to 256ths of it, and what they make to whole units.
+        """
+        fours, steps, zeros = self._parts()
+        largest = torch.maximum(zeros.abs(), (15 * steps + zeros).abs())
+        pieces = [largest[:, first : first + PIECE] for first in range(0, largest.shape[1], PIECE)]
+        largest = torch.cat([piece.amax(1, keepdim=True).expand_as(piece) for piece in pieces], dim=1)
+        parts = torch.tensor(127.0 * 256.0) / largest.clamp_min(2.0**-100)  # smaller ones count as nothing
+        levels = ((fours * (steps * parts).round() + (zeros * parts).round() + 128) / 256).floor()
+        return self._in_rows(levels * (largest / 127))
+
+    def _parts(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Values ``[N/16, K/32, 8, 16, 4]``, steps and zeros ``[N/16, K/32, 1, 16, 1]``, all float32."""
+        fours = torch.cat([self.values & 15, self.values >> 4], dim=2).float()
         steps, zeros = self.groups.float()[:, :, :, None, :, None].unbind(2)
-        rows = (fours * steps + zeros).permute(0, 3, 1, 2, 4).reshape(blocks * BLOCK, groups * GROUP)
+        return fours, steps, zeros
+
+    def _in_rows(self, fours: torch.Tensor) -> torch.Tensor:
+        blocks, groups = fours.shape[:2]
+        rows = fours.permute(0, 3, 1, 2, 4).reshape(blocks * BLOCK, groups * GROUP)
         return rows[: self.out_channels, : self.in_channels]
 
 

@@ -54,6 +54,11 @@ def isa(request):
     return request.param
 
 
+def takes_bytes(isa: str, rows: int) -> bool:
+    """Are 4-bit weights multiplied as bytes?"""
+    return isa != "avx2" and rows >= 64
+
+
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -69,7 +74,8 @@ def test_kernels_equal_the_reference(isa, kind, shape, dtype, biased):
     if kind in fewest and len(x) >= fewest[kind]:  # x is not rounded then
         want = functional.linear(x.float(), quantized.exact(), bias[: len(weight)] if biased else None).to(dtype)
     else:
-        want = linear_torch.linear(x, quantized, bias if biased else None, bits)
+        as_bytes = kind == "int4" and takes_bytes(isa, len(x))
+        want = linear_torch.linear(x, quantized, bias if biased else None, bits, as_bytes=as_bytes)
     assert got.dtype == dtype
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
 
@@ -112,14 +118,21 @@ def test_widened_weight_is_the_exact_one(isa):
 
 
 def test_many_rows_of_4_bits_are_computed_as_few(isa):
-    x, weight, _ = made(67, 1600, 48)  # cut into items, the last of which has few rows, after whole panels
+    rows = 63 if takes_bytes(isa, 67) else 67  # cut into items, the last of which has few rows, after whole panels
+    x, weight, _ = made(rows, 1600, 48)
     linear = linear_native.NativeLinear(Int4Weight.of(weight), None, 8, isa=isa)
     many = linear(x)
     for few in (1, 4):
         assert torch.equal(many, torch.cat([linear(part) for part in x.split(few)]))
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+def test_rows_multiplied_as_bytes_are_the_same_in_any_call(isa):
+    x, weight, _ = made(230, 1600, 48)
+    linear = linear_native.NativeLinear(Int4Weight.of(weight), None, 8, isa=isa)
+    assert torch.equal(linear(x), torch.cat([linear(part) for part in x.split([64, 67, 99])]))
+
+
+@pytest.mark.parametrize("rows", [2, 40, 70])
 def test_steps_of_4_bits_may_be_of_any_size(isa, rows):
     """Groups of 32 whose weights are 1 to 2^-60 times as large, and all of them 0."""
     x, weight, _ = made(rows, 1600, 48)
@@ -129,11 +142,11 @@ def test_steps_of_4_bits_may_be_of_any_size(isa, rows):
     weight[41] *= 2.0**-30
     quantized = Int4Weight.of(weight)
     got = linear_native.NativeLinear(quantized, None, 8, isa=isa)(x)
-    want = linear_torch.linear(x, quantized, None, 8)
+    want = linear_torch.linear(x, quantized, None, 8, as_bytes=takes_bytes(isa, rows))
     assert bool(((got - want).abs() <= 3e-4 * want.abs().amax(0)).all())
 
 
-@pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.parametrize("rows", [2, 40, 70])
 @pytest.mark.parametrize("bad", [torch.inf, torch.nan], ids=["inf", "nan"])
 def test_weights_of_4_bits_that_are_not_numbers_show(isa, rows, bad):
     x, weight, _ = made(rows, 128, 48)

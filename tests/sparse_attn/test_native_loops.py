@@ -30,6 +30,7 @@ LOOPS = {
     "anchors-bytes": (r"ByteEngine.*multiply", "vpdpbusd", 24, 0),
     "linear-8-bits": (r"Lanes16.*multiply8ILi6ELi1ELi4", "vpdpbusd", 24, 0),
     "linear-4-bits": (r"Lanes16.*multiply4ILi4ELi1ELi2", "vpdpbusd", 64, 0),
+    "linear-4-bits-as-bytes": (r"Lanes16.*add_groupsILi4ELi2", "vpdpbusd", 64, 0),
 }
 
 

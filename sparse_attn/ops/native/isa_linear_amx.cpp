@@ -97,7 +97,6 @@ Finish finish_of(const foveate_linear& call, int planes) {
 
 void multiply(const foveate_linear& call, const Activations& input, int64_t first, int64_t last, int64_t first_block,
               int64_t last_block, void* scratch) {
-    if (call.weight_bits == 4) return Dot::multiply(call, input, first, last, first_block, last_block, scratch);
     int32_t* sums = static_cast<int32_t*>(scratch);
     const int64_t steps = input.stride / kDepth, rows = 32 / input.planes;
     const int64_t chunks = (input.stride + kMostDepth - 1) / kMostDepth;

@@ -1,4 +1,4 @@
-#include "linear_dot.h"
+#include "linear_bytes.h"
 #include "linear_lanes.h"
 
-constexpr LinearKernels kLinearAvx512Vnni = DotLinear<Lanes16>::table();
+constexpr LinearKernels kLinearAvx512Vnni = ByteLinear<Lanes16>::table();

@@ -1,4 +1,4 @@
-#include "linear_dot.h"
+#include "linear_bytes.h"
 #include "linear_lanes.h"
 
-constexpr LinearKernels kLinearAvxVnni = DotLinear<Lanes8<VnniDot8>>::table();
+constexpr LinearKernels kLinearAvxVnni = ByteLinear<Lanes8<VnniDot8>>::table();

@@ -36,6 +36,17 @@ FOVEATE_INLINE void put(const foveate_linear& call, int64_t row, int64_t channel
     else put_as<Vec, bfloat16>(call, row, channel, value);
 }
 
+// Sums [blocks][rows][kBlock] of the blocks of output channels from ``first_block`` on.
+template <class Vec>
+void put_sums(const foveate_linear& call, const float* sums, int64_t first, int64_t rows, int64_t first_block,
+              int64_t blocks) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t block = 0; block < blocks; ++block)
+            for (int c = 0; c < kBlock; c += Vec::W)
+                put<Vec>(call, first + row, (first_block + block) * kBlock + c,
+                         Vec::load(sums + (block * rows + row) * kBlock + c));
+}
+
 template <class Isa>
 struct DotLinear {
     using Vec = typename Isa::Vec;
@@ -284,7 +295,6 @@ struct DotLinear {
     }
 
     static void nothing() {}
-    static constexpr LinearKernels table() { return {LinearInput<Isa>::quantize, multiply, widen, 0, 1, kPanel, nothing, nothing}; }
 };
 
 }  // namespace

@@ -195,11 +195,7 @@ inline void multiply_nibbles(const foveate_linear& call, const Activations& inpu
             }
         }
     }
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t block = 0; block < blocks; ++block)
-            for (int j = 0; j < 2; ++j)
-                put<Vec8>(call, first + row, (first_block + block) * kBlock + j * Vec8::W,
-                          Vec8::load(sums + (block * rows + row) * kBlock + j * Vec8::W));
+    put_sums<Vec8>(call, sums, first, rows, first_block, blocks);
 }
 
 }  // namespace
