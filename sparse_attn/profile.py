@@ -54,11 +54,18 @@ class Profile:
         return json.dumps({"version": VERSION, **about, "data_hash": self.data_hash}, sort_keys=True)
 
     def save(self, path: str | Path) -> None:
-        """Writes the file whole, or not at all."""
+        """Writes the file whole, or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
         target = Path(path)
         part = target.with_name(f".{target.name}.part")
         tensors = {name: tensor.contiguous() for name, tensor in self.tensors.items()}
-        save_file(tensors, part, metadata={FORMAT: self._header(), "digest": self.digest})
+        try:
+            save_file(tensors, part, metadata={FORMAT: self._header(), "digest": self.digest})
+        except SafetensorError as error:  # a full disk among others
+            raise OSError(f"{target} cannot be written: {error}") from error
         part.replace(target)
 
     @classmethod

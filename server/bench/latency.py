@@ -45,7 +45,7 @@ def run(given: Namespace, settings: Settings) -> int:
     """Measures what is missing in ``given.output``, and reports on all that is there.
 
     Returns:
-        Exit code: 1 if nothing could be measured.
+        Exit code: 1 if nothing could be measured, or not written.
     """
     try:
         with prepared(given, settings, 1, given.new_tokens) as bench:
@@ -68,8 +68,8 @@ def run(given: Namespace, settings: Settings) -> int:
         **summary(journal.lines),
         "unavailable": reasons(refused),
     }
-    print(report.finish(body, told(body), _draw))
-    return 0 if body["cells"] else 1
+    written = report.finish(body, told(body), _draw)
+    return 0 if written and body["cells"] else 1
 
 
 def _draw(directory: Path, report: Mapping[str, Any]) -> list[Path]:
@@ -153,7 +153,7 @@ class Latency:
             "label": policy.label,
             "attention": dict(policy.attention),
         }
-        reason = limit and self._too_long(length, policy, limit)
+        reason = limit and self._too_long(kind, length, policy, limit)
         if reason:
             self._skip(line, limit, reason)
             return
@@ -185,12 +185,12 @@ class Latency:
             return
         self._journal.add({**line, **_values(timing), "load": [load, load_average()]})
 
-    def _too_long(self, length: int, policy: Policy, limit: float) -> str | None:
+    def _too_long(self, kind: str, length: int, policy: Policy, limit: float) -> str | None:
         """Why a prompt would exceed the limit; ``None`` if it might not."""
         for line in self._journal.lines:
             if line["digest"] != policy.digest or line["length"] > length:
                 continue
-            if line["kind"] == "skipped" and line["limit_seconds"] >= limit:
+            if _tells_of(line, kind) and line["limit_seconds"] >= limit:
                 return (
                     f"{line['length']} tokens took longer than {limit:g} s"
                     if line["length"] < length
@@ -208,9 +208,9 @@ class Latency:
 
     def _skip(self, line: Mapping[str, Any], limit: float, reason: str) -> None:
         """Notes it once per length and policy."""
-        key = ("skipped", line["length"], line["digest"], limit)
+        key = (line["length"], line["digest"], limit)
         for seen in self._journal.lines:
-            if key == (seen["kind"], seen["length"], seen["digest"], seen.get("limit_seconds")):
+            if _tells_of(seen, line["kind"]) and key == (seen["length"], seen["digest"], seen["limit_seconds"]):
                 return
         self._journal.add({**line, "kind": "skipped", "what": line["kind"], "limit_seconds": limit, "reason": reason})
 
@@ -224,6 +224,11 @@ class Latency:
         cause = error.__cause__ or error
         log.debug("%s failed", policy.label, exc_info=error)
         self.failed[policy.digest] = Refused(policy.attention, f"{type(cause).__name__}: {cause}")
+
+
+def _tells_of(line: Mapping[str, Any], kind: str) -> bool:
+    """Whether a line says that ``kind`` takes too long: a watched run is slower, and says nothing of plain ones."""
+    return line["kind"] == "skipped" and line["what"] in ("run", kind)
 
 
 def _values(timing: Timing) -> dict[str, Any]:

@@ -35,7 +35,7 @@ def run(given: Namespace) -> int:
     """Measures and reports.
 
     Returns:
-        Exit code: 1 if nothing could be measured.
+        Exit code: 1 if nothing could be measured, or not written.
     """
     try:
         device = device_of(given.device)
@@ -56,8 +56,7 @@ def run(given: Namespace) -> int:
     except (EngineError, ValueError, RuntimeError, OSError) as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
-    print(report.finish({"rows": rows}, _told(rows), _draw))
-    return 0
+    return 0 if report.finish({"rows": rows}, _told(rows), _draw) else 1
 
 
 @torch.inference_mode()

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -31,14 +34,19 @@ class Report:
         device: Where it is measured.
 
     Raises:
-        OSError: the output directory cannot be made: said now, not after hours.
+        OSError: the results cannot be written: said now, not after hours.
     """
 
     def __init__(self, kind: str, given: Namespace, device: torch.device) -> None:
         self.kind = kind
-        self._given = given
+        self._target: Path | None = None
         if given.output is not None:
             given.output.mkdir(parents=True, exist_ok=True)
+            self._target = given.output / f"{kind}.json"
+            if self._target.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._target))
+            _part_of(self._target).open("wb").close()
+            _part_of(self._target).unlink()
         self._about: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -54,35 +62,57 @@ class Report:
         body: Mapping[str, Any],
         text: str,
         draw: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None,
-    ) -> str:
-        """Writes ``KIND.json`` and the plots if there is an output directory; returns what is to be printed.
+    ) -> bool:
+        """Prints the tables; writes ``KIND.json`` and the plots if there is an output directory.
 
         Args:
             body: The rest of the JSON object.
             text: Tables for a reader.
             draw: Writes plots of the whole object into a directory. May raise ``ImportError``.
+
+        Returns:
+            Whether all was written that should be; standard error tells what was not.
         """
         load = {"start": self._load, "end": load_average()}
         whole = {**self._about, "load_average": load, **body}
         machine = self._about["machine"]
-        told = [
-            text,
+        about = (
             f"{machine['cpu']} ({machine['kernels'] or 'no native kernels'}), {machine['threads']} threads of "
-            f"{machine['cores']} cores on {machine['device']}; load average {load['start']} to {load['end']}",
-        ]
-        directory: Path | None = self._given.output
-        if directory is not None:
-            target = directory / f"{self.kind}.json"
-            part = target.with_name(f".{target.name}.part")
-            part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
-            part.replace(target)
-            names = [target.name]
-            try:
-                names += [path.name for path in draw(directory, whole)] if draw else []
-            except ImportError:
-                told.append("No plots: matplotlib is missing. Get it with `pip install 'foveate[bench]'`.")
-            told.append(f"written to {directory}: {', '.join(names)}")
-        return "\n\n".join(part for part in told if part)
+            f"{machine['cores']} cores on {machine['device']}; load average {load['start']} to {load['end']}"
+        )
+        # First, so that nothing that goes wrong behind it takes them away.
+        print("\n\n".join(part for part in (text, about) if part), flush=True)
+        if self._target is None:
+            return True
+        try:
+            told = _write(self._target, whole, draw)
+        except OSError as error:
+            print(f"foveate: the results are not all written: {error}", file=sys.stderr)
+            return False
+        print(told)
+        return True
+
+
+def _write(target: Path, whole: Mapping[str, Any], draw: Callable[[Path, Mapping[str, Any]], list[Path]] | None) -> str:
+    """Writes a report and its plots; returns what is to be printed of that.
+
+    Raises:
+        OSError: something could not be written.
+    """
+    part = _part_of(target)
+    part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
+    part.replace(target)
+    names, missing = [target.name], ""
+    try:
+        names += [path.name for path in draw(target.parent, whole)] if draw else []
+    except ImportError:
+        missing = "\nNo plots: matplotlib is missing. Get it with `pip install 'foveate[bench]'`.\n"
+    return f"{missing}\nwritten to {target.parent}: {', '.join(names)}"
+
+
+def _part_of(target: Path) -> Path:
+    """Where a file is written, to be put in its place whole."""
+    return target.with_name(f".{target.name}.part")
 
 
 def model_facts(loaded: LoadedModel, options: EngineOptions) -> dict[str, Any]:

@@ -46,7 +46,7 @@ def run(given: Namespace) -> int:
     """Measures and reports.
 
     Returns:
-        Exit code: 1 if nothing could be measured.
+        Exit code: 1 if nothing could be measured, or not written.
     """
     try:
         from .client import Client, ServerError
@@ -77,8 +77,8 @@ def run(given: Namespace) -> int:
         "cells": [cell(load) for load in loads],
         "unavailable": refused,
     }
-    print(report.finish(body, _told(body, given), _draw if loads else None))
-    return 0 if loads else 1
+    written = report.finish(body, _told(body, given), _draw if loads else None)
+    return 0 if written and loads else 1
 
 
 async def _measure(

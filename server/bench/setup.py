@@ -87,17 +87,8 @@ def prepared(given: Namespace, settings: Settings, max_running: int, new_tokens:
     if given.threads:
         torch.set_num_threads(given.threads)
     attentions = wanted(given)
-    # What was computed before must not help: neither pages in memory nor pages on disk. Nor is a server's audit or
-    # limit, from the environment, a matter here.
-    options = replace(
-        EngineOptions.of(settings),
-        prefix_reuse=False,
-        cache_dir=None,
-        attention=None,
-        audit_rate=0.0,
-        max_context=None,
-        max_running=max_running,
-    )
+    # What was computed before must not help.
+    options = replace(EngineOptions.of(settings), prefix_reuse=False, max_running=max_running)
     # In a thread that ends with it, as ``Engine.load`` does and for its reason: the engine computes in one of its own.
     with ThreadPoolExecutor(1, "foveate-load") as loader:
         loaded, made = loader.submit(_load, given, options, attentions).result()

@@ -32,7 +32,7 @@ def run(given: Namespace, settings: Settings) -> int:
     """Measures and reports.
 
     Returns:
-        Exit code: 1 if nothing could be measured.
+        Exit code: 1 if nothing could be measured, or not written.
     """
     try:
         # No more contexts than requests, or the pool's statistics would take memory that nobody uses.
@@ -51,8 +51,8 @@ def run(given: Namespace, settings: Settings) -> int:
         "cells": cells,
         "unavailable": reasons([*bench.refused, *failed]),
     }
-    print(report.finish(body, _told(body, given), _draw))
-    return 0 if cells else 1
+    written = report.finish(body, _told(body, given), _draw)
+    return 0 if written and cells else 1
 
 
 def measure(given: Namespace, bench: Bench) -> tuple[dict[str, list[dict[str, Any]]], list[Refused]]:

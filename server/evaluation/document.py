@@ -46,13 +46,16 @@ def compose(
         raise ValueError(f"{tokens} tokens have no room for the {bare} that the task itself needs")
     filler: list[str] = []
     lengths: list[int] = []
-    while bare + sum(lengths) < tokens:
-        filler.append(next(stream))
-        lengths.append(len(encode(" " + filler[-1])))
 
     def text(opening: str) -> str:
         return _join(head, opening, filler, lengths, planted, tail)
 
+    # A tokenizer may need fewer tokens for sentences in a row than for each alone: then more of them follow.
+    while (room := tokens - len(encode(text("")))) > 0:
+        while room > 0:
+            filler.append(next(stream))
+            lengths.append(own_tokens(encode, " " + filler[-1]))
+            room -= lengths[-1]
     while filler and len(encode(text(""))) > tokens:
         filler.pop()
         lengths.pop()
@@ -61,6 +64,11 @@ def compose(
         if len(encode(text(opening))) <= tokens:
             return text(opening)
     return text("")
+
+
+def own_tokens(encode: Encode, text: str) -> int:
+    """Tokens of ``text`` inside a longer one: without those that every text begins or ends with."""
+    return len(encode(text)) - len(encode(""))
 
 
 def _endings(words: list[str]) -> Iterator[str]:

@@ -85,9 +85,9 @@ def run(given: Namespace, settings: Settings) -> int:
     """Runs what is missing in ``given.output``, and reports on all that is there.
 
     Returns:
-        Exit code: 1 if nothing could be run.
+        Exit code: 1 if nothing could be run, or the report not be written.
     """
-    options = replace(EngineOptions.of(settings), prefix_reuse=False, cache_dir=None)
+    options = replace(EngineOptions.of(settings), prefix_reuse=False)
     try:
         wanted = policies.choices(schemes_of(given), options_of(given.option), given.policy, given.budgets)
         loaded = load(options)
@@ -104,7 +104,7 @@ def run(given: Namespace, settings: Settings) -> int:
     # The pool is made for so many contexts as run at once, so the context is no longer than needed.
     loaded = replace(loaded, context_length=longest)
     try:
-        engine = Engine(loaded, replace(options, max_running=BATCH.get(loaded.device.type, 1), attention=None))
+        engine = Engine(loaded, replace(options, max_running=BATCH.get(loaded.device.type, 1)))
     except EngineError as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
@@ -125,7 +125,12 @@ def run(given: Namespace, settings: Settings) -> int:
         return 1
     finally:
         engine.shutdown(0)
-    print(write_report(given.output, trials, refused))
+    try:
+        told = write_report(given.output, trials, refused)
+    except OSError as error:
+        print(f"foveate: {error}; every trial is kept: the same command writes them up", file=sys.stderr)
+        return 1
+    print(told)
     return 0
 
 

@@ -15,10 +15,10 @@ from dataclasses import dataclass
 from enum import Enum
 from itertools import pairwise, takewhile
 
-from .document import Encode, Planted, compose
+from .document import Encode, Planted, compose, own_tokens
 
 # Raised when a task is made in another way, so that results of both are not mixed.
-VERSION = 3
+VERSION = 4
 
 _PLACES = (
     "Ankara", "Athens", "Bergen", "Bogota", "Bremen", "Cairo", "Cork", "Dakar", "Dallas", "Denver", "Dublin", "Geneva",
@@ -197,7 +197,9 @@ def _prompt(
     asked: Sequence[tuple[str, str, float | None]],
 ) -> Prompt:
     """A prompt whose turns have the texts, answers and depths ``asked``."""
-    turns = tuple(Turn(text, answer, len(encode(f" {answer}")) + _SPARE_TOKENS, depth) for text, answer, depth in asked)
-    later = sum(len(encode(turn.text.format(before.answer))) for before, turn in pairwise(turns))
+    turns = tuple(
+        Turn(text, answer, own_tokens(encode, f" {answer}") + _SPARE_TOKENS, depth) for text, answer, depth in asked
+    )
+    later = sum(own_tokens(encode, turn.text.format(before.answer)) for before, turn in pairwise(turns))
     room = length - later - sum(turn.tokens for turn in turns)
     return Prompt(compose(rng, encode, room, planted, tail=turns[0].text), turns)

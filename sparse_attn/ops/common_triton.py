@@ -20,6 +20,25 @@ def soft_cap(logits, CAP: tl.constexpr):
 
 
 @triton.jit
+def places(
+    indices,  # selection row
+    count,
+    end,
+    UNIT: tl.constexpr,
+    BLOCK_KEYS: tl.constexpr,
+):
+    """Places that ``count`` units take: all of theirs, but of the last one none from position ``end`` on.
+
+    Where a unit is not longer than a block of keys, the end of the last one saves no block, and is left on.
+    """
+    stop = count * UNIT
+    if UNIT > BLOCK_KEYS:
+        last = tl.load(indices + count - 1, mask=count > 0, other=0)
+        stop = tl.maximum(stop - tl.minimum(tl.maximum((last + 1) * UNIT - end, 0), UNIT), 0)
+    return stop
+
+
+@triton.jit
 def attend(
     query,  # [BLOCK_ROWS, BLOCK_DIM]
     position,  # [BLOCK_ROWS] position of each row's query

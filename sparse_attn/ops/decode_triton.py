@@ -12,7 +12,7 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
-from .common_triton import LOG2E, attend, finish
+from .common_triton import LOG2E, attend, finish, places
 from .launch import PER_STEP, Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, decode_tiling, power_of_two, unit_of
 
@@ -69,8 +69,9 @@ def decode_kernel(
         chosen = None
     else:
         start = 0
-        stop = tl.load(counts + sequence * counts_stride + head) * UNIT
         chosen = indices + sequence.to(tl.int64) * indices_stride + head * indices_head_stride
+        count = tl.load(counts + sequence * counts_stride + head)
+        stop = places(chosen, count, context - nearest, UNIT, BLOCK_KEYS)
     # The splits share what this sequence has, not what the longest has: their number is fixed by
     # shapes, their length by data. Those left without keys store weight zero.
     blocks = tl.cdiv(tl.maximum(stop - start, 0), BLOCK_KEYS)

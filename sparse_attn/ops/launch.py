@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,7 +41,15 @@ class Launch:
         return options
 
     def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+        """On the GPU that holds the arguments: left alone, Triton takes the calling thread's, by default the first."""
+        device = next(value.device for value in self.arguments.values() if isinstance(value, torch.Tensor))
+        with on_device(device):
+            self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def on_device(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the calling thread's GPU, of kernels, streams and events; nothing for a CPU."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 def last_dim_dense(tensor: torch.Tensor) -> torch.Tensor:

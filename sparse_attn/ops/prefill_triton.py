@@ -12,7 +12,7 @@ from foveate.kv_cache.view import PagedView
 
 from ..protocol import AttentionSpec
 from ..selection import Selection
-from .common_triton import attend, finish
+from .common_triton import attend, finish, places
 from .launch import PER_STEP, Launch, key_arguments, last_dim_dense, selection_arguments
 from .tiling import Tiling, power_of_two, prefill_tiling, unit_of
 
@@ -117,8 +117,9 @@ def prefill_kernel(
             start = tl.maximum(first_position - farthest + 1, 0) // BLOCK_KEYS * BLOCK_KEYS
         chosen = None
     else:
-        stop = tl.load(counts + owner * counts_stride + head) * UNIT
         chosen = indices + owner.to(tl.int64) * indices_stride + head * indices_head_stride
+        count = tl.load(counts + owner * counts_stride + head)
+        stop = places(chosen, count, last_position - nearest + 1, UNIT, BLOCK_KEYS)
     acc, peak, total = attend(
         tile, position, acc, peak, total, start, stop, context, keys, values, table, chosen,
         scale, nearest, farthest, PAGE_STRIDE, ROW_STRIDE, SOFTCAP, UNIT, PAGE_SIZE,

@@ -12,6 +12,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
+from foveate.patches import interface
 from foveate.patches.errors import PatchError, UnsupportedCall, UnsupportedModel
 from foveate.patches.interface import NAME, PackedStep, no_mask, paged_attention, register
 from foveate.patches.step import build_step
@@ -85,6 +86,36 @@ def test_padding_is_neither_read_nor_written(manager):
             enable_gqa=True,
         )
         assert torch.allclose(out[row, first:], alone[0].transpose(0, 1), atol=1e-5)
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 2), (4, 1)])
+@pytest.mark.parametrize("layout", ["tokens", "heads", "slices"])
+def test_strides_are_the_same_for_any_number_of_tokens(layout, heads, kv_heads, monkeypatch):
+    """GPU kernels are compiled for them: in the middle of an answer that takes up to a second."""
+    seen = []
+
+    def write(keys, values, pages, slots):
+        seen.append((keys.stride(), values.stride()))
+
+    def attend(queries, layer, step):
+        seen.append(queries.stride())
+        return queries
+
+    monkeypatch.setattr(interface.ops, "write_kv", write)
+    monkeypatch.setattr(interface, "attend", attend)
+    manager = KVCacheManager(PagePool(CacheGeometry(1, kv_heads, 8, 16, 8)), prefix_reuse=False)
+
+    def laid_out(count, length):
+        if layout == "heads":
+            return torch.zeros(1, count, length, 8)
+        several = torch.zeros(1, length, count if layout == "tokens" else 3 * count, 8)
+        return several[:, :, -count:].transpose(1, 2)
+
+    for length in (1, 5, 7):
+        step = PackedStep(build_step(manager, [(manager.open([], b""), length)], None))
+        query, key, value = (laid_out(count, length) for count in (heads, kv_heads, kv_heads))
+        paged_attention(Layer(), query, key, value, None, foveate_step=step)
+    assert len(set(seen)) == 2, "one of keys and values, one of queries"
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from argparse import Namespace
@@ -9,7 +10,7 @@ from argparse import Namespace
 import pytest
 
 from foveate.server import cli
-from foveate.server.bench import latency
+from foveate.server.bench import latency, throughput
 from foveate.server.bench.setup import random_prompt, wanted
 from foveate.server.bench.synthetic import LetterTokenizer, load_synthetic
 from foveate.server.bench.timing import TooLong, time_request
@@ -50,6 +51,34 @@ def test_an_output_that_is_no_directory_is_told_before_anything_is_measured(tmp_
     captured = capsys.readouterr()
     assert "File exists" in captured.err
     assert not captured.out
+
+
+@pytest.mark.parametrize("what", ["latency", "throughput", "ops", "serve"])
+@pytest.mark.parametrize("taken", ["{}.json", ".{}.json.part"])
+def test_a_report_that_cannot_be_written_is_told_before_anything_is_measured(tmp_path, capsys, what, taken):
+    (tmp_path / taken.format(what)).mkdir()
+    arguments = {"serve": ("--url", "http://127.0.0.1:9"), "ops": ()}.get(what, (*TINY, "--scheme", "dense"))
+    assert cli.main(["bench", what, *arguments, "-o", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "Is a directory" in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize("fails", ["write_text", "plots"])
+def test_a_report_that_cannot_be_written_any_more_is_printed(tmp_path, monkeypatch, capsys, fails):
+    def full(*args, **kwargs):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if fails == "plots":
+        monkeypatch.setattr(throughput, "_draw", full)
+    else:
+        monkeypatch.setattr(type(tmp_path), "write_text", full)
+    arguments = ("--requests", "1", "--lengths", "40", "--new-tokens", "2", "--repeats", "1", "--scheme", "dense")
+    assert bench(tmp_path, *arguments, what="throughput") == 1
+    captured = capsys.readouterr()
+    assert "| dense |" in captured.out
+    assert "foveate: the results are not all written: [Errno 28] No space left on device" in captured.err
+    assert (tmp_path / "throughput.json").exists() == (fails == "plots")
 
 
 def test_an_answer_of_one_token(tmp_path):
@@ -164,6 +193,26 @@ def test_prompts_beyond_the_limit_are_skipped_and_told(tmp_path, monkeypatch, ca
     assert bench(tmp_path, *arguments, "--max-seconds", "7") == 0
     assert ("streaming", 64) in asked, "unless it may take longer now"
     assert ("dense", 64) in asked
+
+
+def test_a_watched_run_that_took_too_long_says_nothing_of_plain_ones(tmp_path, monkeypatch):
+    real = time_request
+
+    def slow(engine, prompt, new_tokens, scheme, clock=None, **kwargs):
+        if clock is not None:
+            raise TooLong(kwargs["limit_seconds"], 16)
+        return real(engine, prompt, new_tokens, scheme, **{**kwargs, "limit_seconds": None})
+
+    monkeypatch.setattr(latency, "time_request", slow)
+    arguments = ("--lengths", "32,64", "--new-tokens", "2", "--scheme", "dense", "--max-seconds", "100")
+    for repeats in ("1", "2"):
+        assert bench(tmp_path, *arguments, "--repeats", repeats) == 0
+        report = report_of(tmp_path)
+        assert [(cell["length"], cell["repeats"]) for cell in report["cells"]] == [
+            (32, int(repeats)),
+            (64, int(repeats)),
+        ]
+        assert [(item["length"], item["what"]) for item in report["skipped"]] == [(32, "parts"), (64, "parts")]
 
 
 def _lasting(timing, seconds):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from foveate.patches.profiles import profiles_for, shipped
 from foveate.server import calibrate, cli
 from foveate.server.calibration_text import documents, windows
 from foveate.server.llm import LLM
+from foveate.server.options import EngineOptions
 from foveate.server.request import SamplingParams
 from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing, ProfileError
@@ -180,6 +182,17 @@ def test_what_cannot_be_is_said(options, said, model_dir, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_disk_that_fills_is_said(model_dir, tmp_path, capsys):
+    bytes_before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, bytes_before[1]))
+    try:
+        assert run(model_dir, tmp_path / "profile") == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, bytes_before)
+    assert "profile.partial cannot be written: " in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
 def test_settings_that_are_no_flags_here_are_not_taken_from_the_environment(profile_file, tmp_path, monkeypatch):
     seen = []
 
@@ -190,8 +203,10 @@ def test_settings_that_are_no_flags_here_are_not_taken_from_the_environment(prof
     monkeypatch.setattr(calibrate, "load", load)
     for name, value in {"QUANTIZATION": "int8", "PROFILE": str(profile_file), "CACHE_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(f"FOVEATE_{name}", value)
+    monkeypatch.setenv("FOVEATE_MAX_CONTEXT", "16")
+    monkeypatch.setenv("FOVEATE_KV_DTYPE", "int8")
     assert run("model", tmp_path / "out") == 1
-    assert [(one.quantization, one.profile, one.cache_dir) for one in seen] == [("none", (), None)]
+    assert seen == [EngineOptions("model", dtype="float32")]
 
 
 def test_a_text_too_short_is_refused(model_dir, tmp_path, capsys):

@@ -7,12 +7,14 @@ import random
 import threading
 import time
 import uuid
+from contextlib import contextmanager
 from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from foveate.server import engine as engine_module
 from foveate.server.engine import Engine
 from foveate.server.exceptions import (
     BadLogits,
@@ -44,6 +46,22 @@ def make_engine(model_dir):
     yield make
     for engine in engines:
         engine.shutdown(0)
+
+
+def test_the_computing_thread_is_on_the_models_device(make_engine, monkeypatch):
+    """Streams and events that name no device are those of the thread's GPU."""
+    seen = []
+
+    @contextmanager
+    def on_device(device):
+        seen.append((device, threading.current_thread().name))
+        yield
+        seen.append("left")
+
+    monkeypatch.setattr(engine_module, "on_device", on_device)
+    engine = make_engine()
+    assert LLM.over(engine).generate([[1, 2, 3]], GREEDY)
+    assert seen == [(torch.device("cpu"), "foveate-engine")]
 
 
 def prompts_of(*lengths, seed=0):

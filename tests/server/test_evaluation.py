@@ -410,6 +410,16 @@ def test_a_document_cache_of_the_environment_is_left_alone(long_dir, tmp_path, m
     assert not (tmp_path / "cache").exists()
 
 
+def test_a_report_that_cannot_be_written_loses_no_trial(long_dir, tmp_path, capsys):
+    arguments = ["--tasks", "needle", "--lengths", str(LENGTH), "--depths", "0.5", "--scheme", "dense"]
+    (tmp_path / report.FILE).mkdir()
+    assert evaluate(long_dir, *arguments, output=tmp_path) == 1
+    assert "every trial is kept: the same command writes them up" in capsys.readouterr().err
+    (tmp_path / report.FILE).rmdir()
+    assert evaluate(long_dir, *arguments, output=tmp_path) == 0
+    assert "| dense |" in capsys.readouterr().out
+
+
 def test_a_second_run_adds_what_is_missing(long_dir, tmp_path, capsys):
     arguments = ["--tasks", "needle", "--lengths", str(LENGTH), "--depths", "0.5"]
     assert evaluate(long_dir, *arguments, "--scheme", "dense", output=tmp_path) == 0

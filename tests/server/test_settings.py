@@ -131,6 +131,33 @@ def test_settings_make_engine_options():
         assert getattr(EngineOptions("m"), name) == Settings.model_fields[name].default
 
 
+@pytest.mark.parametrize(
+    ("module", "arguments"),
+    [
+        ("calibrate", ["calibrate", "m", "--scheme", "kascade", "-o", "profile"]),
+        ("evaluation.run", ["eval", "m", "-o", "results"]),
+        ("bench.latency", ["bench", "latency", "m"]),
+        ("bench.throughput", ["bench", "throughput", "m"]),
+    ],
+)
+def test_what_a_command_has_no_flag_for_is_not_taken_from_elsewhere(module, arguments, monkeypatch, tmp_path):
+    told = {"max_context": 16, "attention": "streaming", "cache_dir": "/x", "max_queued_tokens": 1, "step_seconds": 9}
+    file = tmp_path / "settings.toml"
+    file.write_text('max_sequences = 1\ndevice = "cuda:7"\n')
+    monkeypatch.setenv("FOVEATE_CONFIG", str(file))
+    monkeypatch.setenv("FOVEATE_PORT", "tcp://10.0.0.1:80")
+    monkeypatch.setenv("FOVEATE_DTYPE", "float16")
+    for name, value in told.items():
+        monkeypatch.setenv(f"FOVEATE_{name.upper()}", str(value))
+    seen = []
+    monkeypatch.setattr(f"foveate.server.{module}.run", lambda given, settings: seen.append(settings) or 0)
+    assert main(arguments) == 0
+    [settings] = seen
+    for name in [*told, "port", "max_sequences", "kv_cache_gib"]:
+        assert getattr(settings, name) == Settings.model_fields[name].default
+    assert (settings.dtype, settings.device) == ("float16", "cuda:7"), "these are flags of it"
+
+
 def test_profiles_add_up(tmp_path):
     files = [str(tmp_path / name) for name in "ab"]
     for file in files:

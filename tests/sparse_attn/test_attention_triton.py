@@ -95,6 +95,9 @@ ATTENTION = {
     "prefill-selected4-tile1-large-sinks": prefill(
         40, 9, queries=(12, 9), group=3, granularity=4, tile=1, facts={"sinks": [0.5, -2.0, 100.0, 1.0, 0.0, 3.0]}
     ),
+    "prefill-selected256-beyond-the-context-ring": prefill(
+        600, 17, 300, **CHUNKS, granularity=256, facts={"band": Band(5, 400)}
+    ),
     "decode-1": decode(1, group=3, tiling=None),
     "decode-lengths-g8-d128-bf16": decode(15, 16, 17, 1000, group=8, dim=128, dtype="bfloat16", tiling=None),
     "decode-d256-g3-softcap": decode(63, 600, group=3, dim=256, page_size=64, facts={"softcap": 2.0}),
@@ -109,6 +112,9 @@ ATTENTION = {
     ),
     "decode-selected64-per-query-head-sinks": decode(
         1000, 77, group=3, granularity=64, page_size=64, per_query_head=True, facts={"sinks": [0.0, 100.0, 2.0] * 2}
+    ),
+    "decode-selected256-beyond-the-context-ring": decode(
+        1000, 3, 300, group=3, granularity=256, facts={"band": Band(3, 900)}
     ),
 }  # fmt: skip
 # Head dim, page size, the pool's type and that of the rows written. None rounds to bfloat16; see above.
@@ -197,6 +203,18 @@ def run_bad_key() -> dict[str, bool]:
     spec = AttentionSpec(0.125)
     outs = {name: ops.decode(query.to(DEVICE), view, None, spec, backend=name)[0] for name in ("reference", "triton")}
     return {name: bool(out.isnan().all()) for name, out in outs.items()}
+
+
+def run_places() -> list[list[int]]:
+    """Places of rows of units of 256 tokens, up to position 700, for blocks of 64 keys and of 256."""
+    from .places_triton import places_kernel
+
+    indices = torch.tensor([[0, 1, 2], [0, 2, -1], [0, 1, -1], [2, 3, -1], [-1, -1, -1]], dtype=torch.int32)
+    counts = torch.tensor([3, 2, 2, 2, 0], dtype=torch.int32, device=DEVICE)
+    found = torch.empty(2, 5, dtype=torch.int32, device=DEVICE)
+    for row, block in zip(found, (64, 256), strict=True):
+        places_kernel[(5,)](indices.to(DEVICE), counts, row, 700, 3, 256, block)
+    return found.tolist()
 
 
 def run_far_page() -> dict[str, Any]:
@@ -294,6 +312,11 @@ def test_a_key_that_is_no_number_shows_behind_splits(measured):
     assert measured["bad-key"] == {"reference": True, "triton": True}
 
 
+def test_of_the_last_unit_nothing_behind_the_end_is_walked(measured):
+    """No result tells: what lies there is masked. But a unit may be many times as long as the context."""
+    assert measured["places"] == [[700, 444, 512, 256, 0], [768, 512, 512, 512, 0]]
+
+
 def test_addresses_beyond_32_bits(measured):
     assert measured["far-page"]["stored"], "keys: not where page 2^21 + 1 lies"
     assert measured["far-page"]["out"] < 1e-3, "out: read from elsewhere"
@@ -303,7 +326,7 @@ def main() -> None:
     teach_interpreter()
     attention = {name: partial(run_attention, case) for name, case in ATTENTION.items()}
     writes = {name: partial(run_write, *arguments) for name, arguments in WRITES.items()}
-    tell_cases(attention | writes | {"far-page": run_far_page, "bad-key": run_bad_key})
+    tell_cases(attention | writes | {"far-page": run_far_page, "bad-key": run_bad_key, "places": run_places})
 
 
 if __name__ == "__main__":
