@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import threading
 from typing import Any, Literal
 
@@ -40,7 +41,7 @@ class ChatTemplate:
         self.special = {token.content: id_ for id_, token in tokenizer.added_tokens_decoder.items() if token.special}
         self._careful: Any = None
         self._lock = threading.Lock()
-        self._control = [token for token in tokenizer.added_tokens_encoder if token and not token.isspace()]
+        self._control = _control_tokens(tokenizer)
 
     def render(self, body: ChatPromptBody) -> list[int]:
         """Token ids of the chat.
@@ -102,9 +103,9 @@ class ChatTemplate:
         while values:
             value = values.pop()
             if isinstance(value, str):
-                count += sum(value.count(token) for token in self._control)
+                count += sum(1 for _ in self._control.finditer(value))
             elif isinstance(value, dict):
-                if any(token in key for key in value for token in self._control):
+                if any(map(self._control.search, value)):
                     raise ApiError(400, "messages: a key holds a control token", param="messages", code="invalid_value")
                 values += value.values()
             elif isinstance(value, list):
@@ -140,6 +141,24 @@ class ChatTemplate:
                 code="chat_template_failed",
             ) from error
         return ids
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
+    """Finds control tokens: what is special, stands in a template, or is named by the tokenizer as one.
+
+    Other added tokens are words, such as Gemma's thousands, its tags of HTML among them. These are at least the tokens
+    that ``apply_chat_template`` takes for text where they stand in a message.
+    """
+    templates = tokenizer.chat_template or ""
+    written = "\0".join(templates.values()) if isinstance(templates, dict) else templates
+    named = tokenizer.chat_control_tokens or ()
+    tokens = [
+        token.content
+        for token in tokenizer.added_tokens_decoder.values()
+        if token.content.strip() and (token.special or token.content in written or token.content in named)
+    ]
+    longest_first = sorted(tokens, key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
 
 
 def _tool_template(tokenizer: Any) -> str:

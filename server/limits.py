@@ -1,4 +1,4 @@
-"""What a request must satisfy before the application sees it: origin, key, size, encoding, speed.
+"""What a request must satisfy before the application sees it: host, origin, key, size, encoding, speed.
 
 A plain ASGI layer outside the application, since limits must hold while a body is read.
 """
@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
 from .keys import ADMIN, OWNER, KeyRing, unauthorized
+from .names import host_in, is_address, is_loopback
 from .settings import Settings
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -31,6 +32,9 @@ class Limits:
         self._app = app
         self._settings = settings
         self._keys = keys
+        origins = settings.cors_origin
+        self._any_host = not is_loopback(settings.host) or "*" in origins
+        self._hosts = frozenset(host_in(origin.partition("://")[2]) for origin in origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -41,6 +45,7 @@ class Limits:
         headers = [(name.lower(), value) for name, value in scope["headers"]]
         try:
             self._check_headers(scope, headers)
+            self._check_host(headers)
             self._check_origin(scope, headers)
             self._check_key(scope, headers)
             if is_upload(scope, self._settings):
@@ -69,6 +74,27 @@ class Limits:
                 digits = value.lstrip(b"0")
                 if len(digits) > _MAX_LENGTH_DIGITS or int(digits or b"0") > body_limit(scope, self._settings):
                     raise self._too_large(body_limit(scope, self._settings))
+
+    def _check_host(self, headers: list[tuple[bytes, bytes]]) -> None:
+        """Refuses pages whose own name points to this machine ("DNS rebinding").
+
+        A browser takes the server for such a page's own, so the page reads every answer, and no origin tells it from
+        ours. Only its name does, which a browser always sends. A name can be made to point here, an address cannot.
+        """
+        if self._any_host or self._keys.locked:
+            return
+        for name, value in headers:
+            if name == b"host" and not self._knows(host_in(value.decode("latin-1"))):
+                raise ApiError(
+                    403,
+                    "Without API keys this server is asked as localhost, or by its address. Where clients know it by "
+                    "another name, start it with API keys, or with --cors-origin and the origin that has the name.",
+                    type="permission_error",
+                    code="host_refused",
+                )
+
+    def _knows(self, host: str) -> bool:
+        return host == "localhost" or host.endswith(".localhost") or is_address(host) or host in self._hosts
 
     def _check_origin(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         """Refuses what a page of another origin sends: a browser sends a form anywhere without asking there first."""

@@ -27,6 +27,7 @@ from .batch.errors import BatchError
 from .engine_protocol import EngineLike
 from .http_protocol import bounded_protocol
 from .limits import body_limit
+from .names import is_loopback
 from .settings import Settings
 from .settings_operation import unknown_variables
 from .state import ServerState, state_of_app
@@ -59,7 +60,7 @@ def run(settings: Settings) -> int:
         listener.close()
         complain(str(error), settings)
         return 1
-    if not state_of_app(app).keys.locked and settings.host not in ("127.0.0.1", "::1", "localhost"):
+    if not state_of_app(app).keys.locked and not is_loopback(settings.host):
         _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
     _reload_keys_on_hangup(state_of_app(app))
     server = FoveateServer(server_config(app, settings), state_of_app(app), listener)

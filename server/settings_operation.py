@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import ssl
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -13,11 +12,11 @@ from pydantic import Field, field_validator, model_validator
 from pydantic_settings import BaseSettings, NoDecode, PydanticBaseSettingsSource
 
 from .config_file import file_source
+from .names import origin_of
 from .settings_checks import require_opentelemetry
 
 PREFIX = "FOVEATE_"
 _NOT_SETTINGS = {"FOVEATE_CPU_ISA"}  # read by the kernels themselves
-_ORIGIN = re.compile(r"\*|https?://[a-z0-9.\-\[\]:]+", re.IGNORECASE)
 
 
 class OperationSettings(BaseSettings):
@@ -67,10 +66,7 @@ class OperationSettings(BaseSettings):
     @field_validator("cors_origin")
     @classmethod
     def _are_origins(cls, value: tuple[str, ...]) -> tuple[str, ...]:
-        for origin in value:
-            if not _ORIGIN.fullmatch(origin):
-                raise ValueError(f"{origin!r} is no origin: write scheme, host and port alone, or *")
-        return value
+        return tuple(origin if origin == "*" else origin_of(origin) for origin in value)
 
     @field_validator("otlp_endpoint")
     @classmethod

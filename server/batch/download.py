@@ -14,7 +14,7 @@ _PIECE_BYTES = 256 * 2**10
 
 
 class FileDownload(Response):
-    """Sends a file piece by piece. A client that does not read for ``write_seconds`` is cut off."""
+    """Sends a file piece by piece until its client leaves. One that does not read for ``write_seconds`` is cut off."""
 
     media_type = "application/jsonl"
 
@@ -33,8 +33,11 @@ class FileDownload(Response):
             size = (await asyncio.to_thread(self._path.stat)).st_size
             self.headers["content-length"] = str(size)
             await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            gone = asyncio.create_task(_leaving(receive))  # sending would not tell: what comes too late is dropped
             try:
                 while size > 0 and (piece := await asyncio.to_thread(file.read, min(size, _PIECE_BYTES))):
+                    if gone.done():
+                        return
                     size -= len(piece)
                     async with asyncio.timeout(self._write_seconds):
                         await send({"type": "http.response.body", "body": piece, "more_body": True})
@@ -42,3 +45,12 @@ class FileDownload(Response):
             except OSError:  # TimeoutError is one
                 if abort := scope.get("state", {}).get("abort_connection"):
                     abort()
+            finally:
+                gone.cancel()
+                await asyncio.wait([gone])
+
+
+async def _leaving(receive: Receive) -> None:
+    """Ends when the client leaves."""
+    while (await receive())["type"] != "http.disconnect":
+        pass

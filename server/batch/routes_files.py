@@ -63,11 +63,11 @@ async def upload(request: Request) -> Response:
 
 async def _receive(request: Request, body: _Body, service: BatchService, settings: Settings) -> StoredFile:
     store = service.store
-    room = settings.max_stored_bytes - await asyncio.to_thread(lambda: store.bytes)
     path = store.upload_path()
+    wanted = room = _most_bytes(request, settings)
     try:
-        kind = request.headers.get("content-type", "")
-        form = await receive_form(kind, body.pieces(), path, max(0, min(settings.max_file_bytes, room)))
+        room = await asyncio.to_thread(store.begin_upload, path, wanted, settings.max_stored_bytes)
+        form = await receive_form(request.headers.get("content-type", ""), body.pieces(), path, room)
         if form.filename is None:
             raise ApiError(400, "file: no file came", param="file", code="missing_required_parameter")
         purpose = form.fields.get("purpose")
@@ -83,14 +83,20 @@ async def _receive(request: Request, body: _Body, service: BatchService, setting
             )
         return await asyncio.to_thread(store.add_file, owner_of(request), purpose, form.filename, path)
     except ApiError as error:
-        if error.code == "file_too_large" and room < settings.max_file_bytes:
+        if error.code == "file_too_large" and room < wanted:
             most = settings.max_stored_bytes
             raise ApiError(
                 413, f"All files together may have {most} bytes (--max-stored-bytes). Delete some.", code="storage_full"
             ) from None
         raise
     finally:
-        await asyncio.to_thread(path.unlink, missing_ok=True)
+        await asyncio.to_thread(store.end_upload, path)
+
+
+def _most_bytes(request: Request, settings: Settings) -> int:
+    """Bytes that the file may have: no more than the body, where the client says how long that is."""
+    length = request.headers.get("content-length", "")
+    return min(settings.max_file_bytes, int(length)) if length.isdecimal() else settings.max_file_bytes
 
 
 class _Body:

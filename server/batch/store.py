@@ -111,6 +111,8 @@ class Store:
         except OSError as error:
             raise BatchError(f"cannot use {directory}: {error.strerror}") from None
         self._lock = threading.Lock()
+        self._room = threading.Lock()
+        self._promised: dict[Path, int] = {}  # bytes by upload on its way
         self._rows = open_alone(directory / "batches.sqlite", _SCHEMA)
         self._rows.row_factory = sqlite3.Row
         self._sweep()
@@ -121,20 +123,28 @@ class Store:
 
     # Files
 
-    @property
-    def bytes(self) -> int:
-        """Of all files on the disk, those of uploads and of batches in work too."""
-        total = 0
-        for folder in (self._files, self._uploads):
-            with os.scandir(folder) as entries:
-                for entry in entries:
-                    with suppress(FileNotFoundError):  # deleted meanwhile
-                        total += entry.stat().st_size
-        return total
-
     def upload_path(self) -> Path:
         """Where the bytes of an upload may go until it is whole."""
         return self._uploads / uuid.uuid4().hex
+
+    def begin_upload(self, path: Path, wanted: int, most: int) -> int:
+        """Bytes that the upload to ``path`` may have: ``wanted``, or what is left of ``most`` for all files.
+
+        No other upload is given them until ``end_upload``.
+        """
+        with self._room:
+            # In this order: a file is in the folder before its upload ends, which waits for the lock.
+            left = most - self._file_bytes() - sum(self._promised.values())
+            self._promised[path] = max(0, min(wanted, left))
+            return self._promised[path]
+
+    def end_upload(self, path: Path) -> None:
+        """Removes what is left of an upload, and gives back its bytes."""
+        try:
+            path.unlink(missing_ok=True)
+        finally:
+            with self._room:
+                self._promised.pop(path, None)
 
     def file_path(self, id: str) -> Path:
         """Where the content of a stored file, or of a batch's output, is."""
@@ -260,6 +270,15 @@ class Store:
             (*columns.values(), status, int(time.time()), id, *unless),
         )
         return done.rowcount == 1
+
+    def _file_bytes(self) -> int:
+        """Of all files on the disk, those of batches in work too."""
+        total = 0
+        with os.scandir(self._files) as entries:
+            for entry in entries:
+                with suppress(FileNotFoundError):  # deleted meanwhile
+                    total += entry.stat().st_size
+        return total
 
     def _insert_file(self, id: str, owner: str, purpose: str, filename: str, size: int) -> None:
         self._rows.execute(

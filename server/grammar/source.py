@@ -62,7 +62,10 @@ def json_source(schema: Any, param: str) -> GrammarSource:
     if not isinstance(schema, dict):
         raise GrammarRefused("no text satisfies it" if schema is False else "a schema is a JSON object", param)
     check_depth(schema, param)
-    text = json.dumps(schema, ensure_ascii=False)
+    try:
+        text = json.dumps(schema, ensure_ascii=False, allow_nan=False)
+    except ValueError:  # 1e999 is read as infinity
+        raise GrammarRefused("the schema holds NaN or a number too large for floats", param) from None
     try:
         size = len(text.encode())
     except UnicodeEncodeError:

@@ -272,20 +272,27 @@ def settings() -> Settings:
     return Settings(model="fake-model")
 
 
+class LocalClient(TestClient):
+    """Asks as one on the same machine does: without keys, the server answers to no name but this machine's."""
+
+    def __init__(self, app: Any, **options: Any) -> None:
+        super().__init__(app, base_url="http://localhost", **options)
+
+
 @pytest.fixture
-def client(engine: FakeEngine, settings: Settings) -> Iterator[TestClient]:
-    with TestClient(create_app(engine, settings), raise_server_exceptions=False) as client:
+def client(engine: FakeEngine, settings: Settings) -> Iterator[LocalClient]:
+    with LocalClient(create_app(engine, settings), raise_server_exceptions=False) as client:
         yield client
 
 
 @pytest.fixture
-def client_of(engine: FakeEngine) -> Iterator[Callable[..., TestClient]]:
+def client_of(engine: FakeEngine) -> Iterator[Callable[..., LocalClient]]:
     """Makes a client of a server with other settings."""
     clients = []
 
-    def make(**options: Any) -> TestClient:
+    def make(**options: Any) -> LocalClient:
         app = create_app(engine, Settings(model="fake-model", **options))
-        client = TestClient(app, raise_server_exceptions=False)
+        client = LocalClient(app, raise_server_exceptions=False)
         clients.append(client)
         return client.__enter__()
 

@@ -64,9 +64,7 @@ class TestBrowsers:
         ):
             assert "access-control-allow-origin" not in response.headers
 
-    @pytest.mark.parametrize(
-        "origin", [ORIGIN, "null", "http://testserver:81", "https://testserver", "http://test", ""]
-    )
+    @pytest.mark.parametrize("origin", [ORIGIN, "null", "http://localhost:81", "https://localhost", "http://test", ""])
     def test_a_page_may_not_send_what_a_browser_sends_unasked(self, client_of, tmp_path, origin):
         client = client_of(batch_dir=tmp_path / "batches")
         form = {"files": {"file": ("a", b"{}")}, "data": {"purpose": "batch"}}
@@ -84,9 +82,9 @@ class TestBrowsers:
         ("allowed", "origin"),
         [
             ((), None),
-            ((), "http://testserver"),
+            ((), "http://localhost"),
             ((ORIGIN,), ORIGIN),
-            ((ORIGIN,), "http://testserver"),
+            ((ORIGIN,), "http://localhost"),
             (("*",), "null"),
         ],
     )
@@ -103,12 +101,86 @@ class TestBrowsers:
         assert client.post("/v1/completions", headers=headers, json={"prompt": "Hi"}).status_code == 403
 
     @pytest.mark.parametrize(
-        "origin", ["app.example.org", "https://a.example/", "https://a.example/x", "javascript:x", "a b"]
+        "origin",
+        [
+            "app.example.org",
+            "https://a.example/",
+            "https://a.example/x",
+            "javascript:x",
+            "a b",
+            "https://",
+            "https://:443",
+            "https://a..example",
+            "https://a.example:",
+            "https://a.example:65536",
+            "https://a:1:2",
+            "https://[::1",
+            "https://[1:2]",
+            "https://[a.example]",
+            "https://-",
+            "https://a[",
+            "null",
+        ],
     )
     def test_what_is_no_origin(self, origin, capsys):
         with pytest.raises(SystemExit):
             parse("--cors-origin", origin)
         assert "--cors-origin: " in capsys.readouterr().err
+
+    @pytest.mark.parametrize(
+        ("given", "sent"),
+        [
+            ("https://App.Example.org", ORIGIN),
+            ("HTTPS://app.example.org:443", ORIGIN),
+            ("http://app.example.org:080", "http://app.example.org"),
+            ("http://app.example.org:443", "http://app.example.org:443"),
+            ("https://[0:0::1]:443", "https://[::1]"),
+            ("http://my_machine:3000", "http://my_machine:3000"),
+        ],
+    )
+    def test_an_origin_is_kept_as_browsers_write_it(self, client_of, given, sent):
+        assert parse("--cors-origin", given).cors_origin == (sent,)
+        client = client_of(cors_origin=(given,))
+        response = client.post("/v1/completions", headers={"origin": sent}, json={"prompt": "Hi"})
+        assert (response.status_code, response.headers["access-control-allow-origin"]) == (200, sent)
+
+
+# Such a page has a name of its own point to this machine: a browser then takes the server for the page's own.
+REBOUND = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "localhost.evil.example:8000", "machine", ""]
+
+
+class TestNames:
+    @pytest.mark.parametrize("host", REBOUND)
+    @pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+    def test_a_server_without_keys_is_asked_by_this_machines_own(self, client_of, engine, host, listening):
+        client = client_of(host=listening)
+        for headers in ({"host": host}, {"host": host, "origin": f"http://{host}"}):
+            for method, path in (("GET", "/v1/models"), ("GET", "/metrics"), ("POST", "/v1/completions")):
+                response = client.request(method, path, headers=headers, json={"prompt": "Hi"})
+                assert (response.status_code, response.json()["error"]["code"]) == (403, "host_refused")
+                assert "--cors-origin" in response.json()["error"]["message"]
+        assert not engine.requests
+
+    @pytest.mark.parametrize(
+        "host", ["localhost", "LocalHost:8000", "app.localhost", "127.0.0.1:8000", "127.8.9.1", "[::1]", "[::1]:8000"]
+    )
+    def test_these_are(self, client, host):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+    @pytest.mark.parametrize("host", ["192.168.7.7:8000", "[fe80::1]:80"])
+    def test_an_address_is_no_name_that_could_be_turned(self, client, host):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 200
+
+    @pytest.mark.parametrize("options", [{"api_key": ["k"]}, {"host": "0.0.0.0"}, {"cors_origin": ("*",)}], ids=str)
+    def test_others_are_asked_by_any(self, client_of, options):
+        headers = {"host": "evil.example", "authorization": "Bearer k"}
+        assert client_of(**options).get("/v1/models", headers=headers).status_code == 200
+
+    def test_a_proxy_may_pass_on_the_name_of_an_origin_that_is_let_in(self, client_of):
+        client = client_of(cors_origin=("https://App.example.org:8443",))
+        for host in ("app.example.org", "app.example.org:8443", "app.example.org:80", "localhost"):
+            assert client.get("/v1/models", headers={"host": host}).status_code == 200
+        assert client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
 
 
 class TestReadiness:
@@ -144,6 +216,16 @@ def test_http_counts_have_routes_and_not_paths(client):
     assert 'foveate_http_requests_total{route="none",status="404"} 1.0' in text
     assert 'foveate_http_requests_total{route="/v1/completions",status="200"} 1.0' in text
     assert "nosuch" not in text
+
+
+def test_a_head_counts_at_its_route(client):
+    assert client.head("/v1/models/nosuch").status_code == 404
+    assert client.head("/health").status_code == 200
+    assert client.head("/v1/completions").status_code == 405
+    text = client.get("/metrics").text
+    for route, status in (("/v1/models/{model:path}", 404), ("/health", 200), ("/v1/completions", 405)):
+        assert f'foveate_http_requests_total{{route="{route}",status="{status}"}} 1.0' in text
+    assert 'route="none"' not in text
 
 
 def test_sizes_and_times_of_requests(client):

@@ -8,7 +8,6 @@ import uuid
 
 import pytest
 import torch
-from starlette.testclient import TestClient
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from foveate.server.answers import usage_body
@@ -19,6 +18,8 @@ from foveate.server.mass import BOUNDS, MassHistogram
 from foveate.server.options import EngineOptions
 from foveate.server.request import Failed, Finished, GenerationRequest, SamplingParams, Usage
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 NEW = 6
 GREEDY = SamplingParams(temperature=0, max_tokens=NEW, ignore_eos=True)
@@ -130,7 +131,7 @@ def test_audit_changes_no_token(make_engine):
 
 def test_http_answers_and_metrics_tell_it(make_engine):
     app = create_app(make_engine(audit_rate=1.0), Settings(model="m", audit_rate=1.0))
-    with TestClient(app) as client:
+    with LocalClient(app) as client:
         body = {"prompt": PROMPT, "max_tokens": NEW, "temperature": 0, "ignore_eos": True, "attention": streaming(12)}
         kept = client.post("/v1/completions", json=body).json()["usage"]["attention"]["mass_kept"]
         assert 0 < kept < 1

@@ -7,11 +7,12 @@ import time
 from pathlib import Path
 
 import pytest
-from starlette.testclient import TestClient
 
 from foveate.server.app import create_app
 from foveate.server.engine import Engine
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 ADMIN = {"authorization": "Bearer root"}
 USER = {"authorization": "Bearer alice"}
@@ -28,7 +29,7 @@ def settings(model_dir, tmp_path_factory):
 @pytest.fixture
 def client(settings):
     engine = Engine.load(settings)
-    with TestClient(create_app(engine, settings), raise_server_exceptions=False) as client:
+    with LocalClient(create_app(engine, settings), raise_server_exceptions=False) as client:
         client.delete("/v1/cache", headers=ADMIN)
         yield client
     engine.shutdown(0)
@@ -123,7 +124,7 @@ def test_a_query_out_of_range_is_refused(client, query):
 def test_keys_and_salts_do_not_see_each_others_documents_after_a_restart(settings):
     def serve():
         engine = Engine.load(settings)
-        return engine, TestClient(create_app(engine, settings))
+        return engine, LocalClient(create_app(engine, settings))
 
     engine, client = serve()
     assert ask(client, 5) == 0
@@ -145,7 +146,7 @@ def test_keys_and_salts_do_not_see_each_others_documents_after_a_restart(setting
 def test_without_a_directory_there_is_no_cache(model_dir):
     settings = Settings(model=model_dir, dtype="float32", kv_cache_gib=0.01, admin_key=["root"])
     engine = Engine.load(settings)
-    client = TestClient(create_app(engine, settings))
+    client = LocalClient(create_app(engine, settings))
     answer = client.get("/v1/cache", headers=ADMIN)
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "cache_disabled")
     assert "foveate_disk" not in client.get("/metrics").text

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import pytest
-from starlette.testclient import TestClient
+from tokenizers import AddedToken
 
 from foveate.server.app import create_app
+from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 ANSWER = "Grüße, 世界! 🦊 data: [DONE]\n\ndata: x"
 HI = [{"role": "user", "content": "Hi"}]
@@ -101,6 +104,41 @@ def test_many_control_tokens_are_refused(client):
     assert response.status_code == 400
 
 
+def test_added_tokens_that_control_nothing_are_words(engine, plain_tokenizer):
+    plain_tokenizer.add_tokens([AddedToken(text, special=False) for text in ("<table>", "<turn>", "<call>")])
+    plain_tokenizer.chat_template = {
+        "default": "{% for m in messages %}<turn>{{ m.content }}{% endfor %}",
+        "tool_use": "{% for m in messages %}<call>{{ m.content }}{{ tools | tojson }}{% endfor %}",
+    }
+    engine.tokenizer = plain_tokenizer
+    table, turn, call = plain_tokenizer.convert_tokens_to_ids(["<table>", "<turn>", "<call>"])
+
+    def tool(key):
+        parameters = {"type": "object", "properties": {key: {}}}
+        return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+    with LocalClient(create_app(engine, Settings(model="fake-model"))) as client:
+        long = post(client, [{"role": "user", "content": "<table>" * 5000}])
+        assert long.json()["error"]["code"] == "context_length_exceeded", "and not: too many control tokens"
+        assert post(client, [{"role": "user", "content": "<table><turn>"}]).status_code == 200
+        ids = engine.requests[-1].prompt_token_ids
+        assert (ids.count(table), ids.count(turn)) == (1, 1), "the template's own turn, the table of the text"
+        assert prompt_text(engine) == "<turn><table><turn>"
+        assert post(client, [{"role": "user", "content": "<call>"}], tools=[tool("<table>")]).status_code == 200
+        assert engine.requests[-1].prompt_token_ids.count(call) == 1
+        assert post(client, tools=[tool("<call>")]).status_code == 400
+
+
+def test_control_tokens_that_a_tokenizer_names_itself(engine, plain_tokenizer):
+    plain_tokenizer.add_tokens([AddedToken("<|user|>", special=False)])
+    plain_tokenizer.chat_control_tokens = ["<|user|>"]
+    plain_tokenizer.chat_template = "{% for m in messages %}{{ '<|' + m.role + '|>' + m.content }}{% endfor %}"
+    engine.tokenizer = plain_tokenizer
+    with LocalClient(create_app(engine, Settings(model="fake-model"))) as client:
+        assert post(client, [{"role": "user", "content": "<|user|>"}]).status_code == 200
+    assert engine.requests[-1].prompt_token_ids.count(plain_tokenizer.convert_tokens_to_ids("<|user|>")) == 1
+
+
 def test_template_is_asked_to_open_the_answer(client, engine):
     post(client, add_generation_prompt=False)
     assert prompt_text(engine) == "<|im_start|>user\nHi<|im_end|>\n"
@@ -133,14 +171,14 @@ def test_reasoning_effort_needs_a_template_that_reads_it(client, engine, plain_t
     assert post(client, reasoning_effort="low").json()["error"]["param"] == "reasoning_effort"
     plain_tokenizer.chat_template = "{{ reasoning_effort }}: {{ messages[0].content }}"
     engine.tokenizer = plain_tokenizer
-    with TestClient(create_app(engine, settings)) as other:
+    with LocalClient(create_app(engine, settings)) as other:
         assert post(other, reasoning_effort="low").status_code == 200
     assert prompt_text(engine) == "low: Hi"
 
 
 def test_model_without_a_template(engine, plain_tokenizer, settings):
     engine.tokenizer = plain_tokenizer
-    with TestClient(create_app(engine, settings)) as client:
+    with LocalClient(create_app(engine, settings)) as client:
         error = post(client).json()["error"]
     assert error["code"] == "no_chat_template"
     assert "/v1/completions" in error["message"]

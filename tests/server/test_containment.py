@@ -11,7 +11,6 @@ from dataclasses import replace
 
 import pytest
 import torch
-from starlette.testclient import TestClient
 
 from foveate.kv_cache.errors import CacheError
 from foveate.server import containment, sampling
@@ -21,6 +20,8 @@ from foveate.server.exceptions import BadLogits, EngineDead, EngineError, NoToke
 from foveate.server.options import EngineOptions
 from foveate.server.request import Delta, Failed, Finished, GenerationRequest, Progress, SamplingParams
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 GREEDY = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
 SEEDED = SamplingParams(temperature=1, seed=3, max_tokens=6, ignore_eos=True)
@@ -373,7 +374,7 @@ class TestDeath:
         return error_of(submit(engine, BAD))
 
     def health(self, engine):
-        with TestClient(create_app(engine, Settings(model="m")), raise_server_exceptions=False) as client:
+        with LocalClient(create_app(engine, Settings(model="m")), raise_server_exceptions=False) as client:
             completion = client.post("/v1/completions", json={"prompt": [1]})
             return client.get("/health").status_code, completion.status_code
 
@@ -422,7 +423,7 @@ class TestDeath:
 
         monkeypatch.setattr(engine._stepper.runner, "_pack", hang)
         app = create_app(engine, Settings(model="m", stall_seconds=2))
-        with TestClient(app, raise_server_exceptions=False) as client:
+        with LocalClient(app, raise_server_exceptions=False) as client:
             events = submit(engine, BAD)
             assert entered.wait(60)
             time.sleep(2.1)

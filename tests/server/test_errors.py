@@ -6,12 +6,13 @@ import json
 import re
 
 import pytest
-from starlette.testclient import TestClient
 
 from foveate.server.app import create_app
 from foveate.server.errors import error_body, to_api_error
 from foveate.server.exceptions import BadLogits, EngineDead, InvalidRequest, PoolTooSmall, QueueFull, StepFailed
 from foveate.sparse_attn.errors import CalibrationMissing
+
+from .conftest import LocalClient
 
 COMPLETIONS, CHAT = "/v1/completions", "/v1/chat/completions"
 USER = {"role": "user", "content": "Hi"}
@@ -228,6 +229,26 @@ def test_infinity_by_another_spelling(client, engine, field):
     check_alive(client, engine)
 
 
+@pytest.mark.parametrize(
+    ("field", "param"),
+    [
+        (
+            b'"response_format": {"type": "json_schema", "json_schema": {"name": "a", "schema": {"enum": [1e999]}}}',
+            "response_format.json_schema.schema",
+        ),
+        (b'"guided_json": {"maximum": -1e999}', "guided_json"),
+        (b'"structured_outputs": {"json": "{\\"enum\\": [1e999]}"}', "structured_outputs.json"),
+    ],
+)
+def test_a_schema_keeps_to_numbers_of_json(client, engine, field, param):
+    content = b'{"messages": [{"role": "user", "content": "Hi"}], ' + field + b"}"
+    response = client.post(CHAT, content=content, headers={"content-type": "application/json"})
+    error = check_error(response, 400)
+    assert (error["param"], error["code"]) == (param, "invalid_grammar")
+    assert "number" in error["message"]
+    check_alive(client, engine)
+
+
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded", "multipart/form-data"])
 def test_other_content_types(client, kind):
     headers = {} if kind is None else {"content-type": kind}
@@ -349,7 +370,7 @@ def test_texts_of_inner_errors_are_never_told(error):
 def test_template_that_breaks_tells_nothing(engine, plain_tokenizer, settings):
     plain_tokenizer.chat_template = "{{ messages[0].content.nosuch.deeper }}"
     engine.tokenizer = plain_tokenizer
-    with TestClient(create_app(engine, settings)) as client:
+    with LocalClient(create_app(engine, settings)) as client:
         error = check_error(client.post(CHAT, json={"messages": [USER]}), 400)
     assert error["code"] == "chat_template_failed"
     assert "nosuch" not in error["message"]

@@ -7,11 +7,12 @@ import re
 
 import jsonschema
 import pytest
-from starlette.testclient import TestClient
 
 from foveate.server.app import create_app
 from foveate.server.engine import Engine
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 SCHEMA = {
     "type": "object",
@@ -47,7 +48,7 @@ def api(model_dir):
     def post(path="/v1/chat/completions", parser="auto", **body):
         if parser not in clients:
             app = create_app(engine, settings.model_copy(update={"tool_parser": parser}))
-            clients[parser] = TestClient(app, raise_server_exceptions=False)
+            clients[parser] = LocalClient(app, raise_server_exceptions=False)
             clients[parser].__enter__()
         subject = {"messages": HI} if "chat" in path else {"prompt": "Hi"}
         return clients[parser].post(path, json={**subject, "max_tokens": 200, "seed": 1, "logit_bias": blanks, **body})

@@ -7,11 +7,12 @@ import re
 
 import jsonschema
 import pytest
-from starlette.testclient import TestClient
 
 from foveate.server.app import create_app
 from foveate.server.engine import Engine
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 PERSON = {
     "$defs": {"tag": {"enum": ["friend", "colleague"]}},
@@ -41,7 +42,7 @@ WEATHER = {
 def api(smollm_dir):
     settings = Settings(model=str(smollm_dir), kv_cache_gib=0.2)
     engine = Engine.load(settings)
-    with TestClient(create_app(engine, settings), raise_server_exceptions=False) as client:
+    with LocalClient(create_app(engine, settings), raise_server_exceptions=False) as client:
         yield lambda path, **body: client.post(path, json={"seed": 1, "max_tokens": 120, **body}).json()
     engine.shutdown(0)
 

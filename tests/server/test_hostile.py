@@ -58,7 +58,7 @@ class Case:
 def http(path, body=b"", head=b"", method="POST", version=b"HTTP/1.1", length=None):
     first = method.encode() + b" " + (path if isinstance(path, bytes) else path.encode()) + b" " + version
     size = b"content-length: %d\r\n" % (len(body) if length is None else length)
-    return first + b"\r\nhost: x\r\nconnection: close\r\n" + head + size + b"\r\n" + body
+    return first + b"\r\nhost: localhost\r\nconnection: close\r\n" + head + size + b"\r\n" + body
 
 
 def get(path, head=b"", method="GET"):
@@ -72,12 +72,12 @@ def sent(body, status=400, code="invalid_json", path=COMPLETIONS, head=JSON):
 
 def framed(head, body=b"", status=400, code="invalid_http"):
     """A message whose end is in doubt."""
-    first = b"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\n" + JSON
+    first = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n" + JSON
     return Case(first + head + b"\r\n\r\n" + body, status, None, code)
 
 
 def line(data, status=400, code="invalid_http"):
-    return Case(data + b"\r\nhost: x\r\nconnection: close\r\n\r\n", status, None, code, "GET")
+    return Case(data + b"\r\nhost: localhost\r\nconnection: close\r\n\r\n", status, None, code, "GET")
 
 
 def field(name, value, param=None, path=COMPLETIONS, **more):
@@ -171,7 +171,7 @@ CASES = {
     "coding-unknown": framed(b"transfer-encoding: xchunked", b"0\r\n\r\n"),
     "coding-identity": framed(b"transfer-encoding: identity", b"{}"),
     "slow-body": framed(b"content-length: 30", b"{", 408, "body_timeout"),
-    "slow-headers": Case(b"POST /v1/completions HTTP/1.1\r\nhost: x\r\n", 408, None, "header_timeout"),
+    "slow-headers": Case(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\n", 408, None, "header_timeout"),
     # What is no HTTP/1.1.
     "line-garbage": line(b"\x00\x01\x02\xff"),
     "line-tls-hello": line(bytes.fromhex("16030100a5010000a10303") + b"a" * 160),
@@ -184,7 +184,7 @@ CASES = {
     "line-nul-in-path": line(b"GET /a\x00 HTTP/1.1"),
     "line-bytes-in-path": line(b"GET /\xff\xfe HTTP/1.1"),
     "line-connect": line(b"CONNECT example.com:443 HTTP/1.1"),
-    "line-feeds-only": Case(b"GET /health HTTP/1.1\nhost: x\n\n", 400, None, "invalid_http"),
+    "line-feeds-only": Case(b"GET /health HTTP/1.1\nhost: localhost\n\n", 400, None, "invalid_http"),
     "header-without-colon": line(b"GET /health HTTP/1.1\r\nnonsense"),
     "header-nul": line(b"GET /health HTTP/1.1\r\nx: a\x00b"),
     "header-escape": line(b"GET /health HTTP/1.1\r\nx-request-id: a\x1b[31m"),

@@ -6,12 +6,13 @@ import logging
 
 import pytest
 from fastapi import FastAPI, Request
-from starlette.testclient import TestClient
 
 from foveate.server import keys
 from foveate.server.app import create_app
 from foveate.server.keys import KeyRing, require_admin
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 
 @pytest.fixture
@@ -35,7 +36,7 @@ def admin_app(engine, **options):
         require_admin(request)
         return {"it": "is 42"}
 
-    return TestClient(app)
+    return LocalClient(app)
 
 
 def ask(client, key=None, path="/secret"):

@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 
 import pytest
-from starlette.testclient import TestClient
 
 from foveate.server.app import create_app
 from foveate.server.state import state_of_app
+
+from .conftest import LocalClient
 
 
 def test_models(client):
@@ -90,7 +91,7 @@ def test_unready_engine(client, engine, state):
 
 def test_app_before_its_engine(engine, settings):
     app = create_app(None, settings)
-    with TestClient(app) as client:
+    with LocalClient(app) as client:
         assert client.get("/health").status_code == 503
         assert client.get("/v1/models").json()["error"]["code"] == "loading"
         assert "foveate_ready 0.0" in client.get("/metrics").text
@@ -120,7 +121,7 @@ def test_metrics(client, engine):
 
 def test_metrics_of_two_apps_are_apart(engine, settings):
     for _ in range(2):
-        with TestClient(create_app(engine, settings)) as client:
+        with LocalClient(create_app(engine, settings)) as client:
             client.post("/v1/completions", json={"prompt": "Hi"})
             assert "foveate_request_seconds_count 1.0" in client.get("/metrics").text
 

@@ -9,7 +9,6 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from starlette.testclient import TestClient
 
 from foveate.server import generation
 from foveate.server.app import create_app
@@ -19,6 +18,8 @@ from foveate.server.exceptions import QueueFull
 from foveate.server.options import EngineOptions
 from foveate.server.settings import Settings
 from foveate.server.sse import DONE, PING
+
+from .conftest import LocalClient
 
 COMPLETIONS = "/v1/completions"
 CHUNK = 16
@@ -155,7 +156,7 @@ class TestTimeout:
     def test_the_smaller_one_counts(self, make, eventually, events_of, timeout, settings):
         engine, _, app = make(settings=settings)
         body = {"prompt": [7] * 300, "max_tokens": 100, "timeout": timeout, "ignore_eos": True}
-        with TestClient(app) as client:
+        with LocalClient(app) as client:
             whole = client.post(COMPLETIONS, json=body)
             status = 408 if timeout == 0.05 else 504  # its own wish is no failure of the server
             assert (whole.status_code, whole.json()["error"]["code"]) == (status, "request_timeout")
@@ -310,7 +311,7 @@ def test_pings_while_a_prompt_is_computed(make, exchange, monkeypatch, progress)
 
 def test_progress_in_the_shape_that_clients_know(make, events_of):
     _, _, app = make(0.001, prefix_reuse=True)
-    with TestClient(app) as client:
+    with LocalClient(app) as client:
         body = {"prompt": [7] * 100, "max_tokens": 1, "stream": True, "return_progress": True}
         for cached in (0, 96):
             events = events_of(client.post(COMPLETIONS, json=body))
@@ -328,7 +329,7 @@ def test_progress_in_the_shape_that_clients_know(make, events_of):
 
 def test_too_long_a_request_is_told_in_the_words_that_clients_look_for(make):
     _, _, app = make()
-    with TestClient(app) as client:
+    with LocalClient(app) as client:
         for path, body in [
             (COMPLETIONS, {"prompt": [1] * 500, "max_tokens": 100}),
             (COMPLETIONS, {"prompt": [1] * 513}),

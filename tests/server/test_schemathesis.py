@@ -28,7 +28,8 @@ CHECKED = [check for check in CHECKS.get_all() if check.__name__ != "positive_da
 def schema(tmp_path_factory):
     engine = FakeEngine(make_tokenizer())
     engine.script = "ok"
-    options = Settings(model=engine.model_name, batch_dir=tmp_path_factory.mktemp("batch"))
+    # Its client calls the app "testserver", which a server on loopback alone does not answer to.
+    options = Settings(model=engine.model_name, host="0.0.0.0", batch_dir=tmp_path_factory.mktemp("batch"))
     app = create_app(engine, options)
     yield schemathesis.openapi.from_asgi("/openapi.json", app)
     assert engine.pages_used == 0

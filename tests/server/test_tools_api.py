@@ -6,10 +6,11 @@ import json
 
 import pytest
 from openai import OpenAI
-from starlette.testclient import TestClient
 
 from foveate.server.app import create_app
 from foveate.server.settings import Settings
+
+from .conftest import LocalClient
 
 WEATHER = {
     "name": "get_weather",
@@ -44,7 +45,7 @@ def hermes(engine, plain_tokenizer):
     plain_tokenizer.chat_template = TEMPLATE
     engine.tokenizer = plain_tokenizer
     engine.script = HERMES
-    with TestClient(create_app(engine, Settings(model="fake-model"))) as client:
+    with LocalClient(create_app(engine, Settings(model="fake-model"))) as client:
         yield client
 
 
@@ -182,7 +183,7 @@ def test_special_markers_stay_in_the_text_of_a_request_with_tools(engine, plain_
     plain_tokenizer.chat_template = TEMPLATE.replace("<tool_call>", "[TOOL_CALLS]")
     engine.tokenizer = plain_tokenizer
     marker = plain_tokenizer.convert_tokens_to_ids("[TOOL_CALLS]")
-    with TestClient(create_app(engine, Settings(model="fake-model"))) as client:
+    with LocalClient(create_app(engine, Settings(model="fake-model"))) as client:
         post(client)
         assert engine.requests[-1].sampling.visible_ids == (marker,)
         post(client, tools=[])
@@ -190,7 +191,7 @@ def test_special_markers_stay_in_the_text_of_a_request_with_tools(engine, plain_
 
 
 def test_the_openai_client_reads_calls(hermes):
-    openai = OpenAI(base_url="http://testserver/v1", api_key="none", http_client=hermes)
+    openai = OpenAI(base_url="http://localhost/v1", api_key="none", http_client=hermes)
     answer = openai.chat.completions.create(model="fake-model", messages=HI, tools=TOOLS)
     call = answer.choices[0].message.tool_calls[0]
     again = [*HI, answer.choices[0].message, {"role": "tool", "tool_call_id": call.id, "content": "dry"}]

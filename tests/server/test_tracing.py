@@ -11,13 +11,14 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from starlette.testclient import TestClient
 
 from foveate.server import settings_checks, state, tracing
 from foveate.server.app import create_app
 from foveate.server.cli import build_parser, read_settings
 from foveate.server.settings import Settings
 from foveate.server.tracing import Tracing
+
+from .conftest import LocalClient
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 TRACEPARENT = f"00-{TRACE}-{PARENT}-01"
@@ -33,7 +34,7 @@ def exporter():
 def traced(engine, exporter, monkeypatch):
     monkeypatch.setattr(state, "Tracing", lambda endpoint, model: Tracing(endpoint, model, exporter))
     app = create_app(engine, Settings(model="m", otlp_endpoint="http://127.0.0.1:4318"))
-    with TestClient(app, raise_server_exceptions=False) as client:
+    with LocalClient(app, raise_server_exceptions=False) as client:
         yield client
 
 
@@ -125,7 +126,7 @@ def test_spans_are_sent(engine):
         thread = threading.Thread(target=collector.serve_forever)
         thread.start()
         settings = Settings(model="m", otlp_endpoint=f"http://127.0.0.1:{collector.server_port}")
-        with TestClient(create_app(engine, settings)) as client:
+        with LocalClient(create_app(engine, settings)) as client:
             client.get("/v1/models")
         collector.shutdown()
         thread.join()
@@ -137,7 +138,7 @@ def test_a_silent_collector_holds_nothing_up(engine, monkeypatch):
     monkeypatch.setattr(tracing, "_CLOSE_SECONDS", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         settings = Settings(model="m", otlp_endpoint=f"http://127.0.0.1:{silent.getsockname()[1]}")
-        with TestClient(create_app(engine, settings)) as client:
+        with LocalClient(create_app(engine, settings)) as client:
             began = time.monotonic()
             assert client.get("/v1/models").status_code == 200
         assert time.monotonic() - began < 9  # the library alone would wait for 10

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 import httpx
@@ -14,6 +16,7 @@ import pytest
 from foveate.server import engine as engine_module
 from foveate.server import limits
 from foveate.server.app import create_app
+from foveate.server.batch.download import FileDownload
 from foveate.server.batch.errors import InUse
 from foveate.server.batch.ledger import Ledger
 from foveate.server.batch.records import answered
@@ -305,6 +308,63 @@ def test_a_directory_that_cannot_be_used_ends_the_server(capsys, tmp_path):
     (tmp_path / "file").touch()
     assert main(["serve", "fake-model", "--port", "0", "--batch-dir", str(tmp_path / "file" / "batches")]) == 1
     assert "cannot use" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("length", ["told", "chunked"])
+def test_uploads_at_once_share_the_room(serving, tmp_path, length):
+    body = form([PURPOSE, FILE + b"x" * 3500])
+    with serving(max_file_bytes=4096, max_stored_bytes=6000) as url, ThreadPoolExecutor(2) as threads:
+        halves = threading.Event()
+
+        def pieces():
+            yield body[:1000]
+            halves.wait(60)
+            yield body[1000:]
+
+        def send(_):
+            headers = {"content-type": "multipart/form-data; boundary=x"}
+            if length == "told":
+                headers["content-length"] = str(len(body))
+            return httpx.post(f"{url}/v1/files", content=pieces(), headers=headers)
+
+        sent = threads.map(send, range(2))
+        end = time.monotonic() + 60
+        while len(list((tmp_path / "batches" / "uploads").iterdir())) < 2:
+            assert time.monotonic() < end
+            time.sleep(0.005)
+        halves.set()
+        answers = list(sent)
+        [refused] = [answer.json()["error"]["code"] for answer in answers if answer.status_code != 200]
+        assert refused == "storage_full"
+        [kept] = [answer.json()["id"] for answer in answers if answer.status_code == 200]
+        assert httpx.delete(f"{url}/v1/files/{kept}").status_code == 200
+        # What was refused keeps no room.
+        again = httpx.post(f"{url}/v1/files", files={"file": ("a", b"x" * 4000)}, data={"purpose": "batch"})
+        assert again.status_code == 200
+
+
+def test_a_download_ends_with_its_client(tmp_path):
+    path = tmp_path / "large"
+    with path.open("wb") as file:
+        file.truncate(64 * 2**20)
+    pieces = []
+
+    async def download():
+        gone = asyncio.Event()
+
+        async def receive():
+            await gone.wait()
+            return {"type": "http.disconnect"}
+
+        async def send(message):  # as uvicorn's, which drops what comes after the client left
+            pieces.append(message.get("body", b""))
+            if len(pieces) == 3:
+                gone.set()
+
+        await FileDownload(path, "large", 30)({"type": "http"}, receive, send)
+
+    asyncio.run(download())
+    assert len(pieces) <= 5
 
 
 def test_uploads_of_one_key_are_bounded(http, monkeypatch):
