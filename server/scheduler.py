@@ -31,7 +31,8 @@ class Scheduler:
     """Continuous batching with chunked prefill over one KV cache.
 
     Each step has room for ``max_batch_tokens``. Every answer gets one token; prompts share the rest,
-    which the pace bounds while answers are written, so that no answer waits long for its next token.
+    which the pace bounds while answers are written, so that no answer waits long for its next token,
+    and while a prompt that fits into a step waits behind one that does not.
 
     **Who goes first among prompts.** Smaller ``priority`` before larger. Within one priority the
     steps take turns: one serves the prompt with the fewest tokens left first, the next one the
@@ -104,9 +105,10 @@ class Scheduler:
             # An older sequence may have taken this one's pages a moment ago.
             if sequence.table is not None and len(chunks) < self.max_batch_tokens:
                 self._grow(Chunk(sequence, sequence.num_computed, 1), chunks)
-        work = self.pace.room if chunks else math.inf
+        prompts = self._prompts()
+        work = self.pace.room if chunks or self._is_held_up(prompts) else math.inf
         is_first = True
-        for sequence in self._prompts():
+        for sequence in prompts:
             room = self.max_batch_tokens - sum(chunk.count for chunk in chunks)
             if room == 0 or not (is_first or work > 0):
                 break
@@ -129,15 +131,28 @@ class Scheduler:
         return sorted(prompts, key=_order if self._oldest_first else self._shortest)
 
     def _shortest(self, sequence: Sequence) -> tuple[int, int, tuple[int, float, int]]:
-        left = sequence.num_remaining
-        if sequence.table is None:
-            if sequence.wait.found_tokens is None:
-                try:
-                    sequence.wait.found_tokens = self.cache.find(sequence.reusable_tokens, sequence.group.namespace)
-                except Exception as error:
-                    raise SequenceFault(sequence) from error
-            left -= sequence.wait.found_tokens
-        return sequence.priority, left, sequence.order
+        return sequence.priority, self._left(sequence), sequence.order
+
+    def _left(self, sequence: Sequence) -> int:
+        """Tokens to compute before its next one is drawn."""
+        if sequence.table is not None:
+            return sequence.num_remaining
+        if sequence.wait.found_tokens is None:
+            try:
+                sequence.wait.found_tokens = self.cache.find(sequence.reusable_tokens, sequence.group.namespace)
+            except Exception as error:
+                raise SequenceFault(sequence) from error
+        return sequence.num_remaining - sequence.wait.found_tokens
+
+    def _is_held_up(self, prompts: list[Sequence]) -> bool:
+        """Whether somebody would soon have a first token but for a prompt of many steps, of no better priority."""
+        if len(prompts) < 2:
+            return False
+        long = [item.priority for item in prompts if self._left(item) > self.max_batch_tokens]
+        return bool(long) and any(
+            item.priority <= max(long) and not item.wait.is_blocked and self._left(item) <= self.max_batch_tokens
+            for item in prompts
+        )
 
     def _cut(self, sequence: Sequence, room: int, work: float, is_first: bool) -> Chunk:
         """The next chunk of a prompt: all of it, or what there is room for, cut between tiles where that leaves any.

@@ -11,7 +11,7 @@ from foveate.server.options import EngineOptions
 from foveate.server.pace import Pace, context_of_equal_cost
 from foveate.server.scheduler import LEAST_TOKENS
 
-from .scheduler_runs import make_scheduler, make_sequence, step
+from .scheduler_runs import Unhurried, make_scheduler, make_sequence, step
 
 
 def steps_until(scheduler, condition, most=5000):
@@ -36,6 +36,37 @@ def test_a_short_prompt_passes_a_long_one_within_two_steps():
     short = make_sequence(range(30), 1)
     scheduler.add(short)
     assert steps_until(scheduler, has_drawn(short)) <= 2
+
+
+class Hurried(Unhurried):
+    """A pace by which 40 tokens of prompt take as long as a step may."""
+
+    room = 40
+
+
+@pytest.mark.parametrize(("priority", "most"), [(0, 40), (-1, 40), (1, 512)], ids=["equal", "sooner", "later"])
+def test_a_long_prompt_holds_back_while_a_short_one_waits(priority, most):
+    scheduler = make_scheduler(pages=1000, room=512, pace=Hurried())
+    long, short = make_sequence(range(8000), 0), make_sequence(range(30), 1, priority=priority)
+    scheduler.add(long)
+    assert [chunk.count for chunk in step(scheduler)] == [512]
+    scheduler.add(short)
+    counts = []
+    for _ in range(2):
+        counts += [chunk.count for chunk in step(scheduler) if chunk.sequence is long]
+    assert counts
+    assert max(counts) == most
+    assert bool(short.num_generated) == (priority <= 0)
+
+
+def test_a_long_prompt_holds_back_for_nobody_who_cannot_come_in():
+    scheduler = make_scheduler(pages=64, room=128, pace=Hurried())
+    scheduler.add(make_sequence(range(1000), 0))
+    step(scheduler)
+    waiting = make_sequence(range(100), 1)
+    scheduler.add(waiting)
+    steps_until(scheduler, lambda: waiting.wait.is_blocked)
+    assert [chunk.count for chunk in step(scheduler)] == [128]
 
 
 def test_the_oldest_prompt_gets_half_of_the_room_whatever_comes():
