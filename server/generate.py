@@ -10,8 +10,9 @@ from tqdm import tqdm
 
 from .chat_template import ChatTemplate
 from .errors import ApiError
-from .exceptions import EngineError
+from .exceptions import EngineError, InvalidRequest
 from .request import Delta, Event, Progress, SamplingParams, Usage
+from .sampling_limits import check_sampling
 from .schemas_chat import ChatPromptBody
 from .settings import ENGINE_FIELDS, Settings
 
@@ -30,6 +31,11 @@ def run(given: Namespace, settings: Settings) -> int:
     sampling = SamplingParams(
         max_tokens=given.max_tokens, temperature=given.temperature, top_p=given.top_p, seed=given.seed
     )
+    try:
+        check_sampling(sampling, sys.maxsize)  # now, not after the model is loaded; no flag names a token
+    except InvalidRequest as error:
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
     options = {name: getattr(settings, name) for name in ENGINE_FIELDS}
     try:
         llm = LLM(settings.model, **options)

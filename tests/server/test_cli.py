@@ -201,6 +201,13 @@ def test_generate_without_a_model(monkeypatch, capsys):
     assert "cannot load m: there is no such directory" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("flag", [("--max-tokens", "-1"), ("--temperature", "nan"), ("--top-p", "0")], ids=" ".join)
+def test_generate_tells_what_is_out_of_range_before_it_loads(llms, capsys, flag):
+    assert cli.main(["generate", "m", "-p", "x", *flag]) == 1
+    assert flag[0].removeprefix("--").replace("-", "_") in capsys.readouterr().err
+    assert not llms
+
+
 def test_generate_without_its_file(llms, capsys, tmp_path):
     assert cli.main(["generate", "m", "-f", str(tmp_path / "nosuch"), "-p", "x"]) == 1
     assert "cannot read" in capsys.readouterr().err
