@@ -62,6 +62,7 @@ class NativeLinear:
         else:
             call.weight_bits = 4
             call.groups = weight.groups.data_ptr()
+            call.as_bytes = activation_bits == 8 and weight.fits_bytes
         self.call = call
         self._widen_rows = dict.fromkeys(DTYPES, NEVER)
         if call.weight_bits == 4 and activation_bits == 16:

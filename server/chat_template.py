@@ -5,8 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import threading
+from contextlib import suppress
 from typing import Any, Literal
 
+from jinja2 import Environment
 from jinja2.exceptions import TemplateError
 
 from .errors import ApiError
@@ -150,7 +152,7 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
     that ``apply_chat_template`` takes for text where they stand in a message.
     """
     templates = tokenizer.chat_template or ""
-    written = "\0".join(templates.values()) if isinstance(templates, dict) else templates
+    written = "\0".join(map(_written, templates.values() if isinstance(templates, dict) else [templates]))
     named = tokenizer.chat_control_tokens or ()
     tokens = [
         token.content
@@ -159,6 +161,16 @@ def _control_tokens(tokenizer: Any) -> re.Pattern[str]:
     ]
     longest_first = sorted(tokens, key=len, reverse=True)
     return re.compile("|".join(map(re.escape, longest_first)) or "(?!)")
+
+
+def _written(template: str) -> str:
+    """The source of a template, and its strings as it means them: with escapes, or in parts, they may spell a token."""
+    strings = []
+    with suppress(TemplateError):  # a broken one is told of when it is used
+        for _, kind, text in Environment().lex(template):
+            if kind == "string":
+                strings.append(text[1:-1].encode("ascii", "backslashreplace").decode("unicode-escape"))
+    return f"{template}\0{''.join(strings)}"
 
 
 def _tool_template(tokenizer: Any) -> str:

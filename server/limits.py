@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import ApiError, error_response
 from .keys import ADMIN, OWNER, KeyRing, unauthorized
-from .names import host_in, is_address, is_loopback
+from .names import OWN_NAMES, host_in, is_address, is_loopback
 from .settings import Settings
 
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
@@ -94,7 +94,7 @@ class Limits:
                 )
 
     def _knows(self, host: str) -> bool:
-        return host == "localhost" or host.endswith(".localhost") or is_address(host) or host in self._hosts
+        return host in OWN_NAMES or host.endswith(".localhost") or is_address(host) or host in self._hosts
 
     def _check_origin(self, scope: Scope, headers: list[tuple[bytes, bytes]]) -> None:
         """Refuses what a page of another origin sends: a browser sends a form anywhere without asking there first."""

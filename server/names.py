@@ -11,17 +11,22 @@ _ORIGIN = re.compile(
     r"https?://(?:\[[0-9a-f:.]+\]|[a-z0-9_](?:[a-z0-9_-]|\.(?=[a-z0-9_]))*)(?::[0-9]{1,5})?", re.IGNORECASE
 )
 _PORTS = {"http": 80, "https": 443}
+# Names of this machine, the last two as containers on it know it; nobody can make them point elsewhere on the internet.
+OWN_NAMES = frozenset({"localhost", "host.docker.internal", "host.containers.internal"})
 
 
 def host_in(authority: str) -> str:
     """The host of ``authority`` (``host`` or ``host:port``) in small letters; empty where it is none."""
     found = _HOST.fullmatch(authority)
-    return (found["address"] or found["name"] or "").lower() if found else ""
+    return (found["address"] or found["name"] or "").lower().removesuffix(".") if found else ""
 
 
 def is_loopback(host: str) -> bool:
     """Whether only programs of this machine reach a server that listens on ``host``."""
-    return host.lower() == "localhost" or (is_address(host) and ip_address(host).is_loopback)
+    if not is_address(host):
+        return host.lower() == "localhost"
+    address = ip_address(host)
+    return (getattr(address, "ipv4_mapped", None) or address).is_loopback
 
 
 def is_address(host: str) -> bool:

@@ -106,7 +106,8 @@ class Scheduler:
             if sequence.table is not None and len(chunks) < self.max_batch_tokens:
                 self._grow(Chunk(sequence, sequence.num_computed, 1), chunks)
         prompts = self._prompts()
-        work = self.pace.room if chunks or self._is_held_up(prompts) else math.inf
+        has_answers = bool(chunks)
+        work = self.pace.room if has_answers or self._is_held_up(prompts) else math.inf
         is_first = True
         for sequence in prompts:
             room = self.max_batch_tokens - sum(chunk.count for chunk in chunks)
@@ -114,7 +115,9 @@ class Scheduler:
                 break
             if sequence.table is None and not (sequence in self.waiting and self._come_in(sequence, chunks)):
                 continue
-            chunk = self._cut(sequence, room, work, is_first)
+            # One that comes to its first token waits for itself alone.
+            is_free = is_first and not has_answers and sequence.num_remaining <= self.max_batch_tokens
+            chunk = self._cut(sequence, room, math.inf if is_free else work, is_first)
             if chunk.count and self._grow(chunk, chunks):
                 work -= self.pace.work(chunk)
                 is_first = False
@@ -145,13 +148,28 @@ class Scheduler:
         return sequence.num_remaining - sequence.wait.found_tokens
 
     def _is_held_up(self, prompts: list[Sequence]) -> bool:
-        """Whether somebody would soon have a first token but for a prompt of many steps, of no better priority."""
+        """Whether somebody would have a first token within a step but for prompts of many, none of better priority."""
         if len(prompts) < 2:
             return False
         long = [item.priority for item in prompts if self._left(item) > self.max_batch_tokens]
         return bool(long) and any(
-            item.priority <= max(long) and not item.wait.is_blocked and self._left(item) <= self.max_batch_tokens
+            item.priority <= min(long) and self._left(item) <= self.max_batch_tokens and self._may_come_in(item)
             for item in prompts
+        )
+
+    def _may_come_in(self, sequence: Sequence) -> bool:
+        """Whether it is in, or nothing but pages, which are yet to be counted, can keep it out."""
+        if sequence.table is not None:
+            return True
+        head = self.waiting[0]
+        if sequence.wait.is_blocked or (sequence is not head and not self._may_pass(sequence, head)):
+            return False
+        return self._has_seats(self.running, sequence) or self._may_preempt_for(sequence)
+
+    def _may_pass(self, sequence: Sequence, head: Sequence) -> bool:
+        """Whether it may come in before the first in the queue; a blocked one is passed by no more than its tokens."""
+        return not head.wait.is_blocked or (
+            sequence.priority == head.priority and head.wait.passed_tokens + len(sequence.tokens) <= len(head.tokens)
         )
 
     def _cut(self, sequence: Sequence, room: int, work: float, is_first: bool) -> Chunk:
@@ -202,9 +220,7 @@ class Scheduler:
         """Gives a waiting sequence the pages that hold its beginning and a seat, if all its tokens so far fit."""
         head = self.waiting[0]
         passes = sequence is not head and head.wait.is_blocked
-        if passes and not (
-            sequence.priority == head.priority and head.wait.passed_tokens + len(sequence.tokens) <= len(head.tokens)
-        ):
+        if passes and not self._may_pass(sequence, head):
             return False
         if not self._has_seats(self.running, sequence) and not self._may_preempt_for(sequence):
             # One that needs several seats at once would never see them free if those of one seat went on passing it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 from starlette.responses import Response
@@ -51,6 +52,7 @@ class FileDownload(Response):
 
 
 async def _leaving(receive: Receive) -> None:
-    """Ends when the client leaves."""
-    while (await receive())["type"] != "http.disconnect":
-        pass
+    """Ends when the client leaves, or cannot be heard any more."""
+    with suppress(OSError):
+        while (await receive())["type"] != "http.disconnect":
+            pass

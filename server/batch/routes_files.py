@@ -86,7 +86,9 @@ async def _receive(request: Request, body: _Body, service: BatchService, setting
         if error.code == "file_too_large" and room < wanted:
             most = settings.max_stored_bytes
             raise ApiError(
-                413, f"All files together may have {most} bytes (--max-stored-bytes). Delete some.", code="storage_full"
+                413,
+                f"All files together may have {most} bytes (--max-stored-bytes). Delete some, or wait for uploads.",
+                code="storage_full",
             ) from None
         raise
     finally:

@@ -63,7 +63,7 @@ class Report:
         text: str,
         draw: Callable[[Path, Mapping[str, Any]], list[Path]] | None = None,
     ) -> bool:
-        """Prints the tables; writes ``KIND.json`` and the plots if there is an output directory.
+        """Writes ``KIND.json`` and the plots if there is an output directory; prints the tables.
 
         Args:
             body: The rest of the JSON object.
@@ -80,17 +80,16 @@ class Report:
             f"{machine['cpu']} ({machine['kernels'] or 'no native kernels'}), {machine['threads']} threads of "
             f"{machine['cores']} cores on {machine['device']}; load average {load['start']} to {load['end']}"
         )
-        # First, so that nothing that goes wrong behind it takes them away.
-        print("\n\n".join(part for part in (text, about) if part), flush=True)
-        if self._target is None:
-            return True
+        told, failure = "", None
         try:
-            told = _write(self._target, whole, draw)
-        except OSError as error:
-            print(f"foveate: the results are not all written: {error}", file=sys.stderr)
-            return False
-        print(told)
-        return True
+            if self._target is not None:
+                told = _write(self._target, whole, draw)
+        except OSError as error:  # the tables are left, and where they cannot be printed the file is
+            failure = error
+        print("\n\n".join(part for part in (text, about, told) if part), flush=True)
+        if failure is not None:
+            print(f"foveate: the results are not all written: {failure}", file=sys.stderr)
+        return failure is None
 
 
 def _write(target: Path, whole: Mapping[str, Any], draw: Callable[[Path, Mapping[str, Any]], list[Path]] | None) -> str:
@@ -102,12 +101,12 @@ def _write(target: Path, whole: Mapping[str, Any], draw: Callable[[Path, Mapping
     part = _part_of(target)
     part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     part.replace(target)
-    names, missing = [target.name], ""
+    names, told = [target.name], []
     try:
         names += [path.name for path in draw(target.parent, whole)] if draw else []
     except ImportError:
-        missing = "\nNo plots: matplotlib is missing. Get it with `pip install 'foveate[bench]'`.\n"
-    return f"{missing}\nwritten to {target.parent}: {', '.join(names)}"
+        told.append("No plots: matplotlib is missing. Get it with `pip install 'foveate[bench]'`.")
+    return "\n\n".join([*told, f"written to {target.parent}: {', '.join(names)}"])
 
 
 def _part_of(target: Path) -> Path:

@@ -54,9 +54,9 @@ def isa(request):
     return request.param
 
 
-def takes_bytes(isa: str, rows: int) -> bool:
+def takes_bytes(isa: str, rows: int, weight: Int4Weight | None = None) -> bool:
     """Are 4-bit weights multiplied as bytes?"""
-    return isa != "avx2" and rows >= 64
+    return isa != "avx2" and rows >= 64 and (weight is None or weight.fits_bytes)
 
 
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
@@ -74,7 +74,7 @@ def test_kernels_equal_the_reference(isa, kind, shape, dtype, biased):
     if kind in fewest and len(x) >= fewest[kind]:  # x is not rounded then
         want = functional.linear(x.float(), quantized.exact(), bias[: len(weight)] if biased else None).to(dtype)
     else:
-        as_bytes = kind == "int4" and takes_bytes(isa, len(x))
+        as_bytes = kind == "int4" and takes_bytes(isa, len(x), quantized)
         want = linear_torch.linear(x, quantized, bias if biased else None, bits, as_bytes=as_bytes)
     assert got.dtype == dtype
     torch.testing.assert_close(got, want, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
@@ -126,6 +126,20 @@ def test_many_rows_of_4_bits_are_computed_as_few(isa):
         assert torch.equal(many, torch.cat([linear(part) for part in x.split(few)]))
 
 
+@pytest.mark.parametrize(("factor", "fits"), [(1, True), (8, True), (30, False), (1000, False)])
+def test_weights_beside_an_outlier_are_no_bytes(isa, factor, fits):
+    """One unit for 512 channels would be as coarse as the outlier is large."""
+    x, weight, _ = made(70, 1024, 48)
+    weight[:, 5] *= factor
+    quantized = Int4Weight.of(weight)
+    assert quantized.fits_bytes == fits
+    got = linear_native.NativeLinear(quantized, None, 8, isa=isa)(x)
+    want = linear_torch.linear(x, quantized, None, 8, as_bytes=takes_bytes(isa, 70, quantized))
+    assert bool(((got - want).abs() <= 3e-4 * want.abs().amax(0)).all())
+    added = (quantized.as_bytes() - weight).square().sum() / (quantized.exact() - weight).square().sum() - 1
+    assert bool(added <= 0.12) == fits
+
+
 def test_rows_multiplied_as_bytes_are_the_same_in_any_call(isa):
     x, weight, _ = made(230, 1600, 48)
     linear = linear_native.NativeLinear(Int4Weight.of(weight), None, 8, isa=isa)
@@ -142,7 +156,7 @@ def test_steps_of_4_bits_may_be_of_any_size(isa, rows):
     weight[41] *= 2.0**-30
     quantized = Int4Weight.of(weight)
     got = linear_native.NativeLinear(quantized, None, 8, isa=isa)(x)
-    want = linear_torch.linear(x, quantized, None, 8, as_bytes=takes_bytes(isa, rows))
+    want = linear_torch.linear(x, quantized, None, 8, as_bytes=takes_bytes(isa, rows, quantized))
     assert bool(((got - want).abs() <= 3e-4 * want.abs().amax(0)).all())
 
 

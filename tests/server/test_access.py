@@ -151,7 +151,7 @@ REBOUND = ["evil.example", "evil.example:8000", "127.0.0.1.evil.example", "local
 
 class TestNames:
     @pytest.mark.parametrize("host", REBOUND)
-    @pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2", "::1", "localhost"])
+    @pytest.mark.parametrize("listening", ["127.0.0.1", "127.0.0.2", "::1", "::ffff:127.0.0.1", "localhost"])
     def test_a_server_without_keys_is_asked_by_this_machines_own(self, client_of, engine, host, listening):
         client = client_of(host=listening)
         for headers in ({"host": host}, {"host": host, "origin": f"http://{host}"}):
@@ -162,7 +162,11 @@ class TestNames:
         assert not engine.requests
 
     @pytest.mark.parametrize(
-        "host", ["localhost", "LocalHost:8000", "app.localhost", "127.0.0.1:8000", "127.8.9.1", "[::1]", "[::1]:8000"]
+        "host",
+        [
+            *("localhost", "LocalHost:8000", "localhost.:8000", "app.localhost", "host.docker.internal:8000"),
+            *("127.0.0.1:8000", "127.8.9.1", "[::1]", "[::1]:8000"),
+        ],
     )
     def test_these_are(self, client, host):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200

@@ -182,13 +182,19 @@ def test_what_cannot_be_is_said(options, said, model_dir, tmp_path, capsys):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_disk_that_fills_is_said(model_dir, tmp_path, capsys):
-    bytes_before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100, bytes_before[1]))
-    try:
-        assert run(model_dir, tmp_path / "profile") == 1
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, bytes_before)
+def test_a_disk_that_fills_is_said(model_dir, tmp_path, monkeypatch, capsys):
+    save = Profile.save
+
+    def save_on_a_full_disk(profile, path):
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            save(profile, path)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    monkeypatch.setattr(Profile, "save", save_on_a_full_disk)
+    assert run(model_dir, tmp_path / "profile") == 1
     assert "profile.partial cannot be written: " in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 

@@ -129,6 +129,16 @@ def test_added_tokens_that_control_nothing_are_words(engine, plain_tokenizer):
         assert post(client, tools=[tool("<call>")]).status_code == 400
 
 
+@pytest.mark.parametrize("spelled", ["'<turn>'", "'\\u003cturn>'", "'<tu' 'rn>'"], ids=["plain", "escaped", "in-parts"])
+def test_control_tokens_that_a_template_spells(engine, plain_tokenizer, spelled):
+    plain_tokenizer.add_tokens([AddedToken("<turn>", special=False)])
+    plain_tokenizer.chat_template = "{% for m in messages %}{{ " + spelled + " + m.content }}{% endfor %}"
+    engine.tokenizer = plain_tokenizer
+    with LocalClient(create_app(engine, Settings(model="fake-model"))) as client:
+        assert post(client, [{"role": "user", "content": "<turn>"}]).status_code == 200
+    assert engine.requests[-1].prompt_token_ids.count(plain_tokenizer.convert_tokens_to_ids("<turn>")) == 1
+
+
 def test_control_tokens_that_a_tokenizer_names_itself(engine, plain_tokenizer):
     plain_tokenizer.add_tokens([AddedToken("<|user|>", special=False)])
     plain_tokenizer.chat_control_tokens = ["<|user|>"]

@@ -59,6 +59,32 @@ def test_a_long_prompt_holds_back_while_a_short_one_waits(priority, most):
     assert bool(short.num_generated) == (priority <= 0)
 
 
+def test_a_prompt_that_fits_into_a_step_is_not_cut_for_its_own_sake():
+    scheduler = make_scheduler(pages=1000, room=512, pace=Hurried())
+    scheduler.add(make_sequence(range(8000), 0))
+    step(scheduler)
+    short = make_sequence(range(400), 1)
+    scheduler.add(short)
+    assert steps_until(scheduler, has_drawn(short)) <= 2
+
+
+def test_a_long_prompt_holds_back_for_nobody_behind_another():
+    scheduler = make_scheduler(pages=2000, room=512, pace=Hurried())
+    long = make_sequence(range(8000), 0)
+    for sequence in (long, make_sequence(range(8000), 1, priority=5), make_sequence(range(30), 2, priority=3)):
+        scheduler.add(sequence)
+    assert [step(scheduler)[0].count for _ in range(4)] == [512] * 4
+
+
+def test_a_long_prompt_holds_back_for_nobody_without_a_seat():
+    scheduler = make_scheduler(pages=1000, room=512, running=1, pace=Hurried())
+    long = make_sequence(range(8000), 0)
+    scheduler.add(long)
+    step(scheduler)
+    scheduler.add(make_sequence(range(30), 1))
+    assert [chunk.count for _ in range(4) for chunk in step(scheduler)] == [512] * 4
+
+
 def test_a_long_prompt_holds_back_for_nobody_who_cannot_come_in():
     scheduler = make_scheduler(pages=64, room=128, pace=Hurried())
     scheduler.add(make_sequence(range(1000), 0))

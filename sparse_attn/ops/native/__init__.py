@@ -244,6 +244,7 @@ class LinearCall(ctypes.Structure):
         *((name, ctypes.c_void_p) for name in ("input", "out", "weight", "scales", "sums", "groups", "bias")),
         *((name, ctypes.c_int64) for name in ("input_stride", "rows", "in_channels", "out_channels")),
         *((name, ctypes.c_int32) for name in ("weight_bits", "activation_bits", "dtype", "isa", "num_threads")),
+        ("as_bytes", ctypes.c_int32),
     )
 
 

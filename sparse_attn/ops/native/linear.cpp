@@ -74,7 +74,7 @@ int32_t foveate_linear_run(const foveate_linear* call_pointer) {
     const int64_t blocks = ceil_div(call.out_channels, 16), wanted = 4 * int64_t(call.num_threads);
     int64_t width = blocks / wanted / 4 * 4;
     if (width < 4) width = 4;
-    if (width > 16) width = 16;
+    if (width > kMostChannels / 16) width = kMostChannels / 16;
     const int64_t pieces = ceil_div(blocks, width);
     const int64_t parts = ceil_div(wanted, pieces), least_parts = ceil_div(call.rows, kMostRows / row_step * row_step);
     const int64_t rows = padded_to(ceil_div(call.rows, parts < least_parts ? least_parts : parts), row_step);

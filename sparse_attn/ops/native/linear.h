@@ -42,6 +42,7 @@ struct foveate_linear {
     int32_t dtype;            // of input and out
     int32_t isa;
     int32_t num_threads;
+    int32_t as_bytes;         // 4 bit: many rows may multiply bytes of one unit per output channel and piece
 };
 
 // Was this instruction set compiled in, and do this CPU and its kernel have it?
@@ -56,6 +57,8 @@ FOVEATE_API int32_t foveate_linear_widen(const foveate_linear* call);
 
 FOVEATE_API int32_t foveate_linear_size(void);
 }
+
+constexpr int64_t kMostChannels = 256;  // output channels of a work item
 
 static inline int64_t padded_to(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 

@@ -22,15 +22,14 @@ struct ByteLinear {
     static constexpr int W = Vec::W;
     static constexpr int kPanel = Few::kPanel;
     static_assert(kPanel == 4);
-    static constexpr int kVectors = 2;                   // of output channels at once: two blocks, or halves of one
-    static constexpr int kStep = 4 * W;                  // bytes of a vector
-    static constexpr int64_t kGroups = 16;               // of a piece: its weights, up to 16 KiB, and a panel fit L1
-    static constexpr int64_t kChannels = 256;            // most output channels of an item
-    static constexpr int64_t kLeastRows = 64;            // of a call; unpacking costs as much as it saves of some 20
-    static constexpr float kOffset = 128.0f;             // of the bytes, which are unsigned
+    static constexpr int kVectors = 2;         // of output channels at once: two blocks, or halves of one
+    static constexpr int kStep = 4 * W;        // bytes of a vector
+    static constexpr int64_t kGroups = 16;     // of a piece: its weights, up to 16 KiB, and a panel fit L1
+    static constexpr int64_t kLeastRows = 64;  // of a call; unpacking costs as much as it saves of some 20
+    static constexpr float kOffset = 128.0f;   // of the bytes, which are unsigned
     static constexpr int64_t kShared = kGroups * 8 * kVectors * kStep;
     // Scratch per row, of which an item gets at least 32: its sums, and a share of the bytes.
-    static constexpr int64_t kRowBytes = kChannels * 4 + kShared / 32;
+    static constexpr int64_t kRowBytes = kMostChannels * 4 + kShared / 32;
 
     template <class To, class From>
     static FOVEATE_INLINE To bits(From from) {
@@ -143,7 +142,7 @@ struct ByteLinear {
         }
     }
 
-    // As DotLinear::multiply, for calls of at least kLeastRows rows and at most kChannels output channels.
+    // As DotLinear::multiply, for calls of at least kLeastRows rows.
     static void multiply_many(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                               int64_t first_block, int64_t last_block, void* scratch) {
         const int64_t rows = last - first, blocks = last_block - first_block, groups = input.stride / kGroup;
@@ -166,7 +165,7 @@ struct ByteLinear {
 
     static void multiply(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                          int64_t first_block, int64_t last_block, void* scratch) {
-        const bool many = call.weight_bits == 4 && input.planes == 1 && call.rows >= kLeastRows;
+        const bool many = call.as_bytes && input.planes == 1 && call.rows >= kLeastRows;
         (many ? multiply_many : Few::multiply)(call, input, first, last, first_block, last_block, scratch);
     }
 

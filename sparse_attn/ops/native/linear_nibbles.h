@@ -157,14 +157,13 @@ void add_rows(const Activations& input, int64_t row, int64_t rows, int64_t group
 struct NibblePieces {
     static constexpr int kPanel = 3;           // of calls of more than one row
     static constexpr int64_t kGroups = 24;     // of a piece: its weights are 12 KiB of L1
-    static constexpr int64_t kChannels = 256;  // most output channels of an item
     static constexpr int64_t kLeastRows = 8;   // from which on unpacking the weights pays
     static constexpr int64_t kShared = kGroups * (8 * kBlock * 4 + 2 * kBlock * 4) + 2 * kBlock * 4;
     // Scratch per row, of which an item gets at least 32: its sums, and a share of the weights and their steps.
-    static constexpr int64_t kRowBytes = kChannels * 4 + kShared / 32;
+    static constexpr int64_t kRowBytes = kMostChannels * 4 + kShared / 32;
 };
 
-// As DotLinear::multiply, for 4 bits and one plane; at most NibblePieces::kChannels output channels.
+// As DotLinear::multiply, for 4 bits and one plane.
 inline void multiply_nibbles(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                              int64_t first_block, int64_t last_block, void* scratch) {
     constexpr int64_t kGroups = NibblePieces::kGroups;

@@ -12,19 +12,18 @@ namespace {
 struct WordPieces {
     static constexpr int64_t kDepth = 512;      // input channels of a piece
     static constexpr int kRows = 4;             // 5 and 6 were no faster
-    static constexpr int64_t kChannels = 256;   // most output channels of an item
     static constexpr int64_t kLeastRows = 12;   // from which on widening the weights pays
     // Scratch per row: its words and its sums, and a share of the weights' words.
-    static constexpr int64_t kRowBytes = kDepth * 2 + kChannels * 4 + kBlock * kDepth * 2 / kLeastRows + 64;
+    static constexpr int64_t kRowBytes = kDepth * 2 + kMostChannels * 4 + kBlock * kDepth * 2 / kLeastRows + 64;
 
     int16_t* inputs;   // [rows][kDepth]
-    float* sums;       // [rows][kChannels]
+    float* sums;       // [rows][kMostChannels]
     int16_t* weights;  // [kDepth / 2][kBlock][2]
 
     WordPieces(void* memory, int64_t rows)
         : inputs(static_cast<int16_t*>(memory)),
           sums(reinterpret_cast<float*>(inputs + rows * kDepth)),
-          weights(reinterpret_cast<int16_t*>(sums + rows * kChannels)) {}
+          weights(reinterpret_cast<int16_t*>(sums + rows * kMostChannels)) {}
 
     // ``depth`` inputs of a row: bytes, 128 too high, or two planes of them. A multiple of 16.
     void load_inputs(const Activations& from, int64_t row, int64_t at, int64_t depth, int16_t* to) const {
@@ -77,7 +76,7 @@ struct WordPieces {
 #pragma GCC unroll 8
         for (int r = 0; r < R; ++r)
             for (int j = 0; j < 2; ++j) {
-                float* sum = to + r * kChannels + j * Vec8::W;
+                float* sum = to + r * kMostChannels + j * Vec8::W;
                 Vec8::store(sum, Vec8::add(Vec8::load(sum), _mm256_cvtepi32_ps(acc[r][j])));
             }
     }
@@ -85,9 +84,9 @@ struct WordPieces {
     void add_rows(int64_t rows, int64_t depth, float* to) const {
         int64_t row = 0;
         for (; row + kRows <= rows; row += kRows)
-            add<kRows>(inputs + row * kDepth, weights, depth, to + row * kChannels);
+            add<kRows>(inputs + row * kDepth, weights, depth, to + row * kMostChannels);
         const int16_t* a = inputs + row * kDepth;
-        float* rest = to + row * kChannels;
+        float* rest = to + row * kMostChannels;
         switch (rows - row) {
             case 1: add<1>(a, weights, depth, rest); break;
             case 2: add<2>(a, weights, depth, rest); break;
@@ -97,12 +96,12 @@ struct WordPieces {
     }
 };
 
-// As DotLinear::multiply, for 8 bits; at most WordPieces::kChannels output channels.
+// As DotLinear::multiply, for 8 bits.
 inline void multiply_words(const foveate_linear& call, const Activations& input, int64_t first, int64_t last,
                            int64_t first_block, int64_t last_block, void* scratch) {
     const int64_t rows = last - first;
     const WordPieces pieces(scratch, rows);
-    __builtin_memset(pieces.sums, 0, size_t(rows * WordPieces::kChannels) * 4);
+    __builtin_memset(pieces.sums, 0, size_t(rows * kMostChannels) * 4);
     for (int64_t at = 0; at < input.stride; at += WordPieces::kDepth) {
         const int64_t depth = smaller(WordPieces::kDepth, input.stride - at);
         for (int64_t row = 0; row < rows; ++row)
@@ -114,7 +113,7 @@ inline void multiply_words(const foveate_linear& call, const Activations& input,
     }
     for (int64_t row = 0; row < rows; ++row) {
         const Vec8::F scale = Vec8::set(input.scales[first + row]);
-        const float* sums = pieces.sums + row * WordPieces::kChannels;
+        const float* sums = pieces.sums + row * kMostChannels;
         for (int64_t c = first_block * kBlock; c < last_block * kBlock; c += Vec8::W) {
             const Vec8::F sum = Vec8::load(sums + c - first_block * kBlock);
             put<Vec8>(call, first + row, c, Vec8::mul(sum, Vec8::mul(scale, Vec8::load(call.scales + c))));
