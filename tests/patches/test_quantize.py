@@ -126,7 +126,7 @@ def test_many_rows_of_4_bits_are_computed_as_few(isa):
         assert torch.equal(many, torch.cat([linear(part) for part in x.split(few)]))
 
 
-@pytest.mark.parametrize(("factor", "fits"), [(1, True), (8, True), (30, False), (1000, False)])
+@pytest.mark.parametrize(("factor", "fits"), [(1, True), (8, True), (30, False), (100, False)])
 def test_weights_beside_an_outlier_are_no_bytes(isa, factor, fits):
     """One unit for 512 channels would be as coarse as the outlier is large."""
     x, weight, _ = made(70, 1024, 48)
