@@ -35,6 +35,7 @@ from .loader import LoadedModel, load
 from .options import EngineOptions
 from .packaged import PackagedModelError
 from .settings import Settings
+from .writable import check_writable
 
 # Tokens per forward pass: bounds what a calibrator holds of one layer.
 CHUNK_TOKENS = 512
@@ -54,6 +55,7 @@ def run(given: Namespace, settings: Settings) -> int:
         text = None if given.text is None else given.text.read_text(encoding="utf-8")
         if not given.output.parent.is_dir():
             raise FileNotFoundError(f"there is no directory {given.output.parent}")
+        check_writable(given.output)
         loaded = load(EngineOptions.of(settings))
         with loaded.attached:
             calibrator = scheme.calibrator(shape_of(loaded.attached.facts), options_of(given.option))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import errno
 import os
 import signal
 import sys
@@ -73,6 +74,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # The reader of our output left. The interpreter writes out once more at its end, and would complain then.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return _NO_READER
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        try:
+            sys.stdout.flush()
+        except OSError:  # it is what is full, and the interpreter would complain once more
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print(f"foveate: {error}", file=sys.stderr)
+        return 1
     return status
 
 

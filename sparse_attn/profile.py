@@ -66,7 +66,10 @@ class Profile:
             save_file(tensors, part, metadata={FORMAT: self._header(), "digest": self.digest})
         except SafetensorError as error:  # a full disk among others
             raise OSError(f"{target} cannot be written: {error}") from error
-        part.replace(target)
+        else:
+            part.replace(target)
+        finally:
+            part.unlink(missing_ok=True)
 
     @classmethod
     def load(cls, path: str | Path) -> Profile:

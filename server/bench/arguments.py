@@ -247,9 +247,8 @@ def _ops(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dtypes",
         type=several(one_of(("bfloat16", "float32"), "element type")),
-        default=["bfloat16"],
         metavar="NAME,...",
-        help="bfloat16, float32 (default: bfloat16)",
+        help="bfloat16, float32 (default: bfloat16, but float32 on a CPU without products of bfloat16)",
     )
     parser.add_argument(
         "--kv-dtype", choices=("auto", "int8"), default="auto", help="of keys and values in pages (default: auto)"

@@ -12,6 +12,7 @@ import torch
 from tqdm import tqdm
 
 from foveate.sparse_attn.ops import native
+from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 
 from ..exceptions import EngineError
 from ..loader import device_of
@@ -50,6 +51,8 @@ def run(given: Namespace) -> int:
             raise ValueError("--kv-dtype int8 is for a CPU")
         if device.type == "cpu":
             tune_allocator()  # as an engine does
+        if given.dtypes is None:
+            given.dtypes = ["bfloat16" if device.type != "cpu" or has_bfloat16_products() else "float32"]
         torch.manual_seed(given.seed)
         report = Report("ops", given, device)
         rows = measure(given, device, isas)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
@@ -18,6 +16,7 @@ import torch
 from ..loader import LoadedModel
 from ..machine import describe, load_average
 from ..options import EngineOptions
+from ..writable import check_writable, part_of
 
 FORMAT, VERSION = "foveate-bench", 1
 
@@ -43,10 +42,7 @@ class Report:
         if given.output is not None:
             given.output.mkdir(parents=True, exist_ok=True)
             self._target = given.output / f"{kind}.json"
-            if self._target.is_dir():
-                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(self._target))
-            _part_of(self._target).open("wb").close()
-            _part_of(self._target).unlink()
+            check_writable(self._target)
         self._about: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
@@ -80,16 +76,15 @@ class Report:
             f"{machine['cpu']} ({machine['kernels'] or 'no native kernels'}), {machine['threads']} threads of "
             f"{machine['cores']} cores on {machine['device']}; load average {load['start']} to {load['end']}"
         )
-        told, failure = "", None
+        told, written = "", True
         try:
             if self._target is not None:
                 told = _write(self._target, whole, draw)
         except OSError as error:  # the tables are left, and where they cannot be printed the file is
-            failure = error
+            print(f"foveate: the results are not all written: {error}", file=sys.stderr)
+            written = False
         print("\n\n".join(part for part in (text, about, told) if part), flush=True)
-        if failure is not None:
-            print(f"foveate: the results are not all written: {failure}", file=sys.stderr)
-        return failure is None
+        return written
 
 
 def _write(target: Path, whole: Mapping[str, Any], draw: Callable[[Path, Mapping[str, Any]], list[Path]] | None) -> str:
@@ -98,7 +93,7 @@ def _write(target: Path, whole: Mapping[str, Any], draw: Callable[[Path, Mapping
     Raises:
         OSError: something could not be written.
     """
-    part = _part_of(target)
+    part = part_of(target)
     part.write_text(json.dumps(whole, indent=1) + "\n", encoding="utf-8")
     part.replace(target)
     names, told = [target.name], []
@@ -107,11 +102,6 @@ def _write(target: Path, whole: Mapping[str, Any], draw: Callable[[Path, Mapping
     except ImportError:
         told.append("No plots: matplotlib is missing. Get it with `pip install 'foveate[bench]'`.")
     return "\n\n".join([*told, f"written to {target.parent}: {', '.join(names)}"])
-
-
-def _part_of(target: Path) -> Path:
-    """Where a file is written, to be put in its place whole."""
-    return target.with_name(f".{target.name}.part")
 
 
 def model_facts(loaded: LoadedModel, options: EngineOptions) -> dict[str, Any]:

@@ -171,6 +171,10 @@ class TestNames:
     def test_these_are(self, client, host):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200
 
+    @pytest.mark.parametrize("host", [".localhost", "evil.example/.localhost", "[localhost]", "[::1%a.evil.example]"])
+    def test_what_is_no_name_is_not_one_of_them(self, client, host):
+        assert client.get("/v1/models", headers={"host": host}).status_code == 403
+
     @pytest.mark.parametrize("host", ["192.168.7.7:8000", "[fe80::1]:80"])
     def test_an_address_is_no_name_that_could_be_turned(self, client, host):
         assert client.get("/v1/models", headers={"host": host}).status_code == 200

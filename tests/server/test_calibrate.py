@@ -171,6 +171,7 @@ def test_a_profile_of_another_model_is_refused(profile_file, model_dir, tmp_path
         (("--samples", "0"), "at least 1 sample"),
         (("--text", "/nosuch/text"), "nosuch"),
         (("-o", "/nosuch/profile"), "no directory"),
+        (("-o", "/tmp"), "Is a directory: '/tmp'"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
 )

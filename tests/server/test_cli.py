@@ -201,6 +201,19 @@ def test_generate_without_a_model(monkeypatch, capsys):
     assert "cannot load m: there is no such directory" in capsys.readouterr().err
 
 
+def test_a_full_disk_behind_standard_output_is_said():
+    code = """
+import sys
+from foveate.server import cli
+cli._pull = lambda given: print("x", flush=True)
+sys.exit(cli.main(["pull", "m"]))
+"""
+    with open("/dev/full", "w") as full:
+        pipes = {"stdout": full, "stderr": subprocess.PIPE, "text": True}
+        ended = subprocess.run([sys.executable, "-c", code], check=False, **pipes)
+    assert (ended.returncode, ended.stderr) == (1, "foveate: [Errno 28] No space left on device\n")
+
+
 @pytest.mark.parametrize("flag", [("--max-tokens", "-1"), ("--temperature", "nan"), ("--top-p", "0")], ids=" ".join)
 def test_generate_tells_what_is_out_of_range_before_it_loads(llms, capsys, flag):
     assert cli.main(["generate", "m", "-p", "x", *flag]) == 1
