@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from ..writable import part_of
 from .policies import Refused, label, labels_of
 from .trials import Trial, Trials
 
@@ -131,7 +132,7 @@ def write_report(directory: Path, trials: Trials, refused: Sequence[Refused]) ->
         "cells": [asdict(cell) for cell in fine],
         "unavailable": [asdict(item) for item in refused],
     }
-    part = directory / f".{FILE}.part"
+    part = part_of(directory / FILE)
     part.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     part.replace(directory / FILE)
     told = [table(cells(trials, by_depth=False))]
