@@ -69,7 +69,7 @@ def main() -> int:
     parser.add_argument("--gguf-kv", default="f16", help="type of llama.cpp's keys and values (default: %(default)s)")
     parser.add_argument("--attention", type=json.loads, action="append", help="our policy, as JSON; may be repeated "
                         '(default: {"scheme": "kascade"})')  # fmt: skip
-    parser.add_argument("--quantization", default="int4", help="ours (default: %(default)s)")
+    parser.add_argument("--quantization", default="int4", help="ours, or none (default: %(default)s)")
     parser.add_argument("--kv-dtype", default="int8", help="ours (default: %(default)s; OpenVINO's is u8)")
     parser.add_argument(
         "--profile", action="append", default=[], help="of `foveate calibrate`, where the scheme needs one"
