@@ -21,18 +21,19 @@ class Choice:
     """A choice as it grows, for an answer in one piece."""
 
     index: int
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[TokenLogprob] = field(default_factory=list)
-    finish_reason: FinishReason | None = None
-
-    def add(self, delta: Delta) -> None:
-        self.texts.append(delta.text)
-        self.logprobs.extend(delta.logprobs or ())
-        self.finish_reason = delta.finish_reason or self.finish_reason
+    deltas: list[Delta] = field(default_factory=list)
 
     @property
     def text(self) -> str:
-        return "".join(self.texts)
+        return "".join(delta.text for delta in self.deltas)
+
+    @property
+    def logprobs(self) -> list[TokenLogprob]:
+        return [entry for delta in self.deltas for entry in delta.logprobs or ()]
+
+    @property
+    def finish_reason(self) -> FinishReason | None:
+        return next((delta.finish_reason for delta in reversed(self.deltas) if delta.finish_reason), None)
 
 
 class Answer(Protocol):

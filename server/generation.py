@@ -118,7 +118,7 @@ async def collect(stream: ResponseStream, generation: Generation) -> dict[str, A
             case (prompt, PromptLogprobs(entries)):
                 generation.answer.scored(prompt, entries)
             case (prompt, Delta() as delta):
-                choices[prompt * body.n + delta.index].add(delta)
+                choices[prompt * body.n + delta.index].deltas.append(delta)
             case (_, Finished(usage)):
                 usages.append(usage)
     write = generation.answer.whole

@@ -74,8 +74,9 @@ class ResponsesAnswer:
     def whole(self, choices: list[Choice]) -> dict[str, Any]:
         """The answer in one piece, without usage."""
         (choice,) = choices
-        for _ in self._told(Delta(0, choice.text, (), tuple(choice.logprobs), choice.finish_reason)):
-            pass
+        for delta in choice.deltas:  # one by one, so that log-probabilities go where a stream tells them
+            for _ in self._told(delta):
+                pass
         for _ in self._end(choice.finish_reason):
             pass
         return self._ended(choice.finish_reason)

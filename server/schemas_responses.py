@@ -205,16 +205,19 @@ def _choice_in_chat(choice: Any) -> Any:
 
 
 def renamed(error: ApiError) -> ApiError:
-    """The same refusal with the name that the field has here."""
+    """The same refusal with the names that fields have here."""
     name, rest = error.param or "", ""
     for end, char in enumerate(name):
         if char in ".[":
             name, rest = name[:end], name[end:]
             break
-    if name not in _NAMES:
-        return error
-    here = _NAMES[name] + rest.removeprefix(".json_schema")  # a format is flat here
-    message = error.message
-    if message.startswith(name + rest):
-        message = here + message.removeprefix(name + rest)
-    return ApiError(error.status, message, type=error.type, param=here, code=error.code)
+    here, message = error.param, error.message
+    if name in _NAMES:
+        here = _NAMES[name] + rest.removeprefix(".json_schema")  # a format is flat here
+        if message.startswith(name + rest):
+            message = here + message.removeprefix(name + rest)
+    if error.code == "invalid_grammar":  # of two that were given, it names the other
+        message = message.replace("response_format.json_schema", "text.format").replace(
+            "response_format", "text.format"
+        )
+    return ApiError(error.status, message, type=error.type, param=here, code=error.code, headers=error.headers)

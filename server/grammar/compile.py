@@ -14,7 +14,9 @@ from typing import Any
 import llguidance
 
 from ..token_text import byte_alphabet
-from .source import BLANKS, Kind
+from .gbnf import is_gbnf, lark_of
+from .schema import for_library
+from .source import Kind
 
 # One mask may cost about 10 ms of the step loop at most: the library's own figures are 14 lexer steps and 20 items
 # per microsecond. A JSON schema of a page takes a twentieth of it.
@@ -22,6 +24,7 @@ _LIMITS = llguidance.LLParserLimits(
     initial_lexer_fuel=1_000_000,
     step_lexer_fuel=100_000,
     step_max_items=25_000,
+    max_items_in_row=10_000,  # an object of 2,200 optional properties has 8,807
     max_lexer_states=20_000,  # 1 to 2 kB each, per answer
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -71,15 +74,14 @@ def normal_form(kind: Kind, text: str) -> str:
     """
     matcher = llguidance.LLMatcher
     if kind == "json":
-        # ``overrides``: a schema could bring options of its own, and let keywords go that are not implemented.
-        return matcher.grammar_from_json_schema(text, overrides={"lenient": False, "whitespace_pattern": BLANKS})
+        return matcher.grammar_from_json_schema(for_library(json.loads(text), lenient=False))
     if kind == "regex":
         return matcher.grammar_from_regex(ascii_digits(text))
     if kind == "choice":
         options = dict.fromkeys(json.loads(text))
         return matcher.grammar_from_lark("start: " + " | ".join(json.dumps(item) for item in options))
     if kind == "grammar":
-        return llguidance.grammar_from("grammar", text)
+        return matcher.grammar_from_lark(lark_of(text) if is_gbnf(text) else text)
     return matcher.grammar_from_lark(text)
 
 
@@ -119,7 +121,8 @@ def matcher_of(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LL
     """
     matcher = llguidance.LLMatcher(tokenizer, grammar, log_level=0, limits=_LIMITS)
     mask = b"" if matcher.is_error() else matcher.compute_bitmask()
-    if matcher.stop_reason() == "NoExtensionBias" or not (any(mask) or matcher.is_error()):
+    reasons = matcher.stop_reason(), matcher.get_error()  # either may say it
+    if any("NoExtensionBias" in reason for reason in reasons) or not (any(mask) or matcher.is_error()):
         raise ValueError("no text satisfies it")
     if matcher.is_error():
         raise ValueError(reason_of(matcher.get_error()))
@@ -128,4 +131,7 @@ def matcher_of(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LL
 
 def reason_of(error: str) -> str:
     """An error of the library in one line of bounded length."""
-    return " ".join(error.partition("<state>")[0].split())[:_MAX_REASON_CHARS] or "it could not be compiled"
+    return (
+        " ".join(error.partition("<state>")[0].replace("<non-verbose/>", "").split())[:_MAX_REASON_CHARS]
+        or "it could not be compiled"
+    )

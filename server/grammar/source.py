@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, Literal
+
+from .schema import not_held, texts
 
 MAX_SCHEMA_BYTES = 64 * 2**10  # one object of 2,200 properties took 1.0 s to compile, and time grows with the square
 MAX_GRAMMAR_BYTES = 64 * 2**10
@@ -16,9 +18,6 @@ MAX_DEPTH = 64
 
 # ``lark`` is a grammar that the server itself wrote around schemas of a request.
 Kind = Literal["json", "regex", "choice", "grammar", "lark"]
-
-# Blanks between the parts of a JSON text: without a bound, a weak model may write nothing else for ever.
-BLANKS = r" |\n[ \t]{0,40}"
 
 
 class GrammarRefused(Exception):
@@ -37,11 +36,18 @@ class GrammarSource:
         kind: How ``text`` is to be read.
         text: JSON Schema, regular expression, JSON list of strings, or a grammar in Lark's or llama.cpp's notation.
         param: The field of the request that it came from.
+        schemas: JSON schemas that stand in a ``lark`` grammar.
+        parts: By name, the functions whose calls a ``lark`` grammar describes, each alone.
+        loosened: The same with any arguments for functions of these names, for where they are refused alone; ``None``
+            in a part that must be held to.
     """
 
     kind: Kind
     text: str
     param: str
+    schemas: tuple[str, ...] = ()
+    parts: Mapping[str, GrammarSource] = field(default_factory=dict, compare=False)
+    loosened: Callable[[frozenset[str]], GrammarSource] | None = field(default=None, compare=False)
 
 
 def json_source(schema: Any, param: str) -> GrammarSource:
@@ -72,6 +78,8 @@ def json_source(schema: Any, param: str) -> GrammarSource:
         raise GrammarRefused("the schema holds half of a pair of surrogates", param) from None
     if size > MAX_SCHEMA_BYTES:
         raise GrammarRefused(f"a schema has at most {MAX_SCHEMA_BYTES} bytes", param)
+    if reason := not_held(schema):
+        raise GrammarRefused(reason, param)
     return GrammarSource("json", text, param)
 
 
@@ -111,25 +119,15 @@ def grammar_source(text: str, param: str) -> GrammarSource:
     return GrammarSource("grammar", text, param)
 
 
-# Parts of a schema that are about it, and no text of an answer.
-_REMARKS = frozenset({"title", "description", "$comment", "examples", "default"})
-
-
 def literals(source: GrammarSource) -> Iterator[str]:
-    """Texts that an answer may have to hold, as far as they stand there in one piece; of grammars none are told."""
+    """Texts that an answer may have to hold, as far as they stand there in one piece; of a request's grammar none."""
     if source.kind == "regex":
         yield source.text.replace("\\", "")
-    elif source.kind in ("choice", "json"):
-        left = [json.loads(source.text)]
-        while left:
-            value = left.pop()
-            if isinstance(value, str):
-                yield value.replace("\\", "")  # it may be a pattern
-            elif isinstance(value, list):
-                left += value
-            elif isinstance(value, dict):
-                yield from value
-                left += [inner for key, inner in value.items() if key not in _REMARKS]
+    for text in (
+        source.schemas if source.kind == "lark" else (source.text,) if source.kind in ("choice", "json") else ()
+    ):
+        for literal in texts(json.loads(text)):
+            yield literal.replace("\\", "")  # it may be a pattern
 
 
 def check_depth(value: Any, param: str) -> None:

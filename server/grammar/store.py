@@ -80,20 +80,49 @@ class Grammars:
             return cached
         if self._tokenizer is None or self._guard is None:
             self.load()
-        assert self._guard is not None
+        try:
+            grammar = self._compiled(source)
+        except GrammarRefused:
+            loosened = self._loosened(source)
+            if loosened is None:
+                raise
+            grammar = self._compiled(loosened)
+        self._keep(source, grammar)
+        return grammar
+
+    def _compiled(self, source: GrammarSource) -> Grammar:
+        text = self._tried(source)
         assert self._tokenizer is not None
+        try:
+            return Grammar(matcher_of(self._tokenizer, text), self._end_id)
+        except ValueError as error:
+            raise GrammarRefused(str(error), source.param) from None
+
+    def _tried(self, source: GrammarSource) -> str:
         for literal in literals(source):
             # The library would take the token for the text, and fail in the middle of an answer.
             token = next((token for token in self._special if token in literal), None)
             if token is not None:
                 raise GrammarRefused(f"it holds {token}, a special token of the model, which is no text", source.param)
-        text = self._guard.normal_form(source)
-        try:
-            grammar = Grammar(matcher_of(self._tokenizer, text), self._end_id)
-        except ValueError as error:
-            raise GrammarRefused(str(error), source.param) from None
-        self._keep(source, grammar)
-        return grammar
+        assert self._guard is not None
+        return self._guard.normal_form(source)
+
+    def _loosened(self, source: GrammarSource) -> GrammarSource | None:
+        """``source`` without those of its parts that are refused alone; ``None`` if none are.
+
+        Raises:
+            GrammarRefused: such a part must be held to.
+        """
+        refused: set[str] = set()
+        for name, part in source.parts.items():
+            try:
+                self._tried(part)
+            except GrammarRefused as error:
+                if part.loosened is None:
+                    reason = str(error).partition(" 1 | start:")[0]  # what follows is how the server wrote it
+                    raise GrammarRefused(f"{name}: {reason}", part.param) from None
+                refused.add(name)
+        return source.loosened(frozenset(refused)) if refused and source.loosened else None
 
     def close(self) -> None:
         """Ends thread and process; blocks until what is being compiled is done."""

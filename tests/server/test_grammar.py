@@ -58,6 +58,22 @@ def accepts(grammars, tokenizer, source, text):
     return state.accepts
 
 
+NAMES = {
+    "type": "object",
+    "properties": {"a": {"type": "integer"}},
+    "patternProperties": {"^x": {"type": "integer"}},
+    "additionalProperties": {"type": "string"},
+}
+ARITHMETIC = r"""
+root  ::= (expr "=" ws term "\n")+
+expr  ::= term ([-+*/] term)*
+term  ::= ident | num | "(" ws expr ")" ws  # a comment with "quotes" and ::=
+ident ::= [a-z] [a-z0-9_]* ws
+num   ::= [0-9]+ ws
+ws    ::= [ \t]*
+"""
+
+
 @pytest.mark.parametrize(
     ("source", "yes", "no"),
     [
@@ -69,9 +85,22 @@ def accepts(grammars, tokenizer, source, text):
         (json_source(True, "x"), ["1", "[]"], ["", "a"]),
         (grammar_source('root ::= "a" (" b" | " c"){2,3}', "x"), ["a b c"], ["a b", "a b c b c"]),
         (grammar_source('start: "x" NUM\nNUM: /[0-9]+/', "x"), ["x12"], ["x"]),
+        (json_source(NAMES, "x"), ['{"a": 1, "b": "\\n"}'], ['{"\\u0061": "x"}', '{"\\u0078y": "x"}']),
+        (json_source({"const": "a\x01"}, "x"), ['"a\\u0001"'], ['"a"']),
+        (json_source({"const": 2**53, "default": 2**53 + 1}, "x"), [str(2**53)], [str(2**53 + 2)]),
+        (json_source({"properties": {f"p{n}": {"type": "null"} for n in range(600)}}, "x"), ['{"p599": null}'], ["{"]),
+        (grammar_source(ARITHMETIC, "x"), ["a+1=2\n", "a1*(b -c)= 12\n"], ["a+=2\n", "a=1"]),
+        (grammar_source("root ::= num num\nnum ::= [0-9]+", "x"), ["12", "123"], ["1", ""]),
+        (grammar_source('root ::= "ab" "c" "x" | "abcd" | . "."', "x"), ["abcx", "abcd", "\n."], ["abc", "ab"]),
+        (grammar_source(r'root ::= [\u0041-\u005a]+ "\u006142\U0001F98A\\\""', "x"), ['BZa42🦊\\"'], ["Ba42🦊"]),
+        (grammar_source(r"root ::= [+--] [&&b] [a~~] [^\]/]", "x"), [",&~x", "+ba["], ["*&~x", ",&~]", ",&~/"]),
+        (grammar_source('root ::= Ws-1 ws_1\nWs-1 ::= "a"\nws_1 ::= "b" | root', "x"), ["ab", "aab"], ["ba"]),
     ],
-    ids=["regex", "anchored", "choice", "object", "schema-text", "any", "gbnf", "lark"],
-)
+    ids=[
+        "regex", "anchored", "choice", "object", "schema-text", "any", "gbnf", "lark", "escaped-names", "control",
+        "whole-float", "many-properties", "arithmetic", "number-twice", "prefix", "by-number", "class", "equal-names",
+    ],
+)  # fmt: skip
 def test_what_a_grammar_accepts(grammars, tokenizer, source, yes, no):
     assert [text for text in yes if not accepts(grammars, tokenizer, source, text)] == []
     assert [text for text in no if accepts(grammars, tokenizer, source, text)] == []
@@ -129,6 +158,11 @@ def nested(depth):
         lambda: json_source({"enum": [float("inf")]}, "p"),
         lambda: json_source('{"maximum": -1e999}', "p"),
         lambda: json_source('{"minimum": NaN}', "p"),
+        lambda: json_source({"enum": [2**53 + 1]}, "p"),
+        lambda: json_source({"properties": {"default": {"const": {"title": 2**63}}}}, "p"),
+        lambda: json_source({"type": "number", "exclusiveMinimum": 0, "maximum": 0.5}, "p"),
+        lambda: json_source({"anyOf": [{"minimum": -0.5, "exclusiveMaximum": 0}]}, "p"),
+        lambda: json_source({"prefixItems": [{}], "additionalItems": False}, "p"),
         lambda: regex_source("a" * (MAX_REGEX_CHARS + 1), "p"),
         lambda: choice_source([], "p"),
         lambda: choice_source([""], "p"),
@@ -137,7 +171,7 @@ def nested(depth):
         lambda: grammar_source("#" * (MAX_GRAMMAR_BYTES + 1), "p"),
     ],
 )
-def test_what_is_too_large_is_refused_unread(write):
+def test_what_is_too_large_or_cannot_be_held_to_is_refused_unread(write):
     with pytest.raises(GrammarRefused) as caught:
         write()
     assert caught.value.param == "p"
@@ -308,3 +342,24 @@ def test_ids_beyond_the_tokenizer_are_never_allowed(grammars, tokenizer):
     mask = grammars.compile_now(regex_source("(?s:.*)", "p")).begin().mask(VOCAB)
     assert max(tokens_of(mask)) < 256  # the bytes; neither control tokens, nor the 42 ids without a token
     assert len(mask) == -(-VOCAB // 32)
+
+
+@pytest.mark.parametrize(
+    "schema",
+    [
+        {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        {"type": "integer", "exclusiveMinimum": 0, "exclusiveMaximum": 2},
+        {"properties": {"exclusiveMinimum": {"const": 1}, "maximum": {"const": 1}}},
+        {"properties": {"prefixItems": {"const": 1}, "additionalItems": {"const": 1}}},
+        {"type": "number", "default": 2**53 + 1, "examples": [2**64]},
+    ],
+    ids=["unit", "integers", "bounds-by-name", "items-by-name", "remarks"],
+)
+def test_schemas_like_those_that_cannot_be_held_to_are_taken(grammars, schema):
+    grammars.compile_now(json_source(schema, "x"))
+
+
+def test_a_form_without_any_text_is_said_to_be_one(grammars):
+    endless = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}
+    with pytest.raises(GrammarRefused, match="^no text satisfies it$"):
+        grammars.compile_now(json_source(endless, "p"))

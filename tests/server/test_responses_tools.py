@@ -78,6 +78,26 @@ def test_what_is_no_call_is_text(hermes, engine, stream, script):
     assert len(part["logprobs"]) == len(script)
 
 
+@pytest.mark.parametrize("script", ["Well.\n" + HERMES, HERMES + "\nDone."], ids=["text-first", "call-first"])
+def test_log_probabilities_are_those_of_the_text_beside_a_call(hermes, engine, script):
+    engine.script = script
+    asked = {"include": ["message.output_text.logprobs"]}
+    whole = post(hermes, **asked).json()["output"]
+    streamed = events_of(post(hermes, stream=True, **asked))[-1]["response"]["output"]
+    told = [
+        [
+            (part["text"], [entry["token"] for entry in part["logprobs"]])
+            for item in output
+            for part in item.get("content", ())
+        ]
+        for output in (whole, streamed)
+    ]
+    assert told[0] == told[1]
+    ((text, tokens),) = told[0]
+    assert text.strip() in ("Well.", "Done.")
+    assert "".join(tokens).strip() == text.strip()
+
+
 def test_a_call_that_is_cut_off_is_incomplete(hermes, engine):
     engine.script = HERMES
     body = post(hermes, tool_choice="required", max_output_tokens=60).json()
