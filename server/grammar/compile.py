@@ -131,7 +131,5 @@ def matcher_of(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LL
 
 def reason_of(error: str) -> str:
     """An error of the library in one line of bounded length."""
-    return (
-        " ".join(error.partition("<state>")[0].replace("<non-verbose/>", "").split())[:_MAX_REASON_CHARS]
-        or "it could not be compiled"
-    )
+    words = error.partition("<state>")[0].replace("<non-verbose/>", "").split()
+    return " ".join(words)[:_MAX_REASON_CHARS] or "it could not be compiled"

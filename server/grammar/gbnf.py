@@ -2,15 +2,14 @@
 
 llguidance reads it (``llguidance.gbnf_to_lark``), but writes rules as terminals of a lexer wherever it can, and a lexer
 takes the longest: ``num num`` with ``num ::= [0-9]+`` never came to its second number, and llama.cpp's own
-``arithmetic.gbnf`` never to its end. Here every rule stays a rule, and a lexeme is one character, so that nothing is the
-longer.
+``arithmetic.gbnf`` never to its end. Here every rule stays a rule, and a lexeme is one character, so that none is
+longer than another.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
 from typing import Any
 
 from llguidance.gbnf_to_lark import (
@@ -29,7 +28,7 @@ _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
 
 class _Parser(GrammarParser):  # type: ignore[misc]
     def _parse_char(self, pos: Position) -> tuple[str, Position]:
-        r"""The next character, an escaped one as ``\u{...}``: the library drops leading zeros, and with them the end."""
+        r"""The next character, an escaped one as ``\u{...}``: the library would drop leading zeros."""
         text, after = super()._parse_char(pos)
         if not text.startswith("\\"):
             return text, after

@@ -54,7 +54,7 @@ def not_held(schema: Any) -> str | None:
             and not isinstance(value, bool)
             and (abs(value) >= 2**63 or int(float(value)) != value)
         ):
-            return f"it holds {value}, which a float cannot hold"
+            return f"it holds {value if abs(value) < 10**30 else 'a whole number'}, which a float cannot hold"
         if place != "schema" or not isinstance(value, dict):
             continue
         if "additionalItems" in value and "prefixItems" in value:

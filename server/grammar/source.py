@@ -123,9 +123,8 @@ def literals(source: GrammarSource) -> Iterator[str]:
     """Texts that an answer may have to hold, as far as they stand there in one piece; of a request's grammar none."""
     if source.kind == "regex":
         yield source.text.replace("\\", "")
-    for text in (
-        source.schemas if source.kind == "lark" else (source.text,) if source.kind in ("choice", "json") else ()
-    ):
+    spoken = source.schemas if source.kind == "lark" else [source.text] if source.kind in ("choice", "json") else []
+    for text in spoken:
         for literal in texts(json.loads(text)):
             yield literal.replace("\\", "")  # it may be a pattern
 

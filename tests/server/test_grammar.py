@@ -361,5 +361,5 @@ def test_schemas_like_those_that_cannot_be_held_to_are_taken(grammars, schema):
 
 def test_a_form_without_any_text_is_said_to_be_one(grammars):
     endless = {"$ref": "#/$defs/a", "$defs": {"a": {"anyOf": [{"$ref": "#/$defs/a"}]}}}
-    with pytest.raises(GrammarRefused, match="^no text satisfies it$"):
+    with pytest.raises(GrammarRefused, match=r"^no text satisfies it$"):
         grammars.compile_now(json_source(endless, "p"))
