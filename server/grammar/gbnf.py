@@ -26,7 +26,7 @@ _ESCAPED = re.compile(r"\\u\{([0-9a-f]+)\}|\\(.)|(.)", re.DOTALL)
 _NAMED = {"n": "\n", "r": "\r", "t": "\t"}
 
 
-class _Parser(GrammarParser):  # type: ignore[misc]
+class _Parser(GrammarParser):
     def _parse_char(self, pos: Position) -> tuple[str, Position]:
         r"""The next character, an escaped one as ``\u{...}``: the library would drop leading zeros."""
         text, after = super()._parse_char(pos)
