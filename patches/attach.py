@@ -17,7 +17,7 @@ from foveate.sparse_attn import registry
 from foveate.sparse_attn.errors import CalibrationMissing
 from foveate.sparse_attn.protocol import Scheme
 
-from .errors import AttachError, UnsupportedModel
+from .errors import AttachError, UnsupportedCall, UnsupportedModel
 from .families import ModelFacts, facts
 from .fingerprint import fingerprint
 from .hook import StepHook
@@ -59,10 +59,13 @@ class Attached:
         self.facts = facts(model.config)
         self.scheme = scheme
         self._manager = manager
+        self._given = manager is not None
         self._page_size = page_size
         self._num_pages = num_pages
         self._hook: StepHook | None = None
         self._keys_read = [0.0, 0.0]  # by a hook that is gone
+        if scheme is not None and manager is None:
+            self._geometry(1 if num_pages is None else num_pages)  # says now which of the sizes is wrong
         rotary = ModelRotary(model) if scheme is not None and scheme.moves_positions else None
         self._implementations = [(config, config._attn_implementation_internal) for config in _configs(model)]
         try:
@@ -97,6 +100,12 @@ class Attached:
                 config._attn_implementation_internal = implementation
 
     def __enter__(self) -> Attached:
+        """
+        Raises:
+            AttachError: it was detached.
+        """
+        if not self._implementations:
+            raise AttachError("this attachment was detached, so the model has its own attention; attach anew")
         return self
 
     def __exit__(
@@ -105,6 +114,7 @@ class Attached:
         self.detach()
 
     def _manager_for(self, batch: int) -> KVCacheManager:
+        self._let_go_of_other_pages()
         if self._manager is None:
             one = self._geometry(1)
             num_pages = self._num_pages or min(
@@ -116,12 +126,24 @@ class Attached:
             self._manager = KVCacheManager(PagePool(geometry, stats), prefix_reuse=False)
         return self._manager
 
+    def _let_go_of_other_pages(self) -> None:
+        """Drops a pool that no longer fits, since the model was moved or given another element type."""
+        if self._manager is None or _fits(self._manager.pool, self.model):
+            return
+        if self._given or self._manager.num_pages_in_use:
+            pool, kind = self._manager.pool, "it was given" if self._given else "that caches hold"
+            raise UnsupportedCall(
+                f"the model is {self.model.dtype} on {self.model.device} now, and the pages {kind} are "
+                f"{pool.geometry.dtype} on {pool.keys.device}: attach it anew"
+            )
+        self._manager = None
+
     def _geometry(self, num_pages: int) -> CacheGeometry:
         return CacheGeometry(
             num_layers=self.facts.num_layers,
             num_kv_heads=self.facts.num_kv_heads,
             head_dim=self.facts.head_dim,
-            page_size=self._page_size or default_page_size(self.model.device),
+            page_size=default_page_size(self.model.device) if self._page_size is None else self._page_size,
             num_pages=num_pages,
             dtype=self.model.dtype,
             device=self.model.device,
@@ -135,29 +157,34 @@ def attach(
     *,
     page_size: int | None = None,
     num_pages: int | None = None,
-    profile: Sequence[str | Path] = (),
+    profile: str | Path | Sequence[str | Path] = (),
 ) -> Attached:
     """Makes a model run on paged attention: forward, ``generate()``, or steps of the caller's own.
 
+    One forward pass at a time: several threads take turns by a lock of their own, or ask ``LLM`` or the server,
+    which batch them. No gradient passes through; ``backward`` raises ``UnsupportedCall``. A mask with padding between
+    tokens needs ``position_ids``; ``generate()`` makes them.
+
     Args:
-        model: A causal LM of ``transformers``.
+        model: A causal LM of ``transformers``; of what ``torch.compile`` or PEFT made of one, the model inside.
         policy: A scheme, its name, or ``{"scheme": name, option: value, ...}``.
         cache: Pages to use, of the model's element type or int8, on its device. Left out, the first pass
             makes a pool for its batch at the model's context length, of at most 4 GiB.
         page_size: Tokens per page of that pool.
         num_pages: Pages of that pool.
-        profile: Files of profiles of this model (``foveate calibrate``), for schemes that need one. Those that come
-            with the package are found by themselves.
+        profile: Files of profiles of this model (``foveate calibrate``), or one, for schemes that need one. Those that
+            come with the package are found by themselves.
 
     Returns:
         The attachment: call ``.detach()``, or use it in a ``with`` statement.
 
     Raises:
         AttachError: the model is attached already.
-        UnsupportedModel: its attention is not one that pages can serve.
+        UnsupportedModel: its attention is not one that pages can serve, or it is no model of ``transformers``.
         SchemeError: no such scheme or option, or a profile is missing or of another model.
-        ValueError: the cache does not fit the model, or arguments contradict each other.
+        ValueError: the cache does not fit the model, a size is out of range, or arguments contradict each other.
     """
+    model = _unwrapped(model)
     if cache is not None and (page_size is not None or num_pages is not None):
         raise ValueError("a cache has its own page_size and num_pages")
     if len({str(device) for device in (getattr(model, "hf_device_map", None) or {}).values()}) > 1:
@@ -179,13 +206,26 @@ def attach_engine(model: PreTrainedModel) -> Attached:
     return Attached(model)
 
 
-def _scheme(model: PreTrainedModel, policy: str | Scheme | Mapping[str, Any], profile: Sequence[str | Path]) -> Scheme:
+def _unwrapped(model: Any) -> PreTrainedModel:
+    """The model that does the work: what is called through a wrapper calls it, and hooks must be on it."""
+    found = model
+    while not isinstance(found, PreTrainedModel):
+        inner = found.get_base_model() if hasattr(found, "get_base_model") else getattr(found, "_orig_mod", None)
+        if inner is None:
+            raise UnsupportedModel(f"{type(model).__name__} is no model of transformers (PreTrainedModel)")
+        found = inner
+    return found
+
+
+def _scheme(
+    model: PreTrainedModel, policy: str | Scheme | Mapping[str, Any], profile: str | Path | Sequence[str | Path]
+) -> Scheme:
     if isinstance(policy, Scheme):
         if profile:
             raise ValueError("a scheme has its own profile: give its name and options, or no `profile`")
         return policy
-    options = {"scheme": policy} if isinstance(policy, str) else dict(policy)
-    if "scheme" not in options:
+    options = {"scheme": policy} if isinstance(policy, str) else dict(policy) if isinstance(policy, Mapping) else {}
+    if not isinstance(options.get("scheme"), str):
         raise ValueError(f"a policy names its scheme: {{'scheme': ...}}, one of {', '.join(registry.names())}")
     name = options.pop("scheme")
     if not profile:
@@ -218,6 +258,11 @@ def _switch(model: PreTrainedModel) -> None:
             f"{type(model).__name__} does not let its attention be chosen: its code does not use "
             "transformers' AttentionInterface"
         )
+
+
+def _fits(pool: PagePool, model: PreTrainedModel) -> bool:
+    # A geometry may say "cuda" and mean the first.
+    return pool.keys.device == model.device and (pool.geometry.quantized or pool.geometry.dtype == model.dtype)
 
 
 def _check_fit(pool: PagePool, model: PreTrainedModel, known: ModelFacts) -> None:

@@ -23,17 +23,21 @@ class PagedGenerateCache(Cache):
 
     K and V are written by the attention function, so ``update`` hands them back as they came.
     Lengths are those of the padded batch, as ``generate()`` counts; the tables hold real tokens
-    only. Pages are freed by ``reset`` and when the object is garbage collected.
+    only. Pages are freed by ``reset`` and when the object is garbage collected. ``copy.deepcopy`` gives
+    a second cache that shares them until one of the two writes.
 
     Args:
         manager: Made with ``prefix_reuse=False``: nothing is looked up by its tokens here.
         batch_size: Rows.
+        peers: The caches of one model; this one and its copies are added.
 
     Raises:
         CacheConfigError: the manager keeps prefixes.
     """
 
-    def __init__(self, manager: KVCacheManager, batch_size: int) -> None:
+    def __init__(
+        self, manager: KVCacheManager, batch_size: int, peers: weakref.WeakSet[PagedGenerateCache] | None = None
+    ) -> None:
         if manager.prefix_reuse:
             raise CacheConfigError("model.generate() needs KVCacheManager(pool, prefix_reuse=False)")
         super().__init__(layers=[])
@@ -42,6 +46,8 @@ class PagedGenerateCache(Cache):
         self._length = 0
         self._counts: list[int] | None = None
         self._detached = False
+        self._peers: weakref.WeakSet[PagedGenerateCache] = weakref.WeakSet() if peers is None else peers
+        self._peers.add(self)
         # No bound method and no self: either would keep the cache alive for ever.
         finalizer = weakref.finalize(self, _free, manager, self.tables)
         finalizer.atexit = False
@@ -124,6 +130,13 @@ class PagedGenerateCache(Cache):
             UnsupportedCall: always.
         """
         raise UnsupportedCall("a paged cache cannot be cropped, so assisted generation does not work with it")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> PagedGenerateCache:
+        copied = PagedGenerateCache(self.manager, 0, self._peers)
+        copied.tables += [self.manager.fork(table) for table in self.tables]
+        copied._length, copied._detached = self._length, self._detached
+        memo[id(self)] = copied
+        return copied
 
     @property
     def batch_size(self) -> int:

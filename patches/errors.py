@@ -5,7 +5,7 @@ PatchError
 │   └── UnsupportedRotary    its rotary embedding is of an unknown kind
 ├── UnsupportedCall      this forward pass asks for something that paged attention does not do
 ├── QuantizationError    its weights cannot be quantised so
-├── AttachError          attached already, or used after detaching
+├── AttachError          attached already, used after detaching, or its attention was changed between
 └── CacheExhausted       the KV pool is full (also an ``OutOfPages``); the message says what to pass
 """
 
@@ -35,7 +35,7 @@ class QuantizationError(PatchError, ValueError):
 
 
 class AttachError(PatchError, RuntimeError):
-    """The model is attached already, or something is used after detaching."""
+    """The model is attached already, something is used after detaching, or its attention was changed between."""
 
 
 class CacheExhausted(PatchError, OutOfPages):  # type: ignore[misc, unused-ignore]

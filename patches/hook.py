@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,35 +15,37 @@ from transformers.cache_utils import DynamicCache
 
 from foveate.kv_cache.errors import OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
-from foveate.sparse_attn.protocol import QueryRotator, Scheme, StepState
+from foveate.sparse_attn.protocol import QueryRotator, Scheme
 
 from .cache import PagedGenerateCache
-from .errors import CacheExhausted, UnsupportedCall
-from .interface import PackedStep
+from .errors import AttachError, CacheExhausted, UnsupportedCall
+from .interface import NAME, PackedStep
+from .pass_inputs import check_positions, real_tokens, refuse
 
-# Inputs that change what attention reads in ways that a step does not carry.
-_FOREIGN_INPUTS = (
-    "pixel_values",
-    "pixel_values_videos",
-    "input_features",
-    "mm_encoder_outputs",
-    "encoder_hidden_states",
-)
+# Held while a pass begins. One for all models: a lock in the hook would keep an attached model from being copied.
+_BEGINNING = threading.Lock()
 
 
 @dataclass(slots=True)
 class _Pass:
-    """A forward pass under way."""
+    """A forward pass under way, in the thread ``thread``."""
 
     cache: PagedGenerateCache
     columns: int
     kept: bool
-    step: StepState
+    packed: PackedStep
     replaced: DynamicCache | None
+    thread: int
+
+    def abandon(self) -> None:
+        """Ends it as one that failed."""
+        self.cache.abandon()
+        if not self.kept:
+            self.cache.reset()
 
 
 class StepHook:
-    """Makes the step of every forward pass whose caller did not pass one.
+    """Makes the step of every forward pass whose caller did not pass one; one such pass at a time.
 
     Args:
         model: Hooks are installed on it; ``remove`` takes them off.
@@ -72,7 +75,7 @@ class StepHook:
         self.keys_read = torch.zeros(2, dtype=torch.float64)
         self._handles = (
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after, always_call=True),
+            model.register_forward_hook(self._after, with_kwargs=True, always_call=True),
         )
 
     def remove(self) -> None:
@@ -83,8 +86,13 @@ class StepHook:
             cache.detach()
 
     def _before(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        chosen = module.config.get_text_config()._attn_implementation
+        if chosen != NAME:
+            raise AttachError(
+                f"this model was attached, and its attention was set to {chosen!r} after that: call .detach() first"
+            )
         if kwargs.get("foveate_step") is not None:
             return None
         given = {**dict(zip(self._names, args, strict=False)), **kwargs}
@@ -92,50 +100,85 @@ class StepHook:
         inputs = given.get("inputs_embeds") if inputs is None else inputs
         if inputs is None or len(args) > len(self._names):
             return None  # the model has its own message for that
-        _refuse(given)
+        with _BEGINNING:
+            self._end_interrupted()
+            self._begin(module, given, inputs)
+        return (), given
+
+    def _end_interrupted(self) -> None:
+        """Gives up a pass that Ctrl-C ended: then no hook is called.
+
+        Raises:
+            UnsupportedCall: it is under way in another thread.
+        """
+        if self._pass is None:
+            return
+        if self._pass.thread != threading.get_ident() and any(
+            thread.ident == self._pass.thread for thread in threading.enumerate()
+        ):
+            raise UnsupportedCall(
+                "another thread's forward pass of this attached model is under way, and there can be one at a time: "
+                "let threads take turns by a lock of your own, or use foveate.LLM or the server, which batch them"
+            )
+        self._pass.abandon()
+        self._pass = None
+
+    def _begin(self, module: torch.nn.Module, given: dict[str, Any], inputs: torch.Tensor) -> None:
+        """Starts a pass, and puts what it needs into ``given``."""
+        refuse(given, module.training)
         batch, columns = inputs.shape[:2]
         cache, kept = self._cache(given, batch)
-        real, counts = _real_tokens(given.get("attention_mask"), cache, columns)
+        seen, real = real_tokens(given.get("attention_mask"), cache, columns)
+        held = torch.tensor([table.num_tokens for table in cache.tables])
+        position_ids = (real.cumsum(1) - 1 + held[:, None]).masked_fill(~real, 0).to(inputs.device)
+        check_positions(given.get("position_ids"), position_ids, real, seen)
         try:
-            step = cache.begin(counts, self._scheme, self._rotary)
+            step = cache.begin(real.sum(1).tolist(), self._scheme, self._rotary)
         except OutOfPages as error:
             if not cache.get_seq_length():
                 cache.reset()
             pages = cache.manager.allocator.num_pages
             raise CacheExhausted(error, pages, cache.manager.page_size) from error
+        packed = PackedStep(step, None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(inputs.device))
         past = given.get("past_key_values")
-        self._pass = _Pass(cache, columns, kept, step, past if isinstance(past, DynamicCache) else None)
-        position_ids = torch.zeros(batch, columns, dtype=torch.int64, device=inputs.device)
-        position_ids[real.to(inputs.device)] = step.positions.to(inputs.device)
-        _check_positions(given.get("position_ids"), position_ids, real)
+        thread = threading.current_thread()  # which is in enumerate() from now on, whoever started it
+        self._pass = _Pass(
+            cache, columns, kept, packed, past if isinstance(past, DynamicCache) else None, thread.ident or 0
+        )
         if "position_ids" in self._names:
             given["position_ids"] = position_ids
-        index = None if bool(real.all()) else real.flatten().nonzero()[:, 0].to(inputs.device)
         given["attention_mask"] = None
         given["past_key_values"] = cache if kept else None
-        given["foveate_step"] = PackedStep(step, index)
-        return (), given
+        given["foveate_step"] = packed
 
-    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        done, self._pass = self._pass, None
-        if done is None:
+    def _after(self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        done = self._pass
+        # Also called for passes that were refused while another one was under way.
+        if done is None or kwargs.get("foveate_step") is not done.packed:
             return
-        if output is None:  # the pass failed
-            done.cache.abandon()
-        else:
+        try:
+            if output is None:  # the pass failed
+                done.abandon()
+                return
             done.cache.finish(done.columns)
             if done.replaced is not None:
                 self._replaced.add(done.replaced)
-            self.keys_read = self.keys_read.to(done.step.keys_read.device) + done.step.keys_read.sum(0)
-        if not done.kept:
-            done.cache.reset()
+            keys_read = done.packed.step.keys_read
+            self.keys_read = self.keys_read.to(keys_read.device) + keys_read.sum(0)
+            if not done.kept:
+                done.cache.reset()
+        finally:
+            self._pass = None
 
-    def _cache(self, given: Mapping[str, Any], batch: int) -> tuple[PagedGenerateCache, bool]:
+    def _cache(self, given: dict[str, Any], batch: int) -> tuple[PagedGenerateCache, bool]:
         """The cache of this pass, and whether it lives on after it."""
         past = given.get("past_key_values")
+        manager = self._manager_for(batch)
         if isinstance(past, PagedGenerateCache):
             if past not in self._caches:
                 raise UnsupportedCall("this cache was made by another attached model")
+            if past.manager is not manager:
+                raise UnsupportedCall("this cache is of another pool: the model has another element type since then")
             if past.batch_size != batch:
                 raise UnsupportedCall(f"the cache holds {past.batch_size} rows, the batch has {batch}")
             return past, True
@@ -151,51 +194,4 @@ class StepHook:
             )
         use_cache = given.get("use_cache")
         kept = past is not None or (self._use_cache if use_cache is None else bool(use_cache))
-        cache = PagedGenerateCache(self._manager_for(batch), batch)
-        self._caches.add(cache)
-        return cache, kept
-
-
-def _refuse(given: Mapping[str, Any]) -> None:
-    for name in _FOREIGN_INPUTS:
-        if given.get(name) is not None:
-            raise UnsupportedCall(f"an attached model takes text only, got {name}")
-    if given.get("output_attentions"):
-        raise UnsupportedCall("paged attention never has the whole attention matrix: leave output_attentions out")
-
-
-def _real_tokens(mask: Any, cache: PagedGenerateCache, columns: int) -> tuple[torch.Tensor, list[int]]:
-    """Which entries are tokens, bool ``[B, L]`` on the host, and how many per row."""
-    batch, past = cache.batch_size, cache.get_seq_length()
-    if mask is None:
-        if past != max((table.num_tokens for table in cache.tables), default=0) or any(
-            table.num_tokens != past for table in cache.tables
-        ):
-            raise UnsupportedCall("the rows of this cache are padded, so each pass needs the attention_mask")
-        return torch.ones(batch, columns, dtype=torch.bool), [columns] * batch
-    if not isinstance(mask, torch.Tensor) or mask.shape != (batch, past + columns):
-        shape = tuple(mask.shape) if isinstance(mask, torch.Tensor) else type(mask).__name__
-        raise UnsupportedCall(
-            f"attention_mask must be [batch, past + new] = {(batch, past + columns)} and mark padding, got {shape}"
-        )
-    seen = mask.bool().cpu()
-    real = seen[:, past:]
-    counts: list[int] = real.sum(1).tolist()
-    if seen.sum(1).tolist() != [table.num_tokens + count for table, count in zip(cache.tables, counts, strict=True)]:
-        raise UnsupportedCall("attention_mask marks other tokens of the past as padding than before")
-    if not any(counts):
-        raise UnsupportedCall("attention_mask marks every token as padding")
-    return real, counts
-
-
-def _check_positions(given: Any, expected: torch.Tensor, real: torch.Tensor) -> None:
-    if given is None:
-        return
-    if given.ndim == 2:
-        rows = given.to(expected.device).expand_as(expected)
-        if bool((rows == expected)[real.to(expected.device)].all()):
-            return
-    raise UnsupportedCall(
-        "position_ids must count the tokens of each row from 0, padding left out; "
-        "give packed sequences as a padded batch instead"
-    )
+        return PagedGenerateCache(manager, batch, self._caches), kept

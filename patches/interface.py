@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -64,7 +64,7 @@ def paged_attention(
     foveate_step: PackedStep | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Writes K and V into their pages, then attends. No gradient passes through.
+    """Writes K and V into their pages, then attends. No gradient passes through: ``backward`` raises.
 
     Args:
         module: The attention layer; its ``layer_idx`` is the layer of the pool.
@@ -105,7 +105,21 @@ def paged_attention(
         out = attend(queries, layer, step)
         if index is not None:
             out = out.new_zeros(batch * length, heads, dim).index_copy_(0, index, out)
+    if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
+        out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
     return out.view(batch, length, heads, dim), None
+
+
+class _NoGradient(torch.autograd.Function):
+    """Hands its first argument on. Without it, gradients would end here silently."""
+
+    @staticmethod
+    def forward(ctx: Any, out: torch.Tensor, *inputs: torch.Tensor) -> torch.Tensor:
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> NoReturn:
+        raise UnsupportedCall("no gradient passes through paged attention: detach the model from foveate first")
 
 
 def _pack(tensor: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:

@@ -12,12 +12,12 @@ from foveate.sparse_attn.errors import ProfileError
 from foveate.sparse_attn.profile import Profile
 
 
-def profiles_for(fingerprint: Mapping[str, Any], paths: Sequence[str | Path]) -> Mapping[str, Profile]:
+def profiles_for(fingerprint: Mapping[str, Any], paths: str | Path | Sequence[str | Path]) -> Mapping[str, Profile]:
     """Profiles by scheme; a given file wins over one that comes with the package.
 
     Args:
         fingerprint: The model's, see ``fingerprint.py``.
-        paths: Files of profiles.
+        paths: File or files of profiles.
 
     Raises:
         ProfileError: a given file cannot be read, was made for another model, is for a scheme that
@@ -25,7 +25,7 @@ def profiles_for(fingerprint: Mapping[str, Any], paths: Sequence[str | Path]) ->
     """
     found = {profile.scheme: profile for profile in map(Profile.load, shipped()) if profile.model == fingerprint}
     given: dict[str, Profile] = {}
-    for path in paths:
+    for path in (paths,) if isinstance(paths, str | Path) else paths:
         profile = Profile.load(path)
         profile.check_model(fingerprint)
         if profile.scheme not in registry.names():

@@ -23,7 +23,7 @@ from foveate.sparse_attn.protocol import Scheme
 from .admission import Admission
 from .document_cache import DocumentCache
 from .engine_protocol import EngineSnapshot, EngineState
-from .exceptions import EngineDead, RequestAborted
+from .exceptions import EngineDead, RequestAborted, RequestRefused
 from .loader import LoadedModel, geometry_for, load
 from .options import EngineOptions
 from .request import Failed, GenerationRequest
@@ -124,8 +124,8 @@ class Engine:
     def schemes(self) -> list[dict[str, Any]]:
         return registry.describe()
 
-    def build_scheme(self, attention: dict[str, Any] | None) -> Scheme:
-        """The scheme of a request's ``attention`` field; ``None`` is the default.
+    def build_scheme(self, attention: str | dict[str, Any] | None) -> Scheme:
+        """The scheme of a request's ``attention`` field, or one by its name; ``None`` is the default.
 
         Raises:
             SchemeError: no such scheme or option, or it does not fit this model.
@@ -142,14 +142,21 @@ class Engine:
             QueueFull: too many requests or prompt tokens wait.
             EngineDead: the engine has stopped or is stopping.
         """
-        groups = [self._admission.admit(request) for request in requests]
+        groups = list(map(self._admitted, requests))
         with self._wake:
             if self._state != "ready":
-                raise EngineDead("the server is shutting down")
+                raise EngineDead("the engine has stopped, or is stopping")
             inbox = [*self._inbox, *(self.documents.parked if self.documents else ())]
             self._admission.check_queue(groups, inbox, self._stepper.scheduler, self._options)
             self._inbox += groups
             self._wake.notify()
+
+    def _admitted(self, request: GenerationRequest) -> RequestGroup:
+        try:
+            return self._admission.admit(request)
+        except RequestRefused as error:
+            error.request_id = request.request_id
+            raise
 
     def abort(self, request_id: str) -> None:
         """Ends a request before the next step; its last event is ``Failed``. Unknown ids are ignored."""

@@ -1,6 +1,7 @@
-"""Errors that the engine raises to whoever submits a request.
+"""Errors that the engine raises to whoever starts it or submits a request.
 
 EngineError
+├── ModelNotLoaded      weights or tokenizer cannot be read; the message says why
 ├── RequestRefused      this request can never run
 │   ├── InvalidRequest      a value is out of range; ``param`` names it
 │   ├── ContextOverflow     prompt and answer do not fit the model's context
@@ -23,8 +24,18 @@ class EngineError(Exception):
     """Base of every error of the engine."""
 
 
+class ModelNotLoaded(EngineError):
+    """Weights or tokenizer cannot be read, or are not whole."""
+
+
 class RequestRefused(EngineError):
-    """This request can never run as it is."""
+    """This request can never run as it is.
+
+    Attributes:
+        request_id: Of the request, where several came at once.
+    """
+
+    request_id: str | None = None
 
 
 class InvalidRequest(RequestRefused):

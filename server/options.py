@@ -2,9 +2,26 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any, Literal
+
+from pydantic import ValidationError
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
+
+from .settings import Settings
+
+
+class _Checked(Settings):
+    """The bounds of ``Settings``, and nothing from variables or files."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *others: Any, **rest: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return (init_settings,)
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +44,8 @@ class EngineOptions:
         step_seconds: Time of a step while answers are written; chunks of prompts shrink to fit.
         max_queued_requests: Requests that may wait.
         max_queued_tokens: Prompt tokens that may wait; one request may always wait, whatever its length.
-        attention: Default policy, such as ``{"scheme": "streaming", "budget_tokens": 1024}``.
-        profile: Files of calibration profiles, one per scheme; those that come with the package for
+        attention: Default policy: a scheme's name, or such as ``{"scheme": "streaming", "budget_tokens": 1024}``.
+        profile: Files of calibration profiles, one per scheme, or one file; those that come with the package for
             this model are found by themselves.
         prefix_reuse: Reuse pages of prompts that begin alike.
         cache_dir: Where pages of prompts are kept on disk; nowhere if ``None``.
@@ -37,6 +54,9 @@ class EngineOptions:
         audit_rate: Share of decode steps, 0 to 1, in which the attention mass that selections kept is
             measured, in two layers each.
         trust_remote_code: Run Python code that comes with the model.
+
+    Raises:
+        ValueError: a value is out of range; the message names each.
     """
 
     model: str
@@ -53,14 +73,26 @@ class EngineOptions:
     step_seconds: float = 0.25
     max_queued_requests: int = 256
     max_queued_tokens: int = 1_000_000
-    attention: dict[str, Any] | None = None
-    profile: Sequence[str] = ()
+    attention: str | dict[str, Any] | None = None
+    profile: str | Path | Sequence[str | Path] = ()
     prefix_reuse: bool = True
     cache_dir: str | None = None
     cache_disk_gib: float = 16.0
     cache_min_tokens: int = 1
     audit_rate: float = 0.0
     trust_remote_code: bool = False
+
+    def __post_init__(self) -> None:
+        given = {item.name: getattr(self, item.name) for item in fields(self)}
+        given = {name: os.fspath(value) if isinstance(value, Path) else value for name, value in given.items()}
+        files = given["profile"]
+        given["profile"] = (files,) if isinstance(files, str) else tuple(map(str, files))
+        try:
+            checked = _Checked(**given)
+        except ValidationError as error:
+            raise ValueError("; ".join(map(_told, error.errors()))) from None
+        for name in given:
+            object.__setattr__(self, name, getattr(checked, name))
 
     @property
     def seats(self) -> int:
@@ -71,3 +103,10 @@ class EngineOptions:
     def of(cls, settings: Any) -> EngineOptions:
         """Takes the fields of the same names from ``Settings``."""
         return cls(**{item.name: getattr(settings, item.name) for item in fields(cls)})
+
+
+def _told(found: Any) -> str:
+    """What pydantic found wrong, one of its ``errors()``."""
+    if found["type"] == "value_error":
+        return f"{found['loc'][0]}: {found['ctx']['error']}"
+    return f"{'.'.join(map(str, found['loc']))}: {found['msg']}, got {found['input']!r}"

@@ -23,18 +23,18 @@ class SchemeBuilder:
         default: The server's own choice; dense if ``None``.
     """
 
-    def __init__(self, loaded: LoadedModel, default: dict[str, Any] | None) -> None:
+    def __init__(self, loaded: LoadedModel, default: str | dict[str, Any] | None) -> None:
         self._loaded = loaded
-        self._default = {"scheme": "dense", **(default or {})}
+        self._default = {"scheme": "dense", **_options(default or {})}
         self._kept = lru_cache(maxsize=_KEPT)(self._make)
 
-    def build(self, attention: dict[str, Any] | None) -> Scheme:
-        """The scheme of a request; ``None`` is the default.
+    def build(self, attention: str | dict[str, Any] | None) -> Scheme:
+        """The scheme of a request, by its name or with options; ``None`` is the default.
 
         Raises:
             SchemeError: no such scheme or option, or it does not fit this model.
         """
-        given = dict(self._default if attention is None else attention)
+        given = _options(self._default if attention is None else attention)
         name = given.pop("scheme", self._default["scheme"])
         return self._kept(name, json.dumps(given, sort_keys=True))
 
@@ -45,3 +45,7 @@ class SchemeBuilder:
                 f"{name} moves positions, but the rotary embedding of this model is of a kind that cannot be moved"
             )
         return scheme
+
+
+def _options(attention: str | dict[str, Any]) -> dict[str, Any]:
+    return {"scheme": attention} if isinstance(attention, str) else dict(attention)

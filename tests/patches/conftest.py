@@ -131,6 +131,26 @@ def tiny() -> Callable[..., transformers.PreTrainedModel]:
 
 
 @pytest.fixture(scope="session")
+def multimodal() -> transformers.PreTrainedModel:
+    """A Gemma 3 that could see if it were given an image."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(0)
+    model = transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(
+            text_config=config_of("gemma3_text").to_dict(),
+            vision_config={**vision, "image_size": 28, "patch_size": 14},
+            mm_tokens_per_image=4,
+            image_token_index=99,
+            boi_token_index=97,
+            eoi_token_index=98,
+        )
+    ).eval()
+    spread(model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture(scope="session")
 def tokens() -> Callable[..., torch.Tensor]:
     """Random ids ``[B, L]``, never the padding id."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +17,7 @@ from foveate.kv_cache.pool import PagePool
 from foveate.patches.attach import attach, attach_engine
 from foveate.patches.cache import PagedGenerateCache
 from foveate.patches.errors import AttachError, CacheExhausted, UnsupportedCall, UnsupportedModel
-from foveate.sparse_attn.errors import SchemeError
+from foveate.sparse_attn.errors import ProfileError, SchemeError
 from foveate.sparse_attn.registry import build
 
 GENERATE_FAMILIES = ["llama", "gemma3_text", "gpt_oss"]
@@ -220,6 +221,75 @@ def test_attaching_twice_is_refused(llama):
     assert llama.config._attn_implementation == "eager"
 
 
+def test_an_attachment_is_not_entered_again(llama):
+    attached = attach(llama)
+    with attached:
+        pass
+    with pytest.raises(AttachError, match="was detached"):
+        attached.__enter__()
+
+
+def test_what_was_compiled_is_attached_inside(llama, tokens):
+    want = llama.generate(tokens(1, 10), max_new_tokens=3, do_sample=False)
+    compiled = torch.compile(llama, backend="eager")
+    with attach(compiled) as attached:
+        assert attached.model is llama
+        assert torch.equal(compiled.generate(tokens(1, 10), max_new_tokens=3, do_sample=False), want)
+        assert attached.manager is not None
+    assert not llama._forward_hooks
+
+
+def test_what_an_adapter_wraps_is_attached_inside(llama, tokens):
+    class Adapter(torch.nn.Module):
+        """As PEFT's models are."""
+
+        def __init__(self, model):
+            super().__init__()
+            self.base_model = model
+
+        def forward(self, *args, **kwargs):
+            return self.base_model(*args, **kwargs)
+
+        def get_base_model(self):
+            return self.base_model
+
+    adapter = Adapter(llama)
+    with torch.no_grad():
+        want = adapter(tokens(1, 10)).logits
+        with attach(adapter) as attached:
+            assert attached.model is llama
+            assert torch.allclose(adapter(tokens(1, 10)).logits, want, atol=1e-4)
+
+
+@pytest.mark.parametrize("model", [None, "smollm2-135m", torch.nn.Linear(2, 2)], ids=lambda model: type(model).__name__)
+def test_what_is_no_model_of_transformers_is_refused(model):
+    with pytest.raises(UnsupportedModel, match=f"{type(model).__name__} is no model of transformers"):
+        attach(model)
+
+
+@torch.no_grad()
+def test_a_model_of_another_element_type_gets_other_pages(config, tokens):
+    from transformers import LlamaForCausalLM
+
+    model = LlamaForCausalLM(config("llama")).eval()
+    with attach(model) as attached:
+        past = model(tokens(1, 8)).past_key_values
+        model.to(torch.bfloat16)
+        with pytest.raises(UnsupportedCall, match=r"bfloat16 on cpu now, and the pages that caches hold are .*float32"):
+            model(tokens(1, 1), past_key_values=past)
+        with pytest.raises(UnsupportedCall, match="attach it anew"):
+            model(tokens(1, 8))
+        past.reset()
+        assert model(tokens(1, 8)).logits.dtype == torch.bfloat16
+        assert attached.manager.pool.geometry.dtype == torch.bfloat16
+        with pytest.raises(UnsupportedCall, match="of another pool"):
+            model(tokens(1, 8), past_key_values=past)
+    with attach(model, cache=cache_of(3, 2, 16, 16, 4, torch.bfloat16)):
+        model.to(torch.float32)
+        with pytest.raises(UnsupportedCall, match="the pages it was given"):
+            model(tokens(1, 8))
+
+
 def test_engine_attachment_makes_no_steps(llama, tokens):
     with attach_engine(llama) as attached, pytest.raises(UnsupportedCall, match="needs a step"):
         llama(tokens(1, 4))
@@ -310,8 +380,12 @@ def test_policies(llama):
             assert attached.scheme.name in ("dense", "streaming")
     with pytest.raises(SchemeError, match="dense"):
         attach(llama, "no such scheme")
-    with pytest.raises(ValueError, match="names its scheme"):
-        attach(llama, {"budget_tokens": 64})
+    for nameless in ({"budget_tokens": 64}, {"scheme": None}, None, 3):
+        with pytest.raises(ValueError, match="names its scheme"):
+            attach(llama, nameless)
+    for nowhere in ("nowhere.safetensors", Path("nowhere.safetensors")):
+        with pytest.raises(ProfileError, match=r"nowhere\.safetensors cannot be read"):
+            attach(llama, "kascade", profile=nowhere)
     assert llama.config._attn_implementation == "eager"
 
 
@@ -332,6 +406,14 @@ def test_caches_that_do_not_fit(llama, tokens):
         attach(llama, cache=manager, page_size=32)
     with attach(llama, cache=manager), pytest.raises(CacheConfigError, match="prefix_reuse=False"):
         llama(tokens(1, 4))
+
+
+@pytest.mark.parametrize("sizes", [{"page_size": 0}, {"page_size": 7}, {"num_pages": 0}, {"num_pages": -1}], ids=str)
+def test_sizes_out_of_range_are_refused(sizes, llama):
+    (name,) = sizes
+    with pytest.raises(CacheConfigError, match=name):
+        attach(llama, **sizes)
+    assert llama.config._attn_implementation == "eager"
 
 
 def test_models_without_the_attention_interface_are_refused(config):

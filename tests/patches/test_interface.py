@@ -143,13 +143,26 @@ def test_what_pages_cannot_do_is_refused(layer, inputs, kwargs, error, message, 
     assert isinstance(caught.value, PatchError)
 
 
-def test_gradients_are_refused_in_training_only(packed):
+def test_gradients_are_refused_at_once_in_training_and_else_when_they_are_wanted(packed):
     query, key, value = tensors()
     query.requires_grad_()
     with pytest.raises(UnsupportedCall, match="no gradient"):
         paged_attention(Layer(), query, key, value, None, foveate_step=packed)
     out, _ = paged_attention(Layer().eval(), query, key, value, None, foveate_step=packed)
+    with pytest.raises(UnsupportedCall, match="no gradient passes through"):
+        out.sum().backward()
+    assert query.grad is None
+    with torch.no_grad():
+        out, _ = paged_attention(Layer().eval(), query, key, value, None, foveate_step=packed)
     assert not out.requires_grad
+
+
+def test_no_gradient_where_keys_alone_want_one(packed):
+    query, key, value = tensors()
+    key.requires_grad_()
+    out, _ = paged_attention(Layer().eval(), query, key, value, None, foveate_step=packed)
+    with pytest.raises(UnsupportedCall, match="no gradient passes through"):
+        out.sum().backward()
 
 
 def test_a_mask_without_elements_is_none(packed):
