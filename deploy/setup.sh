@@ -4,7 +4,7 @@
 #
 #   PYTHON=/path/to/python deploy/setup.sh     another interpreter (3.11 or newer)
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+cd -P "$(dirname "${BASH_SOURCE[0]}")/.." # without links: so venv writes the path down that `intact` looks for
 
 readonly VENV=.venv
 readonly STAMP=$VENV/.foveate-setup

@@ -29,6 +29,10 @@ def create_app(engine: EngineLike | None, settings: Settings) -> FastAPI:
 
     ``None`` stands for an engine still being loaded: every request but ``/metrics`` gets a 503
     until ``ServerState.serve`` is called.
+
+    Raises:
+        BatchError: ``--batch-dir`` cannot be used.
+        ValueError: a key file went bad since it was checked, or one of OpenTelemetry's own variables is wrong.
     """
     state = ServerState(settings)
     if engine is not None:

@@ -258,7 +258,12 @@ def _kind(field: FieldInfo) -> dict[str, Any]:
 
 
 def _serve(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # until it reads the keys again it must not end a server that starts
     settings = read_settings(given, parser)
+    if settings.log_format == "json":
+        # Progress bars are no JSON. Before the imports: the libraries that draw them look here once.
+        for name in ("HF_HUB_DISABLE_PROGRESS_BARS", "TQDM_DISABLE"):
+            os.environ.setdefault(name, "1")
     from .serve import run
 
     return run(settings)

@@ -23,7 +23,7 @@ from foveate.patches.verify import verify
 from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 from foveate.sparse_attn.profile import Profile
 
-from .exceptions import InvalidRequest
+from .exceptions import InvalidRequest, ModelNotLoaded
 from .free_memory import free_bytes
 from .memory import tune_allocator
 from .options import EngineOptions
@@ -33,6 +33,7 @@ log = logging.getLogger(__name__)
 
 # Share of free memory that the KV cache may take when nothing is said. The weights are loaded by then.
 FREE_MEMORY_SHARE = {"cpu": 0.4, "cuda": 0.85}
+_NAMED = 3  # weights that an error names
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -74,7 +75,9 @@ def load(options: EngineOptions) -> LoadedModel:
     """Loads weights (safetensors only) and tokenizer, and attaches our attention.
 
     Raises:
-        OSError: nothing can be loaded under that name.
+        ModelNotLoaded: nothing can be loaded under that name, or what is there is damaged or not whole.
+        FileNotFoundError: it can only be a directory, and there is none.
+        PackagedModelError: the packaged model cannot be fetched.
         UnsupportedModel: the model's attention cannot be ours; the message says why.
         QuantizationError: its weights cannot be quantised so, or it is not on a CPU.
         InvalidRequest: an option does not fit the model, or there is no such device.
@@ -85,20 +88,49 @@ def load(options: EngineOptions) -> LoadedModel:
     path = resolve(options.model)  # which may download it
     if device.type == "cpu":
         tune_allocator()
+    try:
+        model, tokenizer = _read(path, options, device)
+    except ModelNotLoaded:
+        raise
+    except (OSError, ValueError) as error:  # in whole sentences
+        raise ModelNotLoaded(str(error)) from error
+    except Exception as error:  # what is wrong with a file, each library tells by classes of its own
+        raise ModelNotLoaded(f"the model cannot be read: {error or type(error).__name__}") from error
+    return ready(model, tokenizer, options)
+
+
+def _read(path: str, options: EngineOptions, device: torch.device) -> tuple[Any, Any]:
+    """The model on its device, and its tokenizer.
+
+    Raises:
+        ModelNotLoaded: the weights are not all there, or some have another shape than the configuration says.
+        Exception: whatever a library says of a file that it cannot read.
+    """
     common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
     config = transformers.AutoConfig.from_pretrained(path, **common)
-    model = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
         dtype=dtype_of(options.dtype, device),
         attn_implementation="eager",
         use_safetensors=True,
+        ignore_mismatched_sizes=True,  # refused below, by name
+        output_loading_info=True,
         **common,
     )
+    model, found = loaded
+    # What a checkpoint lacks the library draws at random, and only warns. Tied weights are not among these.
+    lacking = sorted({*found["missing_keys"], *(item[0] for item in found["mismatched_keys"])})
+    if lacking:
+        more = f" and {len(lacking) - _NAMED} more" if len(lacking) > _NAMED else ""
+        raise ModelNotLoaded(
+            "the checkpoint does not hold every weight, or some in another shape than its configuration says: "
+            f"{', '.join(lacking[:_NAMED])}{more}"
+        )
     model.train(False)
     model.requires_grad_(False)
     torch.nn.Module.to(model, device)  # the library's own `to` is typed for something else
-    return ready(model, transformers.AutoTokenizer.from_pretrained(path, **common), options)
+    return model, transformers.AutoTokenizer.from_pretrained(path, **common)
 
 
 def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:

@@ -10,7 +10,9 @@ import json
 import logging
 import re
 import sys
+import threading
 import time
+from types import TracebackType
 from typing import Any, Literal, TextIO
 
 from .current_request import CURRENT
@@ -18,6 +20,8 @@ from .current_request import CURRENT
 LogFormat = Literal["text", "json"]
 
 FIELDS = "fields"  # `log.info(..., extra={FIELDS: {...}})`: members of the JSON object, words after the text
+
+_log = logging.getLogger(__name__)
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 _PLAIN = re.compile(r"[\w.:/-]+", re.ASCII)
@@ -30,7 +34,8 @@ def configure(level: str, form: LogFormat, stream: TextIO | None = None) -> None
 
     Args:
         level: The least level that is shown, such as ``info``.
-        form: ``text`` for people, ``json`` for machines.
+        form: ``text`` for people, ``json`` for machines: then warnings, other libraries and what ends a thread or
+            the process speak JSON too.
     """
     handler = logging.StreamHandler(stream or sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
@@ -38,6 +43,8 @@ def configure(level: str, form: LogFormat, stream: TextIO | None = None) -> None
     if form == "json":
         logging.captureWarnings(True)
         adopt_libraries()
+        sys.excepthook = _log_end_of_process
+        threading.excepthook = _log_end_of_thread
 
 
 def adopt_libraries() -> None:
@@ -46,6 +53,17 @@ def adopt_libraries() -> None:
         library = logging.getLogger(name)
         library.handlers.clear()
         library.propagate = True
+
+
+def _log_end_of_process(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    _log.critical("an exception ended the process", exc_info=(kind, error, trace))
+
+
+def _log_end_of_thread(args: threading.ExceptHookArgs) -> None:
+    if args.exc_value is None or isinstance(args.exc_value, SystemExit):
+        return
+    name = args.thread.name if args.thread else "unknown"
+    _log.error("an exception ended thread %s", name, exc_info=(args.exc_type, args.exc_value, args.exc_traceback))
 
 
 class JsonFormatter(logging.Formatter):

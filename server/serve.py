@@ -2,8 +2,8 @@
 
 The socket answers from the first moment: /health says 503 while the model is being loaded. SIGTERM
 or Ctrl-C: no new requests (503), running answers go on for ``drain_seconds``, the rest end with an
-error event, then the process exits with 0. A second signal stops at once. An engine that dies by
-itself ends the process with 1, so that whoever supervises it starts it anew.
+error event, then the process exits with 0. A second signal stops at once: connections are cut off.
+An engine that dies by itself ends the process with 1, so that whoever supervises it starts it anew.
 """
 
 from __future__ import annotations
@@ -42,8 +42,6 @@ _log = logging.getLogger(__name__)
 
 def run(settings: Settings) -> int:
     """Serves until told to stop and returns the exit status."""
-    if settings.log_format == "json":
-        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # transformers draws its bars by this too
     logs.configure(settings.log_level, settings.log_format)
     for name in unknown_variables(set(Settings.model_fields)):
         _log.warning("%s is no setting and was passed over", name)
@@ -60,6 +58,10 @@ def run(settings: Settings) -> int:
         listener.close()
         complain(str(error), settings)
         return 1
+    except ValueError as error:  # what settings and environment say; the rest of it was checked before
+        listener.close()
+        complain(str(error), settings)
+        return 2
     if not state_of_app(app).keys.locked and not is_loopback(settings.host):
         _log.warning("listening on %s without an API key: whoever reaches this port can use it", settings.host)
     _reload_keys_on_hangup(state_of_app(app))
@@ -87,13 +89,14 @@ def _stuck() -> bool:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """A bound socket; port 0 picks a free one.
+    """A bound socket; port 0 picks a free one. ``::`` takes IPv4 too.
 
     Raises:
         OSError: the address is taken or not ours.
     """
     family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-    return socket.create_server(address[:2], family=family)
+    both = address[0] == "::" and socket.has_dualstack_ipv6()
+    return socket.create_server(address, family=family, dualstack_ipv6=both)
 
 
 def address_of(listener: socket.socket, tls: bool = False) -> str:
@@ -158,7 +161,7 @@ class FoveateServer(uvicorn.Server):
         self.status = 0
         self.loading = True
         self._state = state
-        self._listener = listener
+        self._url = address_of(listener, state.settings.tls_cert is not None)  # now: the socket may be closed later
         self._listening = threading.Event()
         self._engine: EngineLike | None = None
 
@@ -166,6 +169,7 @@ class FoveateServer(uvicorn.Server):
         """Loads the model and takes requests; runs in a thread of its own."""
         from .engine import Engine
 
+        logs.adopt_libraries()  # they came with it
         try:
             engine: EngineLike = Engine.load(self._state.settings)
             self._state.serve(engine)
@@ -179,9 +183,8 @@ class FoveateServer(uvicorn.Server):
             self.loading = False
         self._engine = engine
         self._listening.wait()
-        logs.adopt_libraries()
-        tls = self._state.settings.tls_cert is not None
-        print(f"foveate is ready on {address_of(self._listener, tls)}", flush=True)
+        if not self._state.draining:
+            print(f"foveate is ready on {self._url}", flush=True)
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
@@ -197,8 +200,8 @@ class FoveateServer(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._state.draining:
-            self.should_exit = self.force_exit = True
-            return
+            # Not by way of uvicorn, which answers what it cancels as a failure. What must last is on the disk.
+            os._exit(self.status)
         self._state.draining = True
         threading.Thread(target=self._drain, name="foveate-drain", daemon=True).start()
 

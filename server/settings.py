@@ -147,6 +147,15 @@ class Settings(OperationSettings):
     drain_seconds: float = Field(30, ge=0, allow_inf_nan=False, description="time for running answers after SIGTERM")
     log_level: Literal["critical", "error", "warning", "info", "debug"] = Field("info", description="what is logged")
 
+    @field_validator("host")
+    @classmethod
+    def _host_can_be_looked_up(cls, value: str) -> str:
+        try:
+            value.encode("idna")  # as the look-up does
+        except UnicodeError:
+            raise ValueError(f"{value!r} is no name of a host") from None
+        return value
+
     @field_validator("api_key", "admin_key", mode="before")
     @classmethod
     def _split_keys(cls, value: Any) -> Any:
@@ -157,6 +166,10 @@ class Settings(OperationSettings):
         keys = [key.strip() if isinstance(key, str) else key for key in value]
         if "" in keys:
             raise ValueError("an API key must not be empty")
+        try:
+            "".join(key for key in keys if isinstance(key, str)).encode()
+        except UnicodeEncodeError:
+            raise ValueError("an API key must be UTF-8 text") from None
         return keys
 
     @field_validator("api_key_file", "admin_key_file")

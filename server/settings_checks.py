@@ -22,7 +22,7 @@ def read_keys(path: Path) -> list[str]:
     if len(content) > _MAX_KEY_FILE_BYTES:
         raise ValueError(f"{path} is larger than {_MAX_KEY_FILE_BYTES} bytes: is it a file of keys?")
     try:
-        lines = content.decode().splitlines()
+        lines = content.decode("utf-8-sig").splitlines()  # some editors put a mark before the text
     except UnicodeDecodeError:
         raise ValueError(f"{path} is not UTF-8 text") from None
     keys = [line.strip() for line in lines if line.strip() and not line.lstrip().startswith("#")]

@@ -47,23 +47,18 @@ class Tracing:
         endpoint: URL of an OTLP/HTTP collector; ``/v1/traces`` is added where it has no path.
         model: What the server is asked for, an attribute of every span.
         exporter: Takes the spans instead, in tests.
+
+    Raises:
+        ValueError: one of OpenTelemetry's own variables is wrong.
     """
 
     def __init__(self, endpoint: str, model: str, exporter: Any = None) -> None:
-        from opentelemetry.sdk.resources import Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-        if exporter is None:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-            exporter = OTLPSpanExporter(endpoint=_traces_url(endpoint))
-        resource = Resource.create({"service.version": __version__})
-        if str(resource.attributes["service.name"]).startswith("unknown_service"):  # OTEL_SERVICE_NAME does not say
-            resource = resource.merge(Resource({"service.name": "foveate"}))
-        self._provider = TracerProvider(resource=resource, shutdown_on_exit=False)
-        self._provider.add_span_processor(BatchSpanProcessor(exporter))
+        try:
+            self._provider = _provider(endpoint, exporter)
+        except ValueError as error:
+            raise ValueError(f"traces cannot be made as the OTEL_... variables say: {error}") from error
         self._tracer = self._provider.get_tracer("foveate", __version__)
         self._propagator = TraceContextTextMapPropagator()
         self._model = model
@@ -82,7 +77,7 @@ class Tracing:
             kind=SpanKind.SERVER,
             attributes={"http.request.method": method, "gen_ai.request.model": self._model},
         )
-        return RequestTrace(self._tracer, span)
+        return RequestTrace(self._tracer, span, method)
 
     def close(self) -> None:
         """Sends what is left, for ``_CLOSE_SECONDS`` at most; the library itself waits 10 for a silent collector."""
@@ -94,8 +89,8 @@ class Tracing:
 class RequestTrace:
     """The span of one HTTP request, and those of its prompts below it."""
 
-    def __init__(self, tracer: Any, span: Any) -> None:
-        self._tracer, self._span = tracer, span
+    def __init__(self, tracer: Any, span: Any, method: str) -> None:
+        self._tracer, self._span, self._method = tracer, span, method
 
     def prompt(self, moments: Moments, usage: Usage | None, outcome: str) -> None:
         """Adds the spans of one prompt, which has ended with ``outcome``: a finish reason, ``error`` or ``abort``."""
@@ -123,13 +118,30 @@ class RequestTrace:
         from opentelemetry.trace import Status, StatusCode
 
         if route is not None:
-            self._span.update_name(f"{self._span.attributes['http.request.method']} {route}")
+            self._span.update_name(f"{self._method} {route}")
             self._span.set_attribute("http.route", route)
         self._span.set_attribute("http.response.status_code", status)
         self._span.set_attribute("foveate.request_id", label)
         if status >= 500:
             self._span.set_status(Status(StatusCode.ERROR))
         self._span.end()
+
+
+def _provider(endpoint: str, exporter: Any) -> Any:
+    from opentelemetry.sdk.resources import Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor
+
+    if exporter is None:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        exporter = OTLPSpanExporter(endpoint=_traces_url(endpoint))
+    resource = Resource.create({"service.version": __version__})
+    if str(resource.attributes["service.name"]).startswith("unknown_service"):  # OTEL_SERVICE_NAME does not say
+        resource = resource.merge(Resource({"service.name": "foveate"}))
+    provider = TracerProvider(resource=resource, shutdown_on_exit=False)
+    provider.add_span_processor(BatchSpanProcessor(exporter))
+    return provider
 
 
 def _of_prompt(usage: Usage | None) -> dict[str, Any]:

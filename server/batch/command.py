@@ -26,7 +26,7 @@ from ..settings import Settings
 from ..state import ServerState
 from .endpoints import ENDPOINTS
 from .entry import LineError, parse_line
-from .errors import BatchError, EngineStopped
+from .errors import BatchError, CannotResume, Damaged, EngineStopped
 from .ledger import Ledger, same_file
 from .lines import read_lines, scan
 from .runner import BatchRunner, Source, open_input
@@ -78,6 +78,12 @@ def run(given: Namespace, settings: Settings) -> int:
                 ledger.close()
     except EngineStopped as error:
         print(f"foveate: {error}; the same command goes on where it was", file=sys.stderr)
+        return 1
+    except Damaged as error:
+        print(f"foveate: {error}. Delete it, and begin anew with --restart", file=sys.stderr)
+        return 1
+    except CannotResume as error:
+        print(f"foveate: {error}. --restart begins anew and throws away what is done", file=sys.stderr)
         return 1
     except BatchError as error:
         print(f"foveate: {error}", file=sys.stderr)

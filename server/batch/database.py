@@ -6,7 +6,7 @@ import os
 import sqlite3
 from pathlib import Path
 
-from .errors import BatchError, InUse
+from .errors import BatchError, Damaged, InUse
 
 CACHE_KIB = 2048
 
@@ -18,7 +18,8 @@ def open_alone(path: Path, schema: str) -> sqlite3.Connection:
 
     Raises:
         InUse: another process has it.
-        BatchError: it cannot be opened, or is no database.
+        Damaged: it is no database, or no longer one.
+        BatchError: it cannot be opened.
     """
     try:
         # Made here and not by SQLite: what it holds of requests is nobody else's business.
@@ -36,8 +37,16 @@ def open_alone(path: Path, schema: str) -> sqlite3.Connection:
         connection.close()
         if getattr(error, "sqlite_errorcode", None) in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED):
             raise InUse(f"{path} is in use by another process") from None
-        raise BatchError(f"cannot use {path}: {error}") from None
+        raise unusable(path, error) from None
     return connection
+
+
+def unusable(path: Path, error: sqlite3.Error) -> BatchError:
+    """What to raise where the database at ``path`` fails: ``Damaged`` if it always will."""
+    # The low byte is the kind of failure, the rest its details.
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    kind = Damaged if code in (sqlite3.SQLITE_NOTADB, sqlite3.SQLITE_CORRUPT) else BatchError
+    return kind(f"cannot use {path}: {error}")
 
 
 def reason(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 BatchError
 ├── CannotResume    the input, the model or the output is not what the last run had
+│   └── Damaged         the state file no longer says what the last run had
 ├── InUse           another process writes to the same output
 └── EngineStopped   the engine takes no more requests; what is done is safe
 """
@@ -15,6 +16,10 @@ class BatchError(Exception):
 
 class CannotResume(BatchError):
     """The input, the model or the output is not what the last run had."""
+
+
+class Damaged(CannotResume):
+    """The state file no longer says what the last run had, and cannot be written either."""
 
 
 class InUse(BatchError):

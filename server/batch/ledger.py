@@ -9,6 +9,7 @@ once, if and only if the state file says that it is done.
 from __future__ import annotations
 
 import os
+import re
 import sqlite3
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -16,7 +17,7 @@ from pathlib import Path
 from stat import S_ISREG
 from typing import Literal
 
-from .database import open_alone, reason
+from .database import open_alone, reason, unusable
 from .errors import BatchError, CannotResume
 from .records import RECORD_HEAD, Result, id_key
 
@@ -30,7 +31,7 @@ CREATE TABLE IF NOT EXISTS totals (
 );
 INSERT OR IGNORE INTO totals VALUES (1, 0, 0, 0, 0, 0);
 """
-_RESTART = "--restart begins anew and throws away what is done"
+_OPTIONS = re.compile(r"\b\w*Options\(")  # how a scheme's identity holds its options
 
 
 class Ledger:
@@ -49,7 +50,7 @@ class Ledger:
 
     Raises:
         InUse: another process writes there.
-        CannotResume: a fact has changed, or the outputs are not as the last run left them.
+        CannotResume: a fact has changed, the outputs are not as the last run left them, or the state file is damaged.
         BatchError: a file cannot be opened.
     """
 
@@ -73,7 +74,7 @@ class Ledger:
             self._connection.execute("UPDATE totals SET begun = 1")
         except sqlite3.Error as error:
             self.close()
-            raise BatchError(f"cannot use {state}: {error}") from None
+            raise unusable(state, error) from None
         except BaseException:
             self.close()
             raise
@@ -96,8 +97,8 @@ class Ledger:
         for name, value in facts.items():
             if known.setdefault(name, value) != value:
                 raise CannotResume(
-                    f"cannot go on: the {name} has changed since the last run, which had {known[name]}; now it is "
-                    f"{value}. {self.done} lines are done. {_RESTART}"
+                    f"cannot go on: the {name} has changed since the last run, which had {_shown(known[name])}; now it "
+                    f"is {_shown(value)}. {self.done} lines are done"
                 )
 
     def is_done(self, number: int) -> bool:
@@ -188,9 +189,9 @@ class _Appended:
         is_ours = takes == "any" or (takes == "ours" and RECORD_HEAD.startswith(head))
         problem = None
         if size == 0 and found and not is_ours:
-            problem = f"{path} exists, and no batch that could go on left it. Name another file; {_RESTART}"
+            problem = f"{path} exists, and no batch that could go on left it: name another file"
         elif found < size or (size and os.pread(descriptor, 1, size - 1) != b"\n"):
-            problem = f"cannot go on: {path} has changed since the last run. {_RESTART}"
+            problem = f"cannot go on: {path} has changed since the last run"
         if problem:
             self._file.close()
             raise CannotResume(problem)
@@ -228,6 +229,12 @@ def same_file(one: Path, other: Path) -> bool:
         return one.samefile(other)
     except OSError:  # one of them does not exist
         return one.resolve() == other.resolve()
+
+
+def _shown(fact: str) -> str:
+    """A fact as people read it: identities of schemes are made to be compared."""
+    words = " ".join(part for part in fact.split("\0") if part)
+    return _OPTIONS.sub("(", words)
 
 
 def _check_places(state: Path, output: Path, errors: Path | None) -> None:

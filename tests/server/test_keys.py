@@ -147,6 +147,13 @@ def test_a_bad_file_is_refused(tmp_path, content, words):
         assert "k" * 20 not in str(refusal.value)
 
 
+def test_a_mark_before_the_text_is_no_part_of_a_key(tmp_path):
+    path = tmp_path / "keys"
+    path.write_text("\ufeffmine\nother\n")
+    ring = KeyRing(Settings(model="m", api_key_file=path))
+    assert [bool(ring.caller(f"Bearer {key}".encode()).owner) for key in ("mine", "other", "\ufeffmine")] == [1, 1, 0]
+
+
 def test_a_directory_is_no_key_file(tmp_path):
     with pytest.raises(ValueError, match="cannot read"):
         Settings(model="m", api_key_file=tmp_path)

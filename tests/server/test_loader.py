@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
-from transformers import GraniteConfig, GraniteForCausalLM
+from safetensors.torch import load_file, save_file
+from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from foveate.patches.errors import UnsupportedModel
 from foveate.patches.families import VERIFIED
 from foveate.patches.quantize import QuantizedLinear
-from foveate.server import loader
+from foveate.server import cli, loader
+from foveate.server.exceptions import ModelNotLoaded
 from foveate.server.options import EngineOptions
 
 
@@ -42,3 +46,64 @@ def test_what_tuning_makes_of_an_unverified_family_is_compared(granite, tokenize
     monkeypatch.setattr(loader, "tune", wrongly)
     with pytest.raises(UnsupportedModel, match="does not give the same logits"):
         loader.ready(granite, tokenizer, EngineOptions("granite"))
+
+
+def damaged(model_dir, path, change):
+    """A copy of the checkpoint, its tensors changed."""
+    shutil.copytree(model_dir, path)
+    tensors = load_file(path / "model.safetensors")
+    change(tensors)
+    save_file(tensors, path / "model.safetensors", metadata={"format": "pt"})
+    return str(path)
+
+
+@pytest.mark.parametrize("told", [1, 3], ids=["one", "more-than-are-named"])
+def test_a_checkpoint_that_lacks_weights_is_refused(model_dir, tmp_path, told):
+    def change(tensors):
+        for name in [name for name in tensors if "mlp" in name][: 1 if told == 1 else 5]:
+            del tensors[name]
+
+    with pytest.raises(ModelNotLoaded, match=r"does not hold every weight.*: model\.layers\.0\.mlp\.") as refused:
+        loader.load(EngineOptions(damaged(model_dir, tmp_path / "m", change)))
+    assert str(refused.value).count("mlp") == told
+    assert ("and 2 more" in str(refused.value)) == (told == 3)
+
+
+def test_a_weight_of_another_shape_is_refused_by_name(model_dir, tmp_path):
+    def change(tensors):
+        tensors["model.norm.weight"] = torch.zeros(3)
+
+    with pytest.raises(ModelNotLoaded, match=r"in another shape.*: model\.norm\.weight$"):
+        loader.load(EngineOptions(damaged(model_dir, tmp_path / "m", change)))
+
+
+def test_a_tied_weight_is_not_missed(tmp_path, tokenizer):
+    sizes = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, tie_word_embeddings=True)).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert "lm_head.weight" not in load_file(tmp_path / "model.safetensors")
+    loader.load(EngineOptions(str(tmp_path))).attached.detach()
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["doctor", "MODEL"],
+        ["generate", "MODEL", "-p", "Hi"],
+        ["calibrate", "MODEL", "--scheme", "kascade", "-o", "DIRECTORY/profile"],
+        ["eval", "MODEL", "--scheme", "streaming", "-o", "DIRECTORY/report"],
+        ["bench", "latency", "MODEL", "--scheme", "streaming", "-o", "DIRECTORY/report"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_a_checkpoint_that_is_cut_off_is_said_in_one_line(command, model_dir, tmp_path, capfd):
+    model = tmp_path / "m"
+    shutil.copytree(model_dir, model)
+    with (model / "model.safetensors").open("r+b") as file:
+        file.truncate(1000)
+    words = [word.replace("MODEL", str(model)).replace("DIRECTORY", str(tmp_path)) for word in command]
+    assert cli.main(words) == 1
+    said = capfd.readouterr()
+    told = (said.out + said.err).splitlines()
+    assert [line for line in told if "the model cannot be read: " in line] == told[-1:]
+    assert "Traceback" not in said.err

@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import logging
+import subprocess
+import sys
+import threading
 import warnings
 
 import pytest
@@ -32,6 +35,8 @@ def log_to(monkeypatch):
     # The test's own client speaks in the same process.
     for client in ("httpx", "httpx2", "httpcore", "httpcore2", "asyncio"):
         monkeypatch.setattr(logging.getLogger(client), "disabled", True)
+    for module in (sys, threading):
+        monkeypatch.setattr(module, "excepthook", module.excepthook)
 
     def start(form, level="debug"):
         stream = io.StringIO()
@@ -106,6 +111,15 @@ def test_warnings_and_libraries_speak_json_too(log_to):
         library.handlers[:], library.propagate = handlers, propagate
     entries = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [entry["logger"] for entry in entries] == ["py.warnings", "transformers"]
+
+
+def test_what_ends_the_process_is_json_too():
+    code = "from foveate.server import logs; logs.configure('info', 'json'); raise ValueError('two\\nlines')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    (line,) = done.stderr.splitlines()
+    entry = json.loads(line)
+    assert (done.returncode, entry["level"], entry["message"]) == (1, "critical", "an exception ended the process")
+    assert "ValueError: two\nlines" in entry["exception"]
 
 
 @pytest.mark.parametrize("form", ["json", "text"])

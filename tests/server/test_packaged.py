@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import re
+import sys
 import threading
 import zipfile
 from pathlib import Path
@@ -162,6 +163,20 @@ def unconverted(monkeypatch):
     conversions = []
     monkeypatch.setattr(packaged, "_convert", lambda gguf, model, made: conversions.append(made))
     return conversions
+
+
+@pytest.mark.parametrize("quiet", ["1", ""], ids=["quiet", "drawn"])
+def test_a_pull_is_quiet_where_bars_are_not_wanted(offered, unconverted, tmp_path, monkeypatch, capfd, quiet):
+    monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", quiet)
+    monkeypatch.setattr(sys, "__stderr__", sys.stderr)
+    pull(NAME, tmp_path)
+    said = capfd.readouterr()
+    assert said.out == ""
+    if quiet:
+        assert said.err == ""
+    else:
+        assert "Checking tiny-model-0" in said.err
+        assert "tiny_model_0-1.0-py3-none-any.whl" in said.err, "what pip says"
 
 
 def test_pull_makes_a_model_that_loads(offered, tmp_path):

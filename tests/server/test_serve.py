@@ -12,7 +12,7 @@ import sys
 import textwrap
 import threading
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import httpx
@@ -250,6 +250,24 @@ def test_one_port_is_open_and_only_on_loopback(ready):
         other.connect(("127.0.0.2", ready.port))
 
 
+def test_any_address_of_ipv6_takes_ipv4_too():
+    if not socket.has_dualstack_ipv6():
+        pytest.skip("this machine has no IPv6")
+    with listen("::", 0) as listener:
+        port = listener.getsockname()[1]
+        for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET6, "::1")):
+            with socket.socket(family) as client:
+                client.connect((host, port))
+
+
+def test_an_address_keeps_its_scope(monkeypatch):
+    made = []
+    monkeypatch.setattr(serve.socket, "create_server", lambda address, **options: made.append(address))
+    _, name = socket.if_nameindex()[0]
+    listen(f"fe80::1%{name}", 0)
+    assert made == [("fe80::1", 0, 0, socket.if_nametoindex(name))]
+
+
 def test_health_while_loading_then_ready(running, engine, capsys):
     loaded = threading.Event()
 
@@ -265,6 +283,25 @@ def test_health_while_loading_then_ready(running, engine, capsys):
         loaded.set()
         wait_for(lambda: server.health() == 200)
         wait_for(lambda: capsys.readouterr().out == f"foveate is ready on {server.url}\n")
+
+
+def test_a_server_that_was_told_to_stop_while_loading_is_never_ready(running, engine, capsys, monkeypatch):
+    failed, loaded = [], threading.Event()
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+
+    def load(settings):
+        loaded.wait(60)
+        return engine
+
+    with running(load) as server:
+        wait_for(lambda: server.server.started)
+        server.server.handle_exit(signal.SIGTERM, None)
+        server._thread.join(60)
+        server.listener.close()
+        loaded.set()
+        server.join()
+    assert capsys.readouterr().out == ""
+    assert not failed
 
 
 def test_a_model_that_does_not_load_ends_the_server(running, capsys):
@@ -358,12 +395,34 @@ class Engine:
         print("loading", flush=True)
         time.sleep(LOAD_SECONDS)
         ThreadPoolExecutor(1, thread_name_prefix="foveate-cache-read").submit(time.sleep, DISK_SECONDS)
-        return FakeEngine(make_tokenizer())
+        engine = FakeEngine(make_tokenizer())
+        if HOLD:
+            engine.gate.clear()
+            engine.shutdown = time.sleep
+        return engine
 
 sys.modules["foveate.server.engine"] = types.SimpleNamespace(Engine=Engine)
 from foveate.server.cli import main
-sys.exit(main(["serve", "m", "--port", "0", "--log-level", "error"]))
+sys.exit(main(["serve", "m", "--port", "0", "--log-level", "warning"]))
 """
+
+
+@contextmanager
+def process(moment, load_seconds=0, disk_seconds=0, hold=False):
+    """A server of its own, when its output has come to ``moment``; and the last line of that."""
+    code = textwrap.dedent(STUB)
+    for name, value in {"LOAD_SECONDS": load_seconds, "DISK_SECONDS": disk_seconds, "HOLD": hold}.items():
+        code = code.replace(name, str(value))
+    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as started:
+        line = ""
+        while moment not in line:
+            line = started.stdout.readline()
+            assert line, "the process ended before its time"
+        try:
+            yield started, line
+        finally:
+            started.kill()
 
 
 @pytest.mark.parametrize(
@@ -372,12 +431,26 @@ sys.exit(main(["serve", "m", "--port", "0", "--log-level", "error"]))
     ids=["term-while-loading", "interrupt-when-ready", "term-while-a-disk-hangs"],
 )
 def test_a_signal_ends_the_process_with_zero(number, load_seconds, disk_seconds, moment):
-    code = textwrap.dedent(STUB).replace("LOAD_SECONDS", str(load_seconds)).replace("DISK_SECONDS", str(disk_seconds))
-    command = [sys.executable, "-c", code, str(Path(__file__).parent)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        line = ""
-        while moment not in line:
-            line = process.stdout.readline()
-            assert line, "the process ended before its time"
-        os.kill(process.pid, number)
-        assert process.wait(60) == 0
+    with process(moment, load_seconds, disk_seconds) as (started, _):
+        os.kill(started.pid, number)
+        assert started.wait(60) == 0
+
+
+@pytest.mark.parametrize("stream", [True, False], ids=["stream", "one-piece"])
+def test_a_second_signal_cuts_answers_off(stream):
+    with process("ready on", hold=True) as (started, line):
+        url = line.split()[-1]
+        body = json.dumps({"prompt": "Hi", "max_tokens": 60, "stream": stream}).encode()
+        with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])), timeout=60) as connection:
+            connection.sendall(HEAD + b"content-length: %d\r\n\r\n" % len(body) + body)
+            wait_for(lambda: "foveate_requests_running 1" in httpx.get(url + "/metrics").text)
+            os.kill(started.pid, signal.SIGTERM)
+            wait_for(lambda: httpx.get(url + "/health").json()["error"]["code"] == "draining")
+            os.kill(started.pid, signal.SIGTERM)
+            said = b""
+            with suppress(ConnectionResetError):
+                while part := connection.recv(65536):
+                    said += part
+        assert started.wait(60) == 0
+        assert b"Internal Server Error" not in said
+        assert started.stderr.read() == "", "nothing is blamed"

@@ -104,6 +104,11 @@ def test_keys(monkeypatch):
         (["m", "--attention", '{"sink_tokens": -1}'], "--attention: sink_tokens must be a whole number >= 0, got -1"),
         (["m", "--profile", "/nope"], "--profile: there is no file /nope"),
         (["m", "--api-key", ""], "--api-key: an API key must not be empty"),
+        (["m", "--api-key", "a", "--api-key", "\udcff"], "--api-key: an API key must be UTF-8 text"),
+        (["m", "--admin-key", "\udcff"], "--admin-key: an API key must be UTF-8 text"),
+        (["m", "--host", "a..b"], "--host: 'a..b' is no name of a host"),
+        (["m", "--host", "\udcff"], "--host: '\\udcff' is no name of a host"),
+        (["m", "--host", "a" * 64], "is no name of a host"),
         (["m", "--max-batch-tokens", "0"], "--max-batch-tokens: "),
         (["m", "--stall-seconds", "1"], "--stall-seconds: "),  # an idle engine gives a sign of life once a second
         (["m", "--dtype", "int8"], "invalid choice"),

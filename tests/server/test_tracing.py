@@ -12,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import pytest
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
-from foveate.server import settings_checks, state, tracing
+from foveate.server import serve, settings_checks, state, tracing
 from foveate.server.app import create_app
 from foveate.server.cli import build_parser, read_settings
 from foveate.server.settings import Settings
@@ -88,9 +88,26 @@ def test_without_a_good_parent_a_trace_begins_here(traced, exporter, header):
     assert root.parent is None
 
 
-def test_a_client_that_says_it_is_not_sampled(traced, exporter):
-    traced.get("/v1/models", headers={"traceparent": TRACEPARENT[:-2] + "00"})
+def test_a_client_that_says_it_is_not_sampled(traced, exporter, caplog):
+    headers = {"traceparent": TRACEPARENT[:-2] + "00"}
+    assert traced.get("/v1/models", headers=headers).status_code == 200
     assert not spans_of(traced, exporter)
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+@pytest.mark.parametrize(
+    "variables",
+    [{"OTEL_TRACES_SAMPLER": "traceidratio", "OTEL_TRACES_SAMPLER_ARG": "0"}, {"OTEL_SDK_DISABLED": "true"}],
+    ids=["sampled-out", "disabled"],
+)
+def test_requests_without_a_span_are_answered(engine, exporter, monkeypatch, variables):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(state, "Tracing", lambda endpoint, model: Tracing(endpoint, model, exporter))
+    settings = Settings(model="m", otlp_endpoint="http://127.0.0.1:4318")
+    with LocalClient(create_app(engine, settings)) as client:
+        assert client.post("/v1/completions", json={"prompt": "Hi", "max_tokens": 2}).status_code == 200
+    assert not exporter.get_finished_spans()
 
 
 def test_failures_and_refusals(traced, exporter, engine):
@@ -150,6 +167,14 @@ def test_a_wrong_endpoint_is_refused(endpoint, capsys):
     with pytest.raises(SystemExit):
         read_settings(parser.parse_args(["serve", "m", "--otlp-endpoint", endpoint]), parser)
     assert "--otlp-endpoint: must be an http:// or https:// URL" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("variable", ["OTEL_SPAN_ATTRIBUTE_COUNT_LIMIT", "OTEL_BSP_MAX_EXPORT_BATCH_SIZE"])
+def test_a_wrong_variable_of_the_library_is_said_at_the_start(capsys, monkeypatch, variable):
+    monkeypatch.setenv(variable, "-1")
+    assert serve.run(Settings(model="m", port=0, otlp_endpoint="http://127.0.0.1:4318")) == 2
+    *_, last = capsys.readouterr().err.splitlines()
+    assert last.startswith("foveate: traces cannot be made as the OTEL_... variables say: ")
 
 
 def test_a_missing_library_is_said_at_the_start(capsys, monkeypatch):

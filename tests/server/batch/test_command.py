@@ -123,6 +123,17 @@ def test_what_has_changed_is_refused(begun, engine, capsys, change, said):
     assert len(read_records(begun / "out")) == 9
 
 
+def test_a_damaged_state_file_is_told_with_the_way_out(begun, capsys):
+    state = begun / "out.state"
+    state.write_bytes(bytes(4096))
+    command = ["batch", "in", "-o", "out", "--model", "fake-model", "--restart"]
+    assert main(command) == 1
+    assert "file is not a database. Delete it, and begin anew with --restart" in capsys.readouterr().err
+    state.unlink()
+    assert main(command) == 0
+    assert len(read_records(begun / "out")) == 9
+
+
 def test_another_model_or_place_is_refused(begun, capsys):
     assert main(["batch", "in", "-o", "out", "--model", "other"]) == 1
     assert "the model has changed since the last run, which had fake-model; now it is other" in capsys.readouterr().err

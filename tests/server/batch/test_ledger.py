@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 
 from foveate.server.batch import ledger as ledger_module
 from foveate.server.batch.entry import LineError
-from foveate.server.batch.errors import BatchError, CannotResume, InUse
+from foveate.server.batch.errors import BatchError, CannotResume, Damaged, InUse
 from foveate.server.batch.ledger import Ledger
 from foveate.server.batch.records import answered, unreadable
+from foveate.sparse_attn import registry
 
 from .files import read_records
 
@@ -149,12 +150,46 @@ def test_changed_facts_are_named(tmp_path):
     ledger.require({"weights": "a"})
     ledger.add([result(1)])
     ledger.close()
-    with pytest.raises(CannotResume, match=r"the input has changed .* had sha256 0; now it is sha256 1.*--restart"):
+    with pytest.raises(CannotResume, match=r"the input has changed .* had sha256 0; now it is sha256 1\. 1 lines are"):
         opened(tmp_path, facts={"input": "sha256 1"})
     ledger = opened(tmp_path)
     with pytest.raises(CannotResume, match="the weights has changed"):
         ledger.require({"weights": "b"})
     ledger.close()
+
+
+def test_identities_are_told_as_people_read_them(tmp_path):
+    ledger = opened(tmp_path)
+    dense, streaming = registry.build("dense"), registry.build("streaming", budget_tokens=7)
+    ledger.require({"attention": dense.identity})
+    ledger.add([result(1)])
+    with pytest.raises(CannotResume) as refused:
+        ledger.require({"attention": streaming.identity})
+    ledger.close()
+    told = str(refused.value)
+    assert told.isprintable()
+    assert "Options" not in told
+    assert "which had dense (sink_tokens=0, " in told
+    assert "now it is streaming (sink_tokens=4, " in told
+    assert "--restart" not in told, "a server has none"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [lambda data: bytes(len(data)), lambda data: b"x" * 4096, lambda data: data[:4096] + b"x" * (len(data) - 4096)],
+    ids=["zeroed", "text", "torn"],
+)
+def test_a_damaged_state_file_is_told_as_such(tmp_path, damage):
+    ledger = opened(tmp_path)
+    ledger.add([result(1)])
+    ledger.close()
+    state = tmp_path / "state"
+    content = damage(state.read_bytes())
+    state.write_bytes(content)
+    for restart in (False, True):
+        with pytest.raises(Damaged, match=r"cannot use .*state: "):
+            opened(tmp_path, restart=restart)
+    assert state.read_bytes() == content
 
 
 @pytest.mark.parametrize("damage", [lambda data: b"", lambda data: data[:-3], lambda data: b"x" * len(data)])

@@ -176,6 +176,30 @@ def test_a_restarted_server_goes_on(serving, engine):
         assert sorted(done, key=int) == [str(number) for number in range(20)]
 
 
+@pytest.mark.parametrize("cancelled", [False, True], ids=["left-alone", "cancelled"])
+def test_a_batch_with_a_damaged_state_file_ends(serving, engine, tmp_path, cancelled):
+    engine.hold_after = 6  # each line has four events or more
+    with serving(batch_in_flight=1) as url, client_at(url) as client:
+        file = upload(client, [chat_line(str(number)) for number in range(20)])
+        batch = client.batches.create(input_file_id=file.id, endpoint=CHAT, completion_window="24h")
+        while engine.gate.is_set():
+            time.sleep(0.01)
+    engine.gate.set()
+    for state in (tmp_path / "batches" / "states").iterdir():
+        state.write_bytes(bytes(4096))
+    if cancelled:
+        store = Store(tmp_path / "batches")
+        store.advance(batch.id, "cancelling", ())
+        store.close()
+    with serving() as url, client_at(url) as client:
+        batch = finished(client, client.batches.retrieve(batch.id))
+        assert batch.status == ("cancelled" if cancelled else "failed")
+        if not cancelled:
+            assert batch.errors.data[0].code == "cannot_resume"
+        assert client.files.delete(file.id).deleted
+    assert not list((tmp_path / "batches" / "states").iterdir())
+
+
 def test_another_model_after_a_restart_is_told(serving, engine):
     engine.script = "xy"
     engine.hold_after = 6  # each line has four events
@@ -190,6 +214,7 @@ def test_another_model_after_a_restart_is_told(serving, engine):
         batch = finished(client, client.batches.retrieve(batch.id))
         assert batch.status == "failed"
         assert "weights has changed" in batch.errors.data[0].message
+        assert "--restart" not in batch.errors.data[0].message
         done = records(client.files.content(batch.output_file_id).content)
         assert len(done) == batch.request_counts.completed < 20
 
