@@ -3,13 +3,13 @@ SHELL := /bin/bash
 BIN := .venv/bin
 DEMO_MODEL := smollm2-135m
 FOLDERS := server patches sparse_attn kv_cache
-# What takes an instruction set by its name.
+# The tests of the CPU kernels, most of which take an instruction set by its name.
 EMULATED := $(addprefix tests/patches/test_,decoder_layer.py narrow.py quantize.py quantized_layers.py tune.py) \
 	$(addprefix tests/sparse_attn/test_,anchor_native.py gathered.py int8_pages.py moba.py native.py \
 	selection_native.py threshold_native.py)
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test emulate lint bench clean
+.PHONY: help setup demo test emulate sanitize lint bench clean
 
 help: ## say what there is
 	@sed -n 's/^\([a-z]*\):[^#]*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 16
@@ -39,6 +39,15 @@ emulate: setup ## test the CPU kernels that this CPU cannot run, their instructi
 		--build-base build/emulated --build-lib build/emulated/lib 2> build/emulated.log && \
 		PYTHONPATH=build/emulated/lib $(BIN)/python tests/emulated/check.py || { cat build/emulated.log >&2; exit 1; }
 	@OMP_NUM_THREADS=1 PYTHONPATH=build/emulated/lib $(BIN)/python -m pytest -q -n auto --dist loadfile $(EMULATED)
+
+sanitize: setup ## test the CPU kernels of this CPU with every address checked (AddressSanitizer, UBSan)
+	@mkdir -p build; rm -rf build/sanitized; echo "Compiling takes minutes."
+	@CXX="$(CURDIR)/tests/sanitized/cxx" $(BIN)/python setup.py --quiet build \
+		--build-base build/sanitized --build-lib build/sanitized/lib 2> build/sanitized.log || \
+		{ cat build/sanitized.log >&2; exit 1; }
+	@# preloaded, since the interpreter is not built so; Python leaves memory to the end of the process, which is no leak
+	@LD_PRELOAD="$$(c++ -print-file-name=libasan.so) $$(c++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+		PYTHONPATH=build/sanitized/lib $(BIN)/python -m pytest -q $(EMULATED)
 
 lint: setup ## ruff and mypy
 	@$(BIN)/ruff check .
