@@ -12,11 +12,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when transformers is imported: no tes
 
 import pytest
 import torch
+from hypothesis import settings
 from torch.utils._device import _device_constructors
 
 DEMO_MODEL = "smollm2-135m"
 # Files that take minutes begin first, so that no process is left with one when the others are done.
 LONG_FILES = ("test_triton_aot.py", "test_real_model.py", "test_packaging.py")
+settings.register_profile("shared", deadline=None)  # whoever else uses the machine must not make a test fail
+settings.load_profile("shared")
 POISONED_ELEMENTS = 5_000_000  # larger tensors are left alone: filling them would cost time
 
 

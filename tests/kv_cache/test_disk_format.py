@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 from collections.abc import Callable
@@ -15,6 +16,10 @@ from hypothesis import strategies as st
 
 from foveate.kv_cache.disk_format import OpenRun, RunHeader, head_of, pack_tokens, peek
 from foveate.kv_cache.errors import DamagedRun
+from foveate.kv_cache.geometry import CacheGeometry
+from foveate.kv_cache.page_bytes import PageBytes
+from foveate.kv_cache.pool import PagePool
+from foveate.kv_cache.stats import KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM
 
 from .disk_runs import run_of
 
@@ -51,7 +56,7 @@ def original(path: Path) -> tuple[bytes, tuple[RunHeader, bytes, list[bytes]]]:
     return data, with_file(path, read_everything)  # type: ignore[return-value]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 100), first=st.integers(0, 300), count=st.integers(1, 5), page_bytes=st.integers(1, 9000),
     about=st.dictionaries(st.text(max_size=20), st.text(max_size=40) | st.integers(-9, 9), max_size=4),
@@ -65,7 +70,7 @@ def test_what_is_read_is_what_was_written(path, seed, first, count, page_bytes, 
     assert got_pages == [page.numpy().tobytes() for page in pages]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(data=st.data())
 def test_every_flipped_bit_is_found(path, original, data):
     good, _ = original
@@ -78,7 +83,7 @@ def test_every_flipped_bit_is_found(path, original, data):
         with_file(path, read_everything)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_every_cut_and_every_addition_is_found(path, original, data):
     good, _ = original
@@ -90,7 +95,7 @@ def test_every_cut_and_every_addition_is_found(path, original, data):
         with_file(path, OpenRun)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(junk=st.binary(max_size=9000))
 def test_junk_is_refused(path, junk):
     path.write_bytes(junk)
@@ -139,3 +144,32 @@ def test_sizes_that_cannot_be_are_refused(field, value):
 def test_tokens_beyond_32_bits_are_refused():
     with pytest.raises(OverflowError):
         pack_tokens([2**32])
+
+
+@pytest.mark.parametrize("stats", [*itertools.permutations((KEY_MAX, KEY_MIN, KEY_SUM, VALUE_SUM))])
+def test_statistics_of_a_page_in_bytes_stand_in_the_order_of_their_names(stats):
+    """On disk they outlive the process, whose sets have an order of their own."""
+    pool = PagePool(CacheGeometry(1, 1, 8, 16, 2), stats)
+    for place, stat in enumerate(sorted(stats, key=lambda stat: stat.name)):
+        pool.stats[stat].fill_(float(place))
+    pool.keys.zero_()
+    pool.values.zero_()
+    layout = PageBytes(pool, stats)
+    data = torch.empty(layout.nbytes, dtype=torch.uint8)
+    layout.copy_out(0, data)
+    assert data[-4 * 4 * 8 :].view(torch.float32).tolist() == [float(place) for place in range(4) for _ in range(8)]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"keys": (), "checksums": ()}, {"checksums": ()}, {"keys": (b"k" * 32,)}],
+    ids=["no-pages", "no-checksums", "fewer-keys"],
+)
+def test_a_header_that_does_not_name_every_page_is_refused(tmp_path, changes):
+    """Signed all the same: what another program wrote there must not stop a server from starting."""
+    header, tokens, pages = run_of(1, count=2)
+    path = tmp_path / "run"
+    forged = replace(header, **changes)
+    path.write_bytes(head_of(forged, tokens[: 4 * forged.num_tokens]) + pages[: forged.num_pages].numpy().tobytes())
+    with path.open("rb") as file, pytest.raises(DamagedRun):
+        peek(file.fileno())

@@ -257,7 +257,7 @@ class Int8CacheMachine(CacheMachine):
         pool.key_scales[:, page] = pool.value_scales[:, page] = float("nan")
 
 
-STEPS = settings(max_examples=120, stateful_step_count=50, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+STEPS = settings(max_examples=120, stateful_step_count=50, suppress_health_check=[HealthCheck.too_slow])
 TestCache = CacheMachine.TestCase
 TestCache.settings = STEPS
 TestCollidingCache = CollidingCacheMachine.TestCase

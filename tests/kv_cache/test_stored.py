@@ -19,7 +19,7 @@ FLOATS = st.floats(width=32, allow_nan=False, allow_infinity=False, min_value=-(
 HALF_STEP = 0.5 + 2 * 127 * 2.0**-24
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(FLOATS, min_size=1, max_size=24), st.sampled_from([torch.float32, torch.bfloat16]))
 def test_no_channel_is_off_by_more_than_half_a_step(values, dtype):
     row = torch.tensor(values).to(dtype)

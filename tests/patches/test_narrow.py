@@ -28,7 +28,7 @@ def bfloat16_values(*shape: int) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     rows=st.integers(0, 15) | st.sampled_from([191, 192, 193, 400]),
     depth=st.integers(1, 70) | st.sampled_from([511, 512, 513, 1030]),

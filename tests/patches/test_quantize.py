@@ -170,7 +170,7 @@ def test_weights_of_4_bits_that_are_not_numbers_show(isa, rows, bad):
     assert bool(got[:, [*range(17), *range(18, 48)]].isfinite().all())
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(channels=st.integers(1, 40), depth=st.integers(1, 140), scale=st.floats(1e-6, 1e6), seed=st.integers(0, 99))
 def test_weights_are_rounded_by_less_than_a_step(channels, depth, scale, seed):
     weight = torch.randn(channels, depth, generator=torch.Generator().manual_seed(seed)) * scale

@@ -36,7 +36,7 @@ def exact_norm(x: torch.Tensor, weight: torch.Tensor, epsilon: float, from_one: 
 
 @needs_kernels
 @pytest.mark.parametrize("isa", ISAS)
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     rows=st.integers(0, 70),
     width=st.integers(1, 130),

@@ -158,3 +158,15 @@ def test_histogram_counts_a_value_in_the_first_bucket_that_holds_it(mass):
     assert mass <= BOUNDS[place]
     assert place == 0 or mass > BOUNDS[place - 1]
     assert histogram.total == mass
+
+
+def test_a_prompt_beside_an_answer_of_the_same_policy_is_no_part_of_the_audit(make_engine):
+    """Equal policies are one scheme: of its two groups in a step only the one that decodes is measured."""
+    prompts = [PROMPT[:20], PROMPT * 3, PROMPT[::-1] * 2]
+    options = {"audit_rate": 1.0, "max_batch_tokens": 24, "prefix_reuse": False}
+    alone = [usage_of(submit(make_engine(**options), streaming(12), prompt)) for prompt in prompts]
+    engine = make_engine(**options)
+    together = [usage_of(events) for events in [submit(engine, streaming(12), prompt) for prompt in prompts]]
+    assert engine.snapshot().steps < sum(len(prompt) // 24 + 6 for prompt in prompts), "they did not share steps"
+    assert [usage.audited_tokens for usage in together] == [usage.audited_tokens for usage in alone]
+    assert [usage.mass_kept for usage in together] == pytest.approx([usage.mass_kept for usage in alone], abs=1e-6)

@@ -18,8 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from foveate.kv_cache.disk import FOLDER, PageStore
 from foveate.kv_cache.disk_format import pack_tokens
+from foveate.kv_cache.page_bytes import PageBytes
 from foveate.kv_cache.prefix import page_keys
-from foveate.server import document_identity, document_loads
+from foveate.server import document_cache, document_identity, document_loads
 from foveate.server.engine import Engine
 from foveate.server.exceptions import InvalidRequest
 from foveate.server.options import EngineOptions
@@ -484,3 +485,38 @@ def test_progress_tells_of_pages_from_disk(start):
 def test_reuse_must_be_on(start):
     with pytest.raises(InvalidRequest, match="prefix reuse"):
         start(prefix_reuse=False)
+
+
+def test_a_document_that_is_all_in_memory_is_in_use_too(start, tmp_path, monkeypatch):
+    """Its file must not look as if nobody had asked for it: the bound would take it first."""
+    engine, prompt = start(), prompt_of(400)
+    ask(engine, prompt)
+    settle(engine)
+    (path,) = files(tmp_path)
+    now = [time.monotonic() + 1000]
+    monkeypatch.setattr(document_cache.time, "monotonic", lambda: now[0])
+    for _ in range(2):  # and again after a while, not only the first time
+        os.utime(path, (1, 1))
+        now[0] += 2 * document_cache.TOUCH_SECONDS
+        assert ask(engine, prompt)[1] == 384
+        engine.documents._saves.run_exclusively(lambda: None).result(60)
+        assert path.stat().st_mtime > 1
+
+
+def test_of_a_prompt_with_a_page_that_is_not_finite_the_pages_before_it_are_kept(start, tmp_path, monkeypatch):
+    engine, prompt = start(), prompt_of(400)
+    real = PageBytes.copy_out
+    seen = []
+
+    def copy_out(layout, page, target):
+        real(layout, page, target)
+        seen.append(page)
+        if len(seen) == 8:
+            target[:4].copy_(torch.tensor([float("nan")]).view(torch.uint8))
+
+    monkeypatch.setattr(PageBytes, "copy_out", copy_out)
+    ask(engine, prompt)
+    settle(engine)
+    again = start()
+    assert again.documents.counts()["disk_corrupt_files"] == 0
+    assert ask(again, prompt)[1] == 7 * PAGE

@@ -418,3 +418,36 @@ def test_offline_generation(model_dir, stock):
         with pytest.raises(LookupError, match="of the caller"):
             llm.generate(["hello"], GREEDY, on_event=stumble)
         assert llm.engine.snapshot().pages_used == 0
+
+
+@pytest.fixture
+def answer(make_engine):
+    """An engine, a prompt, and the deltas of its greedy answer: token ids and the text that each adds."""
+    engine = make_engine()
+    prompt = prompts_of(40)[0]
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True)
+    seen = [event for event in collect(submit(engine, prompt, params)[1]) if isinstance(event, Delta)]
+    return engine, prompt, [event.token_ids[0] for event in seen], [event.text for event in seen]
+
+
+def ask(engine, prompt, **params):
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, **params)
+    seen = [event for event in collect(submit(engine, prompt, params)[1]) if isinstance(event, Delta)]
+    return "".join(event.text for event in seen), sum(len(event.token_ids) for event in seen), seen[-1].finish_reason
+
+
+def test_what_a_stop_string_held_back_comes_out_when_a_stop_id_ends_the_text(answer):
+    engine, prompt, tokens, texts = answer
+    place = next(i for i in range(2, 12) if texts[i - 1].strip() and tokens[i] not in tokens[:i])
+    text = "".join(texts[:place])
+    begun = text[-1] + "\0"  # the text may go on to it, until it ends
+    assert ask(engine, prompt, stop=(begun,), stop_token_ids=(tokens[place],)) == (text, place, "stop")
+
+
+def test_a_stop_string_that_the_least_token_completes_ends_the_text(answer):
+    engine, prompt, _, texts = answer
+    place = next(i for i in range(2, 11) if texts[i].strip() and texts[i] not in "".join(texts[:i]))
+    before, word = "".join(texts[:place]), texts[place]
+    for least in (0, place, place + 1):
+        assert ask(engine, prompt, stop=(word,), min_tokens=least) == (before, place + 1, "stop"), least
+    assert ask(engine, prompt, stop=(word,), min_tokens=place + 2)[1] > place + 1

@@ -205,7 +205,7 @@ REQUEST = st.tuples(
     pace_room=st.sampled_from([0.0, 5.0, 40.0, float("inf")]),
     seed=st.integers(0, 3),
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_every_request_ends_in_bounded_time(requests, pages, room, running, prefix, pace_room, seed):
     """Whatever arrives whenever: all end, no page stays in use, and the queue stays in order."""
 
@@ -249,7 +249,7 @@ def test_every_request_ends_in_bounded_time(requests, pages, room, running, pref
     length=st.integers(100, 800),
     room=st.integers(8, 64),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_waiting_is_bounded_for_the_long_and_for_the_short(shorts, length, room):
     """One long prompt among an endless stream of short ones.
 

@@ -112,7 +112,7 @@ def schemas():
     )
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(schema=schemas(), seed=st.integers(0, 2**32), temperature=st.sampled_from([0, 1, 2]))
 def test_every_answer_under_a_schema_parses_and_validates(llm, compiled, schema, seed, temperature):
     grammar = compiled(json_source(schema, "p"))
@@ -127,7 +127,7 @@ def patterns():
     return st.lists(repeated, min_size=1, max_size=4).map("".join)
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(pattern=st.lists(patterns(), min_size=1, max_size=2).map("|".join), seed=st.integers(0, 2**32))
 def test_every_answer_under_a_regex_matches(llm, compiled, pattern, seed):
     for answer in run(llm, compiled(regex_source(pattern, "p")), seed=seed, n=2):

@@ -7,7 +7,10 @@ import math
 import pytest
 import torch
 
+from foveate.server import containment
+from foveate.server.containment import sample_contained
 from foveate.server.exceptions import BadLogits, InvalidRequest
+from foveate.server.logits import edit_logits
 from foveate.server.request import SamplingParams
 from foveate.server.sampling import SamplerRow, check_sampling, sample
 
@@ -143,3 +146,74 @@ def test_every_bad_value_is_refused_by_name(param, value):
         check_sampling(SamplingParams(**{param: value}), VOCAB)
     assert caught.value.param == param
     check_sampling(SamplingParams(), VOCAB)
+
+
+@pytest.mark.parametrize("repetition", [1.0, 1.5])
+@pytest.mark.parametrize("presence", [0.0, 0.7, -0.7])
+@pytest.mark.parametrize("frequency", [0.0, 0.4])
+def test_penalties_change_each_logit_as_a_plain_loop_does(repetition, presence, frequency):
+    """Exactly, not by draws: 0.7 less for a token of the prompt alone hides in five deviations of 3,000 draws."""
+    logits = torch.randn(2, VOCAB, generator=torch.Generator().manual_seed(0)) * 2
+    prompt, output = [1, 2, 2, 3], [2, 4, 4, 4]
+    params = {"repetition_penalty": repetition, "presence_penalty": presence, "frequency_penalty": frequency}
+    want = logits.clone()
+    for token in {*prompt, *output}:
+        old = want[0, token]
+        want[0, token] = old / repetition if old > 0 else old * repetition
+    for token in {*output}:
+        want[0, token] -= presence + frequency * output.count(token)
+    got = edit_logits(logits, [row(prompt, output, **params), row(prompt, output)])
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("param", "value"),
+    [
+        ("temperature", 0), ("temperature", 2), ("top_p", 1e-9), ("top_p", 1), ("top_k", -1), ("min_p", 1),
+        ("presence_penalty", -2), ("frequency_penalty", 2), ("repetition_penalty", 10), ("n", 16), ("logprobs", 20),
+        ("stop", ("x" * 256,)), ("stop", ("x",) * 16), ("stop_token_ids", (VOCAB - 1,) * 16), ("logit_bias", {0: -100}),
+        ("logit_bias", {VOCAB - 1: 100}), ("min_tokens", 16), ("seed", -(2**63)), ("seed", 2**63 - 1),
+        ("max_tokens", 0),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_every_bound_itself_is_allowed(param, value):
+    check_sampling(SamplingParams(**{param: value}), VOCAB)
+
+
+@pytest.mark.parametrize("param", ["temperature", "top_k", "n", "max_tokens", "logprobs", "seed"])
+def test_true_is_no_number(param):
+    with pytest.raises(InvalidRequest) as caught:
+        check_sampling(SamplingParams(**{param: True}), VOCAB)
+    assert caught.value.param == param
+
+
+@pytest.mark.parametrize("counts", [(1, 3), (0, 20), (5, 0, 2)], ids=str)
+def test_each_row_reports_as_many_alternatives_as_it_asked_for(counts):
+    logits = torch.randn(len(counts), VOCAB, generator=torch.Generator().manual_seed(0))
+    got = sample(logits, [row(temperature=0, logprobs=count) for count in counts])
+    assert [len(sampled.logprob.top) for sampled in got] == list(counts)
+
+
+def test_a_batch_that_fails_after_its_draws_is_drawn_again_from_the_same_place(monkeypatch):
+    """The second try draws what the first would have: a seed gives the same answer beside a request that fails."""
+    logits = torch.randn(3, VOCAB, generator=torch.Generator().manual_seed(0))
+
+    def rows():
+        made = [row(temperature=1.0, seed=seed) for seed in (5, 6, 7)]
+        for one in made:
+            one.generator(torch.device("cpu"))
+        return made
+
+    once, twice = rows(), rows()
+    want = [sampled.token_id for _ in range(4) for sampled in sample(logits, once)]
+    real, failures = containment.sample, [ValueError("late")]
+
+    def failing(logits, rows):
+        drawn = real(logits, rows)
+        if failures:
+            raise failures.pop()
+        return drawn
+
+    monkeypatch.setattr(containment, "sample", failing)
+    assert [sampled.token_id for _ in range(4) for sampled in sample_contained(logits, twice)] == want

@@ -6,6 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from foveate.server.request import SamplingParams
+from foveate.server.scheduler import REREAD_TOKENS
+
 from .scheduler_runs import make_scheduler, make_sequence, step
 
 
@@ -164,7 +167,7 @@ def test_what_a_preempted_prompt_had_computed_itself_is_no_cached_token():
     pages=st.integers(8, 20),
     room=st.integers(1, 64),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_request_ends_and_no_page_is_left(prefix, lengths, answers, pages, room):
     scheduler = make_scheduler(pages=pages, room=room, running=4, prefix=prefix)
     sequences = [make_sequence(range(length), arrival) for arrival, length in enumerate(lengths)]
@@ -203,3 +206,47 @@ def test_a_cached_prefix_ends_between_tiles():
         chunks = step(scheduler)
         scheduler.remove(sequence)
     assert [(chunk.start, chunk.count) for chunk in chunks] == [(32, 28)]
+
+
+@pytest.mark.parametrize("done", [0, 1, 15, 16, 31, 38])
+def test_the_position_whose_logits_are_wanted_next_is_never_taken_from_the_cache(done):
+    sequence = make_sequence(range(40), 0)
+    sequence.group.request.sampling = SamplingParams(prompt_logprobs=0)
+    sequence.group.num_scored = done
+    reused = len(sequence.reusable_tokens) - 1  # ``open`` leaves the last one out
+    assert reused == done
+
+
+def test_all_may_come_from_the_cache_once_all_is_scored():
+    sequence = make_sequence(range(40), 0)
+    sequence.group.request.sampling = SamplingParams(prompt_logprobs=0)
+    sequence.group.num_scored = 39
+    sequence.tokens += [7, 8]
+    assert sequence.reusable_tokens == sequence.tokens
+
+
+def test_a_long_answer_is_read_again_a_few_tokens_at_a_time():
+    scheduler = make_scheduler(pages=64, room=512)
+    sequence = make_sequence(range(40), 0)
+    sequence.tokens += [7] * 200
+    scheduler.add(sequence)
+    chunks = []
+    while sequence.num_remaining > 1 or not chunks:
+        chunks += [(chunk.start, chunk.count) for chunk in step(scheduler)]
+    assert chunks[0] == (0, 40), "the prompt alone"
+    assert all(count <= REREAD_TOKENS for _, count in chunks[1:])
+    assert sum(count for _, count in chunks) >= 240
+
+
+def test_who_waits_for_pages_needs_fewer_once_the_common_document_is_in():
+    """A second question is let in beside the answer to the first, though the whole of it would never fit."""
+    scheduler = make_scheduler(pages=24, room=64, prefix=True)
+    document = list(range(256))  # 16 pages
+    first, second = (make_sequence([*document, 1000 + index], index) for index in range(2))
+    scheduler.add(first)
+    step(scheduler)
+    scheduler.add(second)
+    for _ in range(8):
+        step(scheduler)
+    assert first.num_generated > 1
+    assert second.num_generated > 0

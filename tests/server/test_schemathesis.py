@@ -59,7 +59,6 @@ def test_operation(schema, path, method, mode):
         max_examples=EXAMPLES,
         derandomize=True,
         database=None,
-        deadline=None,
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )

@@ -38,13 +38,13 @@ def decode(tokenizer, ids):
 
 
 @given(ids=st.lists(st.integers(0, 255), max_size=60))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_deltas_make_up_the_text_of_any_tokens(tokenizer, ids):
     assert "".join(deltas(tokenizer, ids)) == decode(tokenizer, ids)
 
 
 @given(text=st.text(max_size=40))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_valid_text_never_shows_a_broken_character(tokenizer, text):
     ids = tokenizer.encode(text, add_special_tokens=False)
     parts = deltas(tokenizer, ids, tokenizer.encode("prompt"))
@@ -81,7 +81,7 @@ def feed(checker, parts):
 
 
 @given(parts=st.lists(st.text("abc", max_size=5), max_size=12), stop=WORDS, include=st.booleans())
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_stop_strings_are_found_however_the_text_is_cut(parts, stop, include):
     text = "".join(parts)
     ends = [(text.find(word) + len(word), -len(word)) for word in stop if word in text]

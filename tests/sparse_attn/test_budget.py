@@ -38,7 +38,7 @@ CHUNKS = st.lists(
 
 
 @given(chunks=CHUNKS, size=SIZES, sinks=st.integers(0, 40), window=st.integers(0, 40), seed=st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_keep_adds_exactly_sinks_window_and_own_tile(chunks, size, sinks, window, seed):
     rows = rows_of(*chunks)
     chosen = random_selection(rows, size, 8, seed)
@@ -66,7 +66,7 @@ def test_a_scheme_that_reads_its_own_tile_elsewhere_is_given_sinks_alone():
 
 
 @given(prompt=st.integers(1, 90), answer=st.integers(0, 20), tail=st.integers(0, 100), data=st.data())
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_exactly_the_last_tokens_of_the_prompt_are_dense(prompt, answer, tail, data):
     total = prompt + answer
     cuts = sorted({0, total, *data.draw(st.lists(st.integers(0, total), max_size=6))})
@@ -86,7 +86,7 @@ def test_exactly_the_last_tokens_of_the_prompt_are_dense(prompt, answer, tail, d
     tile=st.sampled_from([1, 8]),
     seed=st.integers(0, 99),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_selected_pairs_are_those_of_the_masks(chunks, size, nearest, farthest, tile, seed):
     rows, band = rows_of(*chunks), Band(nearest, farthest)
     selection = random_selection(rows, size, tile, seed)

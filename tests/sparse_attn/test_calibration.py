@@ -241,7 +241,7 @@ def total(gain, anchors):
 
 
 @given(matrices)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_anchors_are_the_best_of_all(gain):
     for count in range(1, len(gain) + 1):
         anchors = choose_anchors(gain, count)
@@ -251,7 +251,7 @@ def test_anchors_are_the_best_of_all(gain):
 
 
 @given(matrices)
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_more_anchors_never_lose_where_a_layer_serves_itself_best(gain):
     gain.fill_diagonal_(1.0)
     totals = [total(gain, choose_anchors(gain, count)) for count in range(1, len(gain) + 1)]

@@ -49,7 +49,7 @@ def split(bounds, longest):
     st.lists(st.one_of(st.integers(-3, 3), st.just(-math.inf)), min_size=1, max_size=60),
     st.integers(0, 20), st.integers(0, 9), st.sampled_from([-math.inf, 0.5]),
 )  # fmt: skip
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_suppression_in_rounds_is_greedy(scores, limit, distance, threshold):
     rows = torch.tensor([scores, scores[::-1]], dtype=torch.float32)
     picked = boundaries.pick_boundaries(rows, torch.tensor([limit, limit]), threshold, distance)
@@ -72,7 +72,7 @@ def test_boundaries_as_the_authors_choose_them():
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.integers(4, 20))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_long_chunks_are_cut_into_equal_parts(lengths, longest):
     bounds = [0, *itertools.accumulate(lengths)]
     begins = torch.zeros(1, bounds[-1] + 5, dtype=torch.bool)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from foveate.kv_cache.stats import KEY_SUM
+from foveate.kv_cache.view import PagedView, Rows
 from foveate.sparse_attn import budget, registry
 from foveate.sparse_attn.errors import SchemeConfigError
 from foveate.sparse_attn.ops import line_scores
@@ -17,6 +18,7 @@ from foveate.sparse_attn.schemes import dhsa_block
 from foveate.sparse_attn.schemes.dense import Dense
 from foveate.sparse_attn.selection import Tiles
 
+from .paged import CPU, Paged
 from .test_schemes import World, close
 from .views import HEADS, KV_HEADS, make_query, make_view
 
@@ -277,3 +279,14 @@ def test_unread_kv_heads_do_not_matter():
     half = HEADS // KV_HEADS
     assert torch.equal(got[:, : HEADS - half], want[:, : HEADS - half])
     assert not torch.equal(got[:, HEADS - half :], want[:, HEADS - half :])
+
+
+def test_in_decode_a_density_is_a_share_of_the_keys_there():
+    """The prompt's length is for prompts: an answer that grows has more blocks to choose from."""
+    options = {"key_block_tokens": 16, "query_block_tokens": 16, "sink_tokens": 0, "window_tokens": 0}
+    scheme = registry.build("dhsa_block", density=0.5, sparse_decode=True, dense_tail_tokens=0, **options)
+    world = Paged([161, 321], stats=[KEY_SUM])
+    rows = Rows.build(world.tables, [161, 321], [1, 1], CPU, prompt_lens=[64, 64])
+    query = torch.cat([query[-1:] for query in world.query])
+    plan = scheme.select_decode(query, PagedView(world.pool.layer(0), rows), Tiles.of(rows, 1), LayerCall(0, SPEC))
+    assert plan.counts.tolist() == [[5] * 4, [10] * 4]

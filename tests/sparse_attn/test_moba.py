@@ -156,7 +156,7 @@ def test_keys_behind_a_query_change_neither_its_output_nor_its_choice(query):
 
 
 @given(block=st.integers(0, 3), scale=st.floats(0.01, 1000.0), seed=st.integers(0, 99))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_a_planted_block_is_chosen_and_the_length_of_a_query_changes_no_choice(block, scale, seed):
     world = World(make(top_k=2), [5 * BLOCK], seed=seed)
     world.k[0][block * BLOCK : (block + 1) * BLOCK] = 3 * world.q[0][-1, :1]
@@ -212,7 +212,7 @@ def gate(request):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 999),
 )
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_gate_equals_reference(gate, lengths, top_k, block, pooled, sinks, window, few_values, dtype, seed):
     scheme = make(block_tokens=block, top_k=top_k, sink_tokens=sinks, window_tokens=window)
     world = World(scheme, lengths, heads=4, kv_heads=2, dtype=dtype, seed=seed)

@@ -267,3 +267,16 @@ def test_streaming_counts_its_reads():
     world = World([90], registry.build("streaming", **tight("streaming")))
     _, step = world.run([(0, 90)], layer=1)
     assert step.keys_read[0].tolist() == [2 * HEADS * sum(min(n, 24) for n in range(1, 91)), 2 * HEADS * 90 * 91 / 2]
+
+
+BANDS = [Band(), Band(0, 5), Band(0, 9), Band(3, None), Band(3, 7), Band(6, 20)]
+
+
+@pytest.mark.parametrize("other", BANDS, ids=str)
+@pytest.mark.parametrize("band", BANDS, ids=str)
+def test_within_is_the_intersection(band, other):
+    def distances(one):
+        return {far for far in range(40) if one.nearest <= far and (one.farthest is None or far < one.farthest)}
+
+    assert distances(band.within(other)) == distances(band) & distances(other)
+    assert band.visible(17) == len([far for far in distances(band) if far <= 17])

@@ -406,3 +406,29 @@ def test_layers_phases_and_statistics_follow_the_options():
     geometry = CacheGeometry(1, 1, 16, 16, 1)
     assert scheme.page_stats(geometry) == ()
     assert registry.build("top_theta", profiles).page_stats(geometry) == (VALUE_SUM,)
+
+
+def test_above_its_largest_budget_a_table_keeps_the_share_of_the_largest():
+    """In ``made_up_table`` thresholds of the largest budget are the same at every size: nothing would be seen there."""
+    sizes, budgets = torch.tensor([256, 1024, 4096]), torch.tensor([16, 64])
+    theta = (sizes[:, None] / budgets).log().expand(2, HEADS, -1, -1).float()
+    table = ThresholdTable((0, 1), sizes, budgets, theta, -theta)
+    for size, budget in ((2048.0, 128), (4096.0, 256), (1024.0, 96)):
+        wanted = torch.full((2, HEADS, 1), math.log(size / budget))
+        torch.testing.assert_close(table.at(torch.tensor([size]), budget)["theta"], wanted)
+
+
+def test_what_is_left_out_is_the_mean_over_samples():
+    samples = [[part / 64 for part in whole_numbers(300, seed)] for seed in (1, 2, 3)]
+    learner = calibrator()
+    for sample in samples:
+        show(learner, *sample)
+    table = learner.tables()["all"]
+    for row, length in enumerate(table.sizes.tolist()):
+        ranked = torch.stack([logits_of(q, k, length - 1).sort(1, descending=True).values for q, k, _ in samples])
+        weights = torch.exp(ranked.double() - ranked[..., :1])
+        for column, budget in enumerate(BUDGETS):
+            want = weights[..., budget:].sum(-1).mean(0)
+            assert (want.min() > 0.1) == (budget < length), "nothing is left out: the test shows nothing"
+            got = table.expected[0, :, row, column].double().exp()
+            torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-4)

@@ -139,7 +139,7 @@ def test_blocks_follow_until_their_share_is_reached(tau, group, kept):
     assert max(left) == 0 if tau == 1.0 else max(left) > (3 if tau < 0.9 else 0)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(0, 10_000), st.floats(0.05, 0.95))
 def test_a_threshold_is_met_and_just_so(seed, tau):
     """What is read holds ``tau`` of the tile's attention, and without the last block taken it would not."""
@@ -277,3 +277,12 @@ def test_shapes_that_do_not_fit_are_refused():
         ops.antidiagonal_scores(query[:2], view, Tiles.of(view.rows, 16), 4, 1.0)
     with pytest.raises(ValueError, match="stride 32"):
         ops.antidiagonal_scores(query, view, Tiles.of(view.rows, 64), 32, 1.0)
+
+
+@pytest.mark.parametrize(("tokens", "blocks"), [(1, 1), (15, 1), (16, 1), (31, 1), (32, 2)])
+def test_a_budget_below_a_block_is_one_block(tokens, blocks):
+    options = {"block_tokens": 16, "stride_tokens": 4, "sink_tokens": 0, "window_tokens": 0, "dense_tail_tokens": 0}
+    scheme = registry.build("xattention", budget_tokens=tokens, **options)
+    query, view = Paged([200]).view([200])
+    plan = scheme.select_prefill(query, view, Tiles.of(view.rows, 16), LayerCall(0, SPEC))
+    assert plan.counts[5:].unique().tolist() == [1 + blocks], "the first one, and what the budget pays"

@@ -80,7 +80,7 @@ def killed_at(step: int):
             yield
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(st.lists(st.tuples(st.integers(1, 4), st.integers(0, 9)), max_size=8), st.booleans())
 def test_a_kill_at_any_step_loses_and_doubles_nothing(groups, split):
     with tempfile.TemporaryDirectory() as name:

@@ -312,3 +312,11 @@ def test_an_input_that_is_no_file(tmp_path):
         open_input(tmp_path)
     with pytest.raises(BatchError, match="No such file"):
         open_input(tmp_path / "none")
+
+
+def test_an_id_of_a_line_that_is_written_already_is_a_duplicate(batch):
+    records = batch([chat_line("a"), chat_line("b"), chat_line("c")], stop_at=1, at_once=1)
+    assert set(records) == {"a"}
+    records = batch([chat_line("a"), chat_line("b"), chat_line("a")], at_once=1)
+    assert records["b"]["response"]["status_code"] == 200
+    assert records[None]["error"]["code"] == "duplicate_custom_id"

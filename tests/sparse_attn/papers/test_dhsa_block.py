@@ -146,11 +146,11 @@ def block_lines(text, count, tile, block, ratio=0.5):
 
 
 @pytest.mark.parametrize("ratio", [0.5, 0.25, 1.0])
-@pytest.mark.parametrize(("tokens", "group"), [(192, 1), (320, 3), (512, 2)])
+@pytest.mark.parametrize(("tokens", "group"), [(192, 1), (320, 3), (512, 2), (200, 3), (330, 1)])
 def test_by_columns_and_distances_of_blocks(tokens, group, ratio):
     text = Text(tokens, kv_heads=2, group=group, seed=tokens)
     count = math.floor(0.4 * tokens / 16)
-    dense = {*range(-(-count * 16 // 32)), tokens // 32 - 1}
+    dense = {*range(-(-count * 16 // 32)), (tokens - 1) // 32}
     want = block_mask(text, count, 32, 16, True, block_lines(text, count, 32, 16, ratio), dense)
     scheme = dhsa_block(density=0.4, variant="vsb", vertical_slash_ratio=ratio)
     agrees(whole(scheme, text), want, text)
