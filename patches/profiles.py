@@ -24,16 +24,30 @@ def profiles_for(fingerprint: Mapping[str, Any], paths: str | Path | Sequence[st
             does not exist, or is the second one for its scheme.
     """
     found = {profile.scheme: profile for profile in map(Profile.load, shipped()) if profile.model == fingerprint}
+    given = read_profiles(paths)
+    for profile in given.values():
+        profile.check_model(fingerprint)
+    return {**found, **given}
+
+
+def read_profiles(paths: str | Path | Sequence[str | Path]) -> dict[str, Profile]:
+    """Given profiles by scheme, of whatever model.
+
+    Args:
+        paths: File or files of profiles.
+
+    Raises:
+        ProfileError: a file cannot be read, is for a scheme that does not exist, or is the second one for its scheme.
+    """
     given: dict[str, Profile] = {}
     for path in (paths,) if isinstance(paths, str | Path) else paths:
         profile = Profile.load(path)
-        profile.check_model(fingerprint)
         if profile.scheme not in registry.names():
             raise ProfileError(f"{path} is a profile for {profile.scheme!r}, which is not a scheme")
         if profile.scheme in given:
             raise ProfileError(f"{path} is a second profile for {profile.scheme}")
         given[profile.scheme] = profile
-    return {**found, **given}
+    return given
 
 
 def shipped() -> list[Path]:

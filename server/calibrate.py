@@ -19,7 +19,7 @@ from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.kv_cache.manager import KVCacheManager
 from foveate.kv_cache.pool import PagePool
 from foveate.patches.errors import PatchError
-from foveate.patches.families import ModelFacts
+from foveate.patches.families import ModelFacts, facts
 from foveate.patches.fingerprint import fingerprint
 from foveate.patches.interface import PackedStep
 from foveate.patches.residual import watch_residual
@@ -31,7 +31,7 @@ from foveate.sparse_attn.profile import Profile
 
 from .calibration_text import documents, windows
 from .exceptions import EngineError
-from .loader import LoadedModel, load
+from .loader import LoadedModel, config_of, load
 from .options import EngineOptions
 from .packaged import PackagedModelError
 from .settings import Settings
@@ -56,9 +56,11 @@ def run(given: Namespace, settings: Settings) -> int:
         if not given.output.parent.is_dir():
             raise FileNotFoundError(f"there is no directory {given.output.parent}")
         check_writable(given.output)
-        loaded = load(EngineOptions.of(settings))
+        options = EngineOptions.of(settings)
+        shape = shape_of(facts(config_of(options)))
+        calibrator = scheme.calibrator(shape, options_of(given.option))  # what it does not know is told at once
+        loaded = load(options)
         with loaded.attached:
-            calibrator = scheme.calibrator(shape_of(loaded.attached.facts), options_of(given.option))
             samples = samples_for(loaded, calibrator, text, given.tokens, given.samples)
             profile = calibrate(loaded, given.scheme, calibrator, samples, given.output)
     except (SchemeError, PatchError, PackagedModelError, EngineError, OSError, ValueError) as error:

