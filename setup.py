@@ -58,6 +58,7 @@ INSTRUCTION_SETS = {
 SHARED = (
     "cpu",
     "dispatch",
+    "pool",
     "anchor",
     "gate",
     "scan",

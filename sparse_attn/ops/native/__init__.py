@@ -361,7 +361,7 @@ class Library:
         return function
 
     def _share_threads(self) -> None:
-        """Hands over the thread pool that torch itself runs on, so that there is no second one beside it."""
+        """Hands over the thread pool that torch itself runs on, so that a guest in a process needs no second one."""
         folder = Path(torch.__file__).parent / "lib"
         try:
             # Looked up through torch's own library, the symbol is that of the OpenMP runtime it is linked to.
@@ -369,6 +369,13 @@ class Library:
         except (OSError, AttributeError) as error:  # on one thread they would be slower than torch on all
             raise OSError("torch's thread pool was not found") from error
         self._handle.foveate_set_parallel(parallel)
+
+    def keep_threads(self, keep: bool = True) -> None:
+        """From now on the kernels of this process run on threads of their own (native/pool.h), or on torch's again.
+
+        For a process that serves, not for a guest in somebody's: torch's threads then sleep soon between two calls.
+        """
+        self._handle.foveate_keep_threads(int(keep))
 
 
 @cache

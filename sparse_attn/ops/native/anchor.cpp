@@ -1,4 +1,4 @@
-// The C interface of anchor scores: cuts a call into tiles and heads, and runs them on torch's threads.
+// The C interface of anchor scores: cuts a call into tiles and heads, and runs them on threads.
 #include "anchor_call.h"
 
 #include <cstring>

@@ -1,4 +1,4 @@
-// The C interface: chooses the instruction set, cuts a call into work items, and runs them on torch's threads.
+// The C interface: chooses the instruction set, cuts a call into work items, and runs them on threads.
 //
 // Items are taken from an atomic counter, the costly ones first, so that causal tiles of unequal length end together.
 #include "kernels.h"
@@ -9,11 +9,13 @@
 #include <vector>
 
 #include "items.h"
+#include "pool.h"
 #include "work.h"
 
 namespace {
 
 foveate_parallel g_parallel = nullptr;
+std::atomic<bool> g_keeps_threads{false};
 
 // A thread's scratch memory, kept between calls.
 class Scratch {
@@ -192,7 +194,9 @@ int run_queries(const foveate_attention& call, const IsaKernels& kernels, const 
 }  // namespace
 
 void foveate_on_threads(void (*body)(void*), void* data, int64_t threads) {
-    if (threads > 1 && g_parallel) g_parallel(body, data, unsigned(threads), 0);
+    if (threads <= 1) body(data);
+    else if (g_keeps_threads) foveate_pool_run(body, data, unsigned(threads), g_parallel);
+    else if (g_parallel) g_parallel(body, data, unsigned(threads), 0);
     else body(data);
 }
 
@@ -204,6 +208,8 @@ void* foveate_scratch(int64_t bytes, int number) {
 extern "C" {
 
 void foveate_set_parallel(foveate_parallel parallel) { g_parallel = parallel; }
+
+void foveate_keep_threads(int32_t keep) { g_keeps_threads = keep != 0; }
 
 int32_t foveate_has_isa(int32_t isa) { return has_isa(isa); }
 

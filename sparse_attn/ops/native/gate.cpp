@@ -1,4 +1,4 @@
-// MoBA's gate: cuts a call into runs of queries and heads, and runs them on torch's threads.
+// MoBA's gate: cuts a call into runs of queries and heads, and runs them on threads.
 #include "gate.h"
 
 #include "items.h"

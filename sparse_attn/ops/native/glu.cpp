@@ -1,4 +1,4 @@
-// Gated activations: cuts a call into runs of rows, and runs them on torch's threads.
+// Gated activations: cuts a call into runs of rows, and runs them on threads.
 #include "glu.h"
 
 #include "items.h"

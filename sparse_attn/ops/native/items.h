@@ -16,7 +16,7 @@ inline int64_t threads_for(int64_t num_threads, int64_t bytes) {
     return num_threads < useful ? num_threads : useful;
 }
 
-// Runs ``work(item)`` for each item, on at most ``threads`` of torch's threads, the caller's among them.
+// Runs ``work(item)`` for each item, on at most ``threads`` threads, the caller's among them.
 template <class Work>
 void run_items(int64_t items, int64_t threads, Work work) {
     struct Shared {

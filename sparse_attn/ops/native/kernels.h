@@ -90,8 +90,11 @@ struct foveate_attention {
 // Runs ``body(data)`` on ``num_threads`` threads, the caller's among them, and waits: the ABI of GOMP_parallel.
 typedef void (*foveate_parallel)(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
-// Names the thread pool to use (torch's own). Without one the kernels run on the caller's thread.
+// Names torch's thread pool. Without one, and without threads of their own, the kernels run on the caller's thread.
 FOVEATE_API void foveate_set_parallel(foveate_parallel parallel);
+
+// From now on they run on threads of the library's own (pool.h), or no longer.
+FOVEATE_API void foveate_keep_threads(int32_t keep);
 
 // Was this instruction set compiled in, and do this CPU and its kernel have it? Asks for leave to use AMX.
 FOVEATE_API int32_t foveate_has_isa(int32_t isa);

@@ -1,4 +1,4 @@
-// The C interface of the linear layers: chooses the instruction set, and cuts a call into work items for torch's threads.
+// The C interface of the linear layers: chooses the instruction set, and cuts a call into work items for threads.
 #include "linear.h"
 
 #include "items.h"

@@ -1,4 +1,4 @@
-// Products with weights in bfloat16: cuts a call into blocks of rows and panels, and runs them on torch's threads.
+// Products with weights in bfloat16: cuts a call into blocks of rows and panels, and runs them on threads.
 #include "narrow.h"
 
 #include <algorithm>

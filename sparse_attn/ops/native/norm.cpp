@@ -1,4 +1,4 @@
-// RMS norms: cuts a call into runs of rows, and runs them on torch's threads.
+// RMS norms: cuts a call into runs of rows, and runs them on threads.
 #include "norm.h"
 
 #include "items.h"

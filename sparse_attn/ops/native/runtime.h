@@ -1,4 +1,4 @@
-// What every kernel of the library shares: the CPU's features, torch's threads, and scratch memory.
+// What every kernel of the library shares: the CPU's features, threads, and scratch memory.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ bool foveate_cpu_has(int isa);
 // The same for quantised linear layers: ``isa`` as in linear.h.
 bool foveate_cpu_has_linear(int isa);
 
-// Runs ``body(data)`` on that many of torch's threads, the caller's among them, and waits.
+// Runs ``body(data)`` on up to that many threads, torch's or the library's own, the caller's among them, and waits.
 void foveate_on_threads(void (*body)(void*), void* data, int64_t threads);
 
 // This thread's scratch memory number 0, 1, 2 or 3, kept between calls; null when no memory was left.

@@ -1,4 +1,4 @@
-// Sums of runs and bounds of pages: cuts a call into items, and runs them on torch's threads.
+// Sums of runs and bounds of pages: cuts a call into items, and runs them on threads.
 #include "scan.h"
 
 #include "items.h"
