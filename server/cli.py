@@ -171,7 +171,10 @@ def add_settings(parser: argparse.ArgumentParser, names: Iterable[str]) -> None:
 
 
 def read_settings(
-    given: argparse.Namespace, parser: argparse.ArgumentParser, taken: Iterable[str] | None = None
+    given: argparse.Namespace,
+    parser: argparse.ArgumentParser,
+    taken: Iterable[str] | None = None,
+    no_model: str = "name a MODEL (or set FOVEATE_MODEL)",
 ) -> Settings:
     """The settings that flags, environment and file make; ends the program if they are wrong.
 
@@ -180,6 +183,7 @@ def read_settings(
         parser: Tells what is wrong.
         taken: Fields, beside ``model``, that environment and file may set; the others have their defaults but for
             flags. All if ``None``.
+        no_model: What to say where no model is named.
     """
     values = {name: value for name, value in vars(given).items() if name in Settings.model_fields}
     fixed: dict[str, Any] = {}
@@ -192,10 +196,12 @@ def read_settings(
     except ConfigFileError as error:
         parser.error(str(error))
     except ValidationError as error:
-        _complain(error, values, parser)
+        _complain(error, values, parser, no_model)
 
 
-def _complain(error: ValidationError, given: dict[str, Any], parser: argparse.ArgumentParser) -> NoReturn:
+def _complain(
+    error: ValidationError, given: dict[str, Any], parser: argparse.ArgumentParser, no_model: str
+) -> NoReturn:
     found = error.errors(include_url=False, include_input=False)
     # A model may be named where its settings are read next (``batch``); what else is wrong comes first.
     first = next((item for item in found if (item["loc"], item["type"]) != (("model",), "missing")), found[0])
@@ -204,7 +210,7 @@ def _complain(error: ValidationError, given: dict[str, Any], parser: argparse.Ar
         parser.error(reason)
     name = str(first["loc"][0])
     if name == "model" and first["type"] == "missing":
-        parser.error("name a MODEL (or set FOVEATE_MODEL)")
+        parser.error(no_model)
     parser.error(f"{told_by(name, given)}: {reason}")
 
 
@@ -301,7 +307,7 @@ def _bench(given: argparse.Namespace, parser: argparse.ArgumentParser, name: str
 
 
 def _batch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from .batch.command import name_model, run
+    from .batch.command import NO_MODEL, name_model, run
     from .batch.errors import BatchError
 
     try:
@@ -309,7 +315,7 @@ def _batch(given: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     except BatchError as error:
         print(f"foveate: {error}", file=sys.stderr)
         return 1
-    return run(given, read_settings(given, parser))
+    return run(given, read_settings(given, parser, no_model=NO_MODEL))
 
 
 def _pull(given: argparse.Namespace) -> int:

@@ -24,7 +24,23 @@ from .validation import Body, at_most
 MAX_NAME_CHARS = 256
 INT32_MAX, _INT64_MAX = 2**31 - 1, 2**63 - 1
 
-_EXTENSIONS_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+NO_FUNCTIONS = "use tools and tool_choice (chat, responses)"
+TEXT_ONLY = "this server reads and writes text only"
+
+# Whichever endpoint a name belongs to, none passes it over: a client that sends it asks for something.
+_REFUSED: Mapping[str, tuple[tuple[Any, ...], str]] = {
+    "best_of": ((1,), "only 1 is supported"),
+    "suffix": (("",), "inserting before a suffix is not supported"),
+    "functions": (([],), NO_FUNCTIONS),
+    "function_call": (("none",), NO_FUNCTIONS),
+    "audio": ((), TEXT_ONLY),
+    "modalities": ((["text"],), TEXT_ONLY),
+    "prediction": ((), "predicted output is not supported"),
+    "web_search_options": ((), "this server does not search the web"),
+    "moderation": ((), "moderation is not supported"),
+    "store": ((False,), "answers are not stored"),
+    "service_tier": (("auto", "default"), "there is one tier, default"),
+    "verbosity": (("medium",), "verbosity cannot be chosen"),
     "truncate_prompt_tokens": ((), "prompts are never cut; shorten the prompt"),
     "prompt_embeds": ((), "embeddings as a prompt are not supported"),
     "return_token_ids": ((False,), "token ids are not returned; see /tokenize"),
@@ -65,7 +81,7 @@ class GenerationBody(GrammarBody, LabelledBody):
     way into the engine, and what needs the model or two fields at once.
     """
 
-    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _EXTENSIONS_REFUSED
+    refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = _REFUSED
 
     model: str | None = Field(None, max_length=MAX_NAME_CHARS)
     max_tokens: int | None = Field(None, ge=1, le=INT32_MAX)
@@ -178,9 +194,8 @@ class CompletionBody(GenerationBody):
     """``POST /v1/completions``. ``prompt``: text, texts, token ids, or lists of token ids."""
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
-        **_EXTENSIONS_REFUSED,
-        "best_of": ((1,), "only 1 is supported; use n for several choices"),
-        "suffix": (("",), "inserting before a suffix is not supported"),
+        **GenerationBody.refused,
+        "max_completion_tokens": ((), "use max_tokens"),
     }
 
     prompt: Annotated[str | list[Any], WithJsonSchema(_PROMPT)]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from .sampling_limits import MAX_LOGPROBS
-from .schemas import INT32_MAX, MAX_NAME_CHARS, GenerationBody
+from .schemas import INT32_MAX, MAX_NAME_CHARS, NO_FUNCTIONS, TEXT_ONLY, GenerationBody
 from .tools.schemas import MAX_CALLS, MAX_TOOLS, NamedChoice, Tool, ToolCall
 from .validation import Body
 
@@ -29,11 +29,9 @@ TEMPLATE_VARIABLES = frozenset(
 )
 MAX_VARIABLE_CHARS = 4096
 
-_NO_FUNCTIONS = "use tools and tool_choice"
-_TEXT_ONLY = "this server reads and writes text only"
 _MESSAGE_REFUSED = {
-    "function_call": _NO_FUNCTIONS,
-    "audio": _TEXT_ONLY,
+    "function_call": NO_FUNCTIONS,
+    "audio": TEXT_ONLY,
     "refusal": "refusals are not supported",
 }
 
@@ -85,7 +83,7 @@ class Message(Body):
         texts = []
         for part in value:
             if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
-                raise ValueError(f'a part of the content is {{"type": "text", "text": "..."}}; {_TEXT_ONLY}')
+                raise ValueError(f'a part of the content is {{"type": "text", "text": "..."}}; {TEXT_ONLY}')
             texts.append(part["text"])
         return "\n".join(texts)
 
@@ -191,16 +189,6 @@ class ChatBody(GenerationBody, ChatPromptBody):
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
         **GenerationBody.refused,
-        "functions": (([],), _NO_FUNCTIONS),
-        "function_call": (("none",), _NO_FUNCTIONS),
-        "audio": ((), _TEXT_ONLY),
-        "modalities": ((["text"],), _TEXT_ONLY),
-        "prediction": ((), "predicted output is not supported"),
-        "web_search_options": ((), "this server does not search the web"),
-        "moderation": ((), "moderation is not supported"),
-        "store": ((False,), "answers are not stored"),
-        "service_tier": (("auto", "default"), "there is one tier, default"),
-        "verbosity": (("medium",), "verbosity cannot be chosen"),
         "add_special_tokens": ((False,), "the chat template adds the special tokens"),
         "chat_template": ((), "a request cannot bring a template"),
     }

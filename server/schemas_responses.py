@@ -14,7 +14,7 @@ from pydantic import BeforeValidator, Field, ValidationInfo, WithJsonSchema, fie
 
 from .errors import ApiError
 from .sampling_limits import MAX_LOGPROBS
-from .schemas import INT32_MAX, MAX_NAME_CHARS
+from .schemas import INT32_MAX, MAX_NAME_CHARS, TEXT_ONLY, GenerationBody
 from .schemas_chat import ChatBody
 from .schemas_labels import LabelledBody
 from .schemas_responses_items import InputItem, Item, OfferedTool, messages_of
@@ -23,7 +23,6 @@ from .validation import Body, validate
 
 LOGPROBS = "message.output_text.logprobs"
 _STATELESS = "responses are not stored; send the whole conversation as input"
-_TEXT_ONLY = "this server reads and writes text only"
 
 # Chat's names for fields that have others here.
 _NAMES = {
@@ -43,9 +42,6 @@ _CHAT_ONLY = (
     "prompt_logprobs",
     "response_format",
     "reasoning_effort",
-    "verbosity",
-    "functions",
-    "function_call",
     "return_progress",
     "add_generation_prompt",
     "continue_final_message",
@@ -101,6 +97,7 @@ class ResponsesBody(LabelledBody):
     """``POST /v1/responses``."""
 
     refused: ClassVar[Mapping[str, tuple[tuple[Any, ...], str]]] = {
+        **GenerationBody.refused,
         "previous_response_id": ((), _STATELESS),
         "conversation": ((), _STATELESS),
         "store": ((False,), "responses are not stored; send store=false"),
@@ -110,7 +107,7 @@ class ResponsesBody(LabelledBody):
         "context_management": (([],), "the context is never changed"),
         "truncation": (("disabled",), "prompts are never cut; shorten the input"),
         "max_tool_calls": ((), "this server runs no tools of its own"),
-        "image": ((), _TEXT_ONLY),
+        "image": ((), TEXT_ONLY),
         "access_programs": ((), "there are none"),
         **{name: ((), "is not a field of this endpoint") for name in _CHAT_ONLY},
     }

@@ -1,7 +1,7 @@
 """HEALTHCHECK of the images: ends with 0 while the server on this machine answers /health with 200.
 
-Set ``FOVEATE_PORT`` and ``FOVEATE_TLS_CERT`` as variables, not as flags, if they differ from the image's: a health
-check does not see the flags of the server.
+Set ``FOVEATE_PORT`` and ``FOVEATE_TLS_CERT`` as variables, if they differ from the image's: a health check sees neither
+the flags nor the configuration file of the server.
 """
 
 import os

@@ -33,6 +33,7 @@ from .runner import BatchRunner, Source, open_input
 
 STATE_SUFFIX = ".state"  # of the file beside the output
 _LOOKED_AT = 1000  # lines in which a model's name is looked for
+NO_MODEL = f"none of the first {_LOOKED_AT} lines names a model: give --model (or set FOVEATE_MODEL)"
 
 
 def name_model(given: Namespace) -> None:

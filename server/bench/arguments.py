@@ -37,7 +37,7 @@ that reads until enough attention is reached reads nearly everything then. The k
 
 BENCH = """examples:
   foveate bench latency smollm2-135m --lengths 2048,8192 --scheme dense,quest
-  foveate bench latency --synthetic 0.5b --lengths 2048,4096,8192,16384,32768,65536 --max-seconds 600 -o growth
+  foveate bench latency --synthetic 0.5b --lengths 2048,4096,8192,16384,32768,65536 --max-seconds 1200 -o growth
   foveate bench throughput smollm2-135m --requests 16
   foveate bench serve --url http://127.0.0.1:8000 --rate 0.5,1,2
   foveate bench ops
@@ -61,7 +61,7 @@ the limit otherwise, and the report says so.
 examples:
   foveate bench latency smollm2-135m --lengths 2048,8192 --scheme dense,quest -o latency
   foveate bench latency ./my-model --policy '{"scheme": "streaming", "budget_tokens": 1024}' --text book.txt
-  foveate bench latency --synthetic 0.5b --lengths 2048,4096,8192,16384,32768,65536 --max-seconds 600 \\
+  foveate bench latency --synthetic 0.5b --lengths 2048,4096,8192,16384,32768,65536 --max-seconds 1200 \\
       --repeats 1 -o growth
 """
 )

@@ -131,5 +131,7 @@ def matcher_of(tokenizer: llguidance.LLTokenizer, grammar: str) -> llguidance.LL
 
 def reason_of(error: str) -> str:
     """An error of the library in one line of bounded length."""
+    if "coerce_one_of" in error:  # an option of the library, which no request can set
+        return "oneOf is supported only where its branches are clearly disjoint; use anyOf"
     words = error.partition("<state>")[0].replace("<non-verbose/>", "").split()
     return " ".join(words)[:_MAX_REASON_CHARS] or "it could not be compiled"

@@ -84,11 +84,20 @@ LABELS = {
     "prompt_cache_retention": ("in_memory", "24h"),
     "prompt_cache_options": ({}, {"mode": "explicit"}),
 }
-LABELS_OF_CHAT = {
+# Refused by every endpoint, whichever it belongs to. field: a value that changes nothing, one that asks for something
+EVERYWHERE = {
+    "best_of": (1, 2),
+    "suffix": ("", "x"),
+    "functions": ([], [{"name": "f"}]),
+    "function_call": ("none", "auto"),
+    "audio": (None, {"voice": "x"}),
+    "modalities": (["text"], ["audio"]),
+    "prediction": (None, {"type": "content", "content": "x"}),
+    "web_search_options": (None, {}),
+    "moderation": (None, {"model": "x"}),
+    "store": (False, True),
     "service_tier": ("default", "flex"),
     "verbosity": ("medium", "low"),
-    "modalities": (["text"], ["audio"]),
-    "store": (False, True),
 }
 # field: a value that asks for what there is not
 REFUSED = {
@@ -98,28 +107,14 @@ REFUSED = {
     "timings_per_token": True,
 }
 REFUSED_OF = {
-    COMPLETIONS: {**REFUSED, "best_of": 2, "suffix": "x"},
-    CHAT: {
-        **REFUSED,
-        "audio": {"voice": "x"},
-        "prediction": {"type": "content", "content": "x"},
-        "moderation": {"model": "x"},
-        "web_search_options": {},
-        "add_special_tokens": True,
-    },
+    COMPLETIONS: {**REFUSED, "max_completion_tokens": 3},
+    CHAT: {**REFUSED, "add_special_tokens": True},
+    RESPONSES: {**REFUSED, "max_completion_tokens": 3},
 }
 # Tested with what they do, with grammars and tools.
 ELSEWHERE = {
     COMPLETIONS: {"structured_outputs"},
-    CHAT: {
-        "structured_outputs",
-        "response_format",
-        "tools",
-        "tool_choice",
-        "parallel_tool_calls",
-        "functions",
-        "function_call",
-    },
+    CHAT: {"structured_outputs", "response_format", "tools", "tool_choice", "parallel_tool_calls"},
 }
 OWN_TEST = {
     COMPLETIONS: words(
@@ -133,7 +128,8 @@ OWN_TEST = {
     ),
 }
 SAMPLING_OF = {COMPLETIONS: SAMPLING, CHAT: SAMPLING | SAMPLING_OF_CHAT}
-LABELS_OF = {COMPLETIONS: LABELS, CHAT: LABELS | LABELS_OF_CHAT}
+LABELS_OF = {COMPLETIONS: LABELS, CHAT: LABELS}
+EVERYWHERE_OF = dict.fromkeys((COMPLETIONS, CHAT, RESPONSES), EVERYWHERE)
 
 
 def pairs(table):
@@ -141,12 +137,13 @@ def pairs(table):
 
 
 def post(client, path, **fields):
-    return client.post(path, json={"max_tokens": 20, **BASE[path], **fields} if path != RESPONSES else fields)
+    limit = {} if path == RESPONSES else {"max_tokens": 20}
+    return client.post(path, json={**limit, **BASE[path], **fields})
 
 
 @pytest.mark.parametrize("path", [COMPLETIONS, CHAT])
 def test_no_field_is_forgotten(path):
-    known = [set(table[path]) for table in (SAMPLING_OF, LABELS_OF, REFUSED_OF, OWN_TEST, ELSEWHERE)]
+    known = [set(table[path]) for table in (SAMPLING_OF, LABELS_OF, EVERYWHERE_OF, REFUSED_OF, OWN_TEST, ELSEWHERE)]
     assert set(LISTED[path]) <= set.union(*known)
 
 
@@ -172,6 +169,17 @@ def test_refused(client, engine, path, name):
     error = response.json()["error"]
     assert (response.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
     assert error["message"].startswith(f"{name}: ")
+    assert engine.requests == []
+
+
+@pytest.mark.parametrize(("path", "name"), pairs(EVERYWHERE_OF))
+def test_refused_wherever_it_is_sent(client, engine, path, name):
+    harmless, asking = EVERYWHERE[name]
+    assert post(client, path, **{name: harmless}).status_code == 200
+    engine.requests.clear()
+    response = post(client, path, **{name: asking})
+    error = response.json()["error"]
+    assert (response.status_code, error["param"], error["code"]) == (400, name, "unsupported_parameter")
     assert engine.requests == []
 
 

@@ -210,6 +210,12 @@ def test_bad_grammars_are_refused_by_name(grammars, source):
     assert not re.search(r"0x[0-9a-f]{6}|\n|File \"", str(caught.value))
 
 
+def test_one_of_that_cannot_be_held_to_is_told_with_the_way_out(grammars):
+    numbers = {"oneOf": [{"type": "integer"}, {"type": "number"}]}
+    with pytest.raises(GrammarRefused, match=r"^oneOf .* clearly disjoint; use anyOf$"):
+        grammars.compile_now(json_source({"properties": {"a": numbers}}, "p"))
+
+
 # The first makes the compiler run for minutes, the second overflows its stack, which ends the process.
 HOSTILE = {
     "slow": lambda: json_source({"allOf": [{"type": "string", "pattern": f"{i}.*x.{{30}}y"} for i in range(500)]}, "p"),

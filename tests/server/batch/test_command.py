@@ -72,7 +72,10 @@ def test_no_model_anywhere(folder, loaded, capsys):
     with pytest.raises(SystemExit) as ended:
         main(["batch", "in", "-o", "out"])
     assert ended.value.code == 2
-    assert "MODEL" in capsys.readouterr().err
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == (
+        "foveate batch: error: none of the first 1000 lines names a model: give --model (or set FOVEATE_MODEL)"
+    )
 
 
 @pytest.fixture

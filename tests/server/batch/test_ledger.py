@@ -136,6 +136,19 @@ def test_a_failed_transaction_takes_its_records_back(tmp_path):
     assert [record["custom_id"] for record in read_records(tmp_path / "output")] == ["1"]
 
 
+def test_an_id_has_one_record_on_whatever_lines_it_stands(tmp_path):
+    ledger = opened(tmp_path)
+    ledger.add([result(1)])
+    with pytest.raises(BatchError, match="UNIQUE"):
+        ledger.add([answered(2, "1", {"text": "again"})])
+    # A line without an id of its own, or with an earlier line's, is a record all the same.
+    ledger.add([unreadable(number, LineError("code", "message", custom_id=None)) for number in (2, 3)])
+    assert (ledger.done, ledger.has_id("1")) == (3, True)
+    ledger.close()
+    assert [record["custom_id"] for record in read_records(tmp_path / "output")] == ["1"]
+    assert len(read_records(tmp_path / "errors")) == 2
+
+
 def test_one_process_at_a_time(tmp_path):
     ledger = opened(tmp_path)
     with pytest.raises(InUse, match="in use by another process"):

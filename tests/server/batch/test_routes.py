@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 import httpx
 import openai
@@ -26,8 +28,9 @@ from foveate.server.serve import FoveateServer, address_of, listen, server_confi
 from foveate.server.settings import Settings
 from foveate.server.state import state_of_app
 
-from .files import chat_line, completion_line
+from .files import chat_line, completion_line, read_records
 
+PAGE = Path(__file__).resolve().parents[3] / "docs/batch.md"
 CHAT = "/v1/chat/completions"
 ENDED = {"completed", "failed", "cancelled"}
 
@@ -124,6 +127,21 @@ def test_the_openai_client_from_upload_to_answers(serving, engine):
         assert client.files.delete(batch.output_file_id).deleted
         with pytest.raises(openai.NotFoundError):
             client.files.content(batch.output_file_id)
+
+
+def test_the_program_of_the_page_runs_as_it_is_written(serving, engine, tmp_path, monkeypatch):
+    blocks = dict(reversed(re.findall(r"```(json|python)\n(.*?)```", PAGE.read_text(), re.DOTALL)))  # the first of each
+    monkeypatch.chdir(tmp_path)
+    Path("requests.jsonl").write_text(blocks["json"])
+    engine.model_name = "smollm2-135m"
+    names = {}
+    with serving() as url:
+        exec(blocks["python"].replace("http://127.0.0.1:8000", url), names)
+        names["client"].close()
+    [answer] = read_records(Path("answers.jsonl"))
+    assert (answer["custom_id"], answer["response"]["status_code"]) == ("q1", 200)
+    [error] = read_records(Path("errors.jsonl"))
+    assert (error["custom_id"], error["error"]["code"]) == ("q2", "invalid_url")
 
 
 def test_completions_with_attention_per_line(serving, engine):
