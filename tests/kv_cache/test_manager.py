@@ -9,6 +9,7 @@ import torch
 
 from foveate.kv_cache.errors import CacheError, OutOfPages
 from foveate.kv_cache.manager import KVCacheManager
+from foveate.kv_cache.pool import PagePool
 from foveate.kv_cache.table import BlockTable
 
 PAGE = 16
@@ -178,6 +179,25 @@ def test_a_copy_without_room_changes_nothing(make_manager: Make) -> None:
         manager.reserve(child, 21)
     assert state(child) == state(table)
     assert [manager.allocator.references(page) for page in table.pages] == [2, 2]
+
+
+def test_a_copy_that_fails_gives_its_pages_back(make_manager: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    manager = make_manager()
+    table = run(manager, tokens(20))
+    child = manager.fork(table)
+
+    def fail(pool: PagePool, source: int, target: int) -> None:
+        raise RuntimeError("the device failed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PagePool, "copy_page", fail)
+        with pytest.raises(RuntimeError, match="the device failed"):
+            manager.reserve(child, 65)
+    assert state(child) == state(table)
+    assert manager.available == 6
+    assert [manager.allocator.references(page) for page in table.pages] == [2, 2]
+    manager.reserve(child, 65)
+    assert manager.available == 2, "the same can be asked for again"
 
 
 def test_slots_follow_the_block_table(make_manager: Make) -> None:

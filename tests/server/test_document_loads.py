@@ -177,6 +177,41 @@ def test_pages_that_a_prompt_will_take_are_not_loaded_into(tmp_path):
     assert (desk.loads.parked, desk.scheduler.waiting) == ([], [sequence]), "nor when it comes in meanwhile"
 
 
+def test_the_disk_is_looked_at_again_after_a_while(tmp_path, monkeypatch):
+    """Not at every turn, for as long as a request waits; but another server may have written its pages meanwhile."""
+    desk = Desk(tmp_path, pages=20)
+    desk.tokens = tokens_of(2, 6)
+    sequence = desk.ask()
+    desk.take()
+    for first in (0, 2, 4):
+        desk.store.write(*run_of(2, first, page_bytes=desk.layout.nbytes))
+    monkeypatch.setattr(document_loads, "LOOK_SECONDS", 1000.0)
+    desk.take()
+    assert (desk.loads.parked, desk.scheduler.waiting) == ([], [sequence])
+    monkeypatch.setattr(document_loads, "LOOK_SECONDS", -1.0)
+    desk.take()
+    assert [load.sequence for load in desk.loads.parked] == [sequence]
+
+
+@pytest.mark.parametrize("steps", [2, 3])
+def test_who_got_its_pages_goes_first_where_the_shortest_does(tmp_path, steps):
+    """Steps take turns between the oldest and the shortest, so one of two numbers of steps ends before the latter's."""
+    desk = Desk(tmp_path, pages=40)
+    desk.scheduler.max_running = 1
+    answer, short = make_sequence(range(3), 0), make_sequence(range(20), 20)
+    desk.scheduler.add(answer)
+    step(desk.scheduler)
+    sequence = desk.ask()
+    desk.scheduler.add(short)
+    for _ in range(steps):
+        step(desk.scheduler)  # it is seen to be long
+    desk.take()
+    desk.turn()
+    desk.load()
+    desk.scheduler.remove(answer)
+    assert [(chunk.sequence, chunk.count) for chunk in step(desk.scheduler)] == [(sequence, 1)]
+
+
 def test_two_loads_leave_what_a_prompt_will_take(tmp_path, gate):
     desk = Desk(tmp_path, pages=20, room=PAGE)
     for first in (0, 2, 4):

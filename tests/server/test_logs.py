@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
 import logging
@@ -10,6 +11,7 @@ import sys
 import threading
 import warnings
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -154,6 +156,22 @@ def test_an_error_is_told_with_its_request(log_to, client, engine):
     assert "wrong in here" in entry["exception"]
     assert entry["request_id"] == "lost"
     assert not rest
+
+
+def test_a_line_after_a_request_is_not_about_it(log_to, client):
+    stream = log_to("json", "info")
+    background = logging.getLogger("foveate.test")
+
+    async def ask_and_go_on():
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(client.app), base_url="http://localhost") as http:
+            assert (await http.get("/v1/models", headers={"x-request-id": "mine"})).status_code == 200
+        background.info("something else")
+
+    asyncio.run(ask_and_go_on())
+    during, after = (json.loads(line) for line in stream.getvalue().splitlines())
+    assert (during["message"], during["request_id"]) == ("GET /v1/models", "mine")
+    assert after["message"] == "something else"
+    assert "request_id" not in after
 
 
 def test_probes_are_quiet(log_to, client):

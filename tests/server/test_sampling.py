@@ -132,7 +132,8 @@ def test_logprobs_are_the_models_own():
 @pytest.mark.parametrize(
     ("param", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("top_p", 0.0), ("top_p", 1.1),
+        ("temperature", -0.1), ("temperature", 2.1), ("temperature", math.nan), ("temperature", math.inf),
+        ("top_p", 0.0), ("top_p", 1.1),
         ("top_k", -2), ("min_p", 1.5), ("presence_penalty", 2.5), ("frequency_penalty", -2.5),
         ("repetition_penalty", 0.0), ("n", 0), ("n", 17), ("logprobs", 21), ("logprobs", -1), ("stop", ("",)),
         ("stop", ("x" * 257,)), ("stop", ("x",) * 17), ("logit_bias", {VOCAB: 1.0}), ("logit_bias", {1: math.nan}),

@@ -250,3 +250,37 @@ def test_who_waits_for_pages_needs_fewer_once_the_common_document_is_in():
         step(scheduler)
     assert first.num_generated > 1
     assert second.num_generated > 0
+
+
+def test_who_was_told_to_wait_is_asked_again_when_the_common_document_is_in():
+    """It was refused when little of the document was there; of the pages that it lacks now there are enough."""
+    scheduler = make_scheduler(pages=29, room=32, prefix=True)
+    first, second = make_sequence(range(400), 0), make_sequence([*range(160), *range(500, 509)], 1)
+    scheduler.add(first)
+    step(scheduler)
+    scheduler.add(second)
+    while first.num_generated == 0:
+        step(scheduler)
+        assert second.table is None
+    assert (scheduler.cache.available, second.wait.is_blocked) == (4, True)
+    step(scheduler)
+    assert second.table is not None
+    assert second.group.cached_tokens == 160
+
+
+@pytest.mark.parametrize("waited", [0, 1], ids="waited{}".format)
+def test_who_waits_is_as_short_as_the_document_that_came_in_makes_it(waited):
+    """Steps take turns between the oldest and the shortest: after one of the two waits it is the latter's."""
+    scheduler = make_scheduler(pages=64, room=32, running=1, prefix=True)
+    first, second, other = (
+        make_sequence(tokens, arrival)
+        for arrival, tokens in enumerate((range(192), [*range(192), *range(500, 508)], range(600, 700)))
+    )
+    scheduler.add(first)
+    step(scheduler)
+    for sequence in (second, other):
+        scheduler.add(sequence)
+    while first.num_generated <= waited:
+        step(scheduler)
+    scheduler.remove(first)
+    assert [(chunk.sequence, chunk.count) for chunk in step(scheduler)] == [(second, 8)]

@@ -67,6 +67,56 @@ def test_an_endless_run_of_bad_bytes_still_comes_out(tokenizer):
     assert "".join(parts) == "\ufffd" * 500
 
 
+def bytes_of(tokenizer, text):
+    """One token per byte."""
+    chars = pre_tokenizers.ByteLevel(False).pre_tokenize_str(text)[0][0]
+    return [tokenizer.convert_tokens_to_ids(char) for char in chars]
+
+
+def test_bad_bytes_come_out_as_soon_as_nothing_can_mend_them(tokenizer):
+    """Three may still become a character, so three are held back and no more."""
+    shown = 0
+    for place, part in enumerate(deltas(tokenizer, [bytes_of(tokenizer, "🦊")[1]] * 200)[:-1], 1):
+        shown += len(part)
+        assert place - shown <= 3
+
+
+@pytest.mark.parametrize("before", range(18, 30), ids="behind{}".format)
+@pytest.mark.parametrize("char", ["🦊", "日", "é"], ids=["4-bytes", "3-bytes", "2-bytes"])
+def test_a_character_behind_bad_bytes_survives_what_is_forgotten(tokenizer, before, char):
+    """Tokens that are given up, so that the cost stays bounded, are none that the character may still need."""
+    ids = [bytes_of(tokenizer, "🦊")[1]] * before + bytes_of(tokenizer, char)
+    assert "".join(deltas(tokenizer, ids)) == decode(tokenizer, ids) == "\ufffd" * before + char
+
+
+@pytest.mark.parametrize("char", ["🦊", "日", "é"], ids=["4-bytes", "3-bytes", "2-bytes"])
+def test_a_decoder_that_writes_a_sign_per_byte_shows_none_of_a_character(char):
+    """Tokenizers with byte fallback do; a byte-level one writes a single sign for the beginning of a character."""
+    vocab = {f"<0x{byte:02X}>": byte for byte in range(256)} | {"a": 256}
+    inner = Tokenizer(models.BPE(vocab, [], byte_fallback=True))
+    inner.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer, ids = PreTrainedTokenizerFast(tokenizer_object=inner), list(char.encode())
+    assert decode(tokenizer, ids[:-1]) == "\ufffd" * (len(ids) - 1)
+    assert deltas(tokenizer, [256, *ids, 256]) == ["a", *[""] * (len(ids) - 1), char, "a", ""]
+
+
+@pytest.fixture(scope="module")
+def spaces_first():
+    """A sentencepiece-like tokenizer: a space begins each word, and that of the first word is no text."""
+    inner = Tokenizer(models.BPE({"▁": 0, "a": 1, "b": 2, "▁b": 3, "<end>": 4}, [("▁", "b")]))
+    inner.decoder = decoders.Metaspace(prepend_scheme="first")
+    inner.add_special_tokens(["<end>"])
+    return PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<end>")
+
+
+@pytest.mark.parametrize("prompt", [[], [0], [0, 0], [4], [4, 0], [1], [3]], ids=str)
+@pytest.mark.parametrize("answer", [[3], [0, 3], [0, 4, 3], [4, 3], [0, 0, 1], [2, 0, 3]], ids=str)
+def test_a_space_that_begins_a_text_counts_before_what_follows(spaces_first, prompt, answer):
+    """Alone it has no text, as a special token has none anywhere; but behind it the next space is one."""
+    before = decode(spaces_first, prompt)
+    assert before + "".join(deltas(spaces_first, answer, prompt)) == decode(spaces_first, prompt + answer)
+
+
 WORDS = st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3).map(tuple)
 
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+from contextlib import nullcontext
+from unittest import mock
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from foveate.kv_cache.view import Rows
 from foveate.sparse_attn import budget, counts
-from foveate.sparse_attn.protocol import Phase, SchemeOptions
+from foveate.sparse_attn.ops import keep_native
+from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, Phase, SchemeOptions, StepGroup, StepState
 from foveate.sparse_attn.schemes.dense import Dense
-from foveate.sparse_attn.selection import Band, Selection, Tiles
+from foveate.sparse_attn.selection import Band, Segment, Selection, Tiles
 
 CPU = torch.device("cpu")
 SIZES = st.sampled_from([1, 4, 16, 32])  # pages hold 16
@@ -32,6 +36,11 @@ def random_selection(rows, size, tile, seed):
     return Selection.from_mask(mask, size, tiles)
 
 
+def without_kernels():
+    return mock.patch.object(keep_native, "library", return_value=None)
+
+
+both_ways = pytest.mark.parametrize("counted_by", [nullcontext, without_kernels], ids=["default", "torch"])
 CHUNKS = st.lists(
     st.tuples(st.integers(0, 70), st.integers(1, 40)).map(lambda p: (sum(p), p[1])), min_size=1, max_size=3
 )
@@ -78,6 +87,7 @@ def test_exactly_the_last_tokens_of_the_prompt_are_dense(prompt, answer, tail, d
     assert dense == list(range(max(prompt - tail, 0), prompt))
 
 
+@both_ways
 @given(
     chunks=CHUNKS,
     size=SIZES,
@@ -87,7 +97,7 @@ def test_exactly_the_last_tokens_of_the_prompt_are_dense(prompt, answer, tail, d
     seed=st.integers(0, 99),
 )
 @settings(max_examples=80)
-def test_selected_pairs_are_those_of_the_masks(chunks, size, nearest, farthest, tile, seed):
+def test_selected_pairs_are_those_of_the_masks(counted_by, chunks, size, nearest, farthest, tile, seed):
     rows, band = rows_of(*chunks), Band(nearest, farthest)
     selection = random_selection(rows, size, tile, seed)
     want = torch.zeros(rows.num_sequences, dtype=torch.float64)
@@ -96,7 +106,27 @@ def test_selected_pairs_are_those_of_the_masks(chunks, size, nearest, farthest, 
         distance = torch.arange(position, position + count)[:, None] - torch.arange(mask.shape[-1])
         seen = (distance >= nearest) & (distance < (farthest or 10**6))
         want[sequence] += (mask[row, :, None, :] & seen).sum() * 3
-    assert torch.equal(counts.selected_pairs(selection, rows, band, 6), want)
+    with counted_by():
+        assert torch.equal(counts.selected_pairs(selection, rows, band, 6), want)
+
+
+def test_layers_of_several_bands_are_counted_each_by_its_own():
+    """Models mix sliding and global layers, and what was counted for one of them is kept for the rest of the step."""
+    rows = rows_of((60, 20), (33, 1))
+    chosen = random_selection(rows, 4, 8, 0)
+    bands = [Band(), Band(0, 16), Band(16, None)]
+    layers = [((Segment(keys, band),), band) for keys in (None, chosen) for band in bands]
+    layers += [((Segment(chosen, Band(20, None)),), band) for band in bands]  # other bands than the layer's own
+
+    def reads(layers):
+        rows.plans.clear()
+        group = StepGroup(None, Phase.PREFILL, 0, rows, (0, 1), carried={0: chosen})
+        step = StepState(None, None, None, [group], None, torch.zeros(2, 2, dtype=torch.float64))
+        for segments, band in layers:
+            counts.book(segments, [None], LayerCall(0, AttentionSpec(1.0, band=band)), step, group, 6)
+        return step.keys_read
+
+    assert torch.equal(reads(layers), sum(reads([layer]) for layer in layers))
 
 
 @given(chunks=CHUNKS, size=st.sampled_from([1, 8, 128]))
