@@ -53,10 +53,10 @@ class Attached:
         page_size: int | None = None,
         num_pages: int | None = None,
     ) -> None:
-        if model.config.get_text_config()._attn_implementation == NAME:
-            raise AttachError("this model is attached already; call .detach() on the earlier attachment first")
         self.model = model
         self.facts = facts(model.config)
+        if model.config.get_text_config()._attn_implementation == NAME:
+            raise AttachError("this model is attached already; call .detach() on the earlier attachment first")
         self.scheme = scheme
         self._manager = manager
         self._given = manager is not None

@@ -23,7 +23,7 @@ from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
 from foveate.sparse_attn.selection import Band, Segment
 
 from .finish import NativeFinish
-from .interface import PackedStep
+from .interface import PackedStep, check_window
 from .native_decoder import Known, NativeDecoder, run
 from .native_product import NativeProduct
 from .norm_native import NativeNorm
@@ -74,7 +74,7 @@ class FusedLayer:
 
     def __init__(self, layer: nn.Module, order: tuple[str | None, ...]) -> None:
         attention: Any = layer.self_attn
-        self._layer = layer
+        self._layer, self._attention = layer, attention
         norms: list[Norm | None] = [None if name is None else getattr(layer, name).forward for name in order]
         self._stock = type(layer).forward.__get__(layer)
         self._before, after, self._between, last = norms
@@ -173,11 +173,13 @@ class FusedLayer:
 
         Raises:
             ValueError: there is something that pages cannot do.
+            UnsupportedModel: the window is another than the config's.
         """
         known = {"scaling", "sliding_window", "softcap", "s_aux", "dropout", "use_cache"}
         others = {name for name, value in facts.items() if name not in known and value is not None}
         if others or facts.get("dropout"):
             raise ValueError(f"the attention function is told {', '.join(sorted(others)) or 'a dropout'}")
+        check_window(self._attention, facts.get("sliding_window"))
         scaling = facts.get("scaling")
         spec = AttentionSpec(
             head_dim**-0.5 if scaling is None else scaling,

@@ -29,7 +29,10 @@ VERIFIED: frozenset[str] = frozenset(
 )
 
 # Families with learned sink logits per head.
-LEARNED_SINKS: frozenset[str] = frozenset({"gpt_oss"})
+LEARNED_SINKS: frozenset[str] = frozenset({"flint", "gpt_oss", "granite_swa", "granitemoe_swa"})
+
+# Families whose logits always get a position bias, which code alone says.
+ALIBI: frozenset[str] = frozenset({"bloom", "mpt"})
 
 # Families that rotate only in their sliding-window layers, and say so in code alone.
 ROTATE_SLIDING_ONLY: frozenset[str] = frozenset(
@@ -76,7 +79,12 @@ def facts(config: PreTrainedConfig) -> ModelFacts:
     Raises:
         UnsupportedModel: the config names an attention that pages cannot serve.
     """
-    text = config.get_text_config()
+    try:
+        text = config.get_text_config()
+    except ValueError as error:
+        raise UnsupportedModel(
+            f"{config.model_type} cannot run on paged attention: it has several text parts, and pages are of one"
+        ) from error
     try:
         return _facts(config, text)
     except AmbiguousGlobalPerLayerAttributeError as error:
@@ -129,7 +137,7 @@ def _refuse(config: PreTrainedConfig, text: PreTrainedConfig) -> None:
         "its keys and values are compressed (multi-head latent attention)": getattr(text, "kv_lora_rank", None),
         "its values have another head dim than its keys": value_dim is not None
         and value_dim != (head_dim or value_dim),
-        "its logits get a position bias (ALiBi)": getattr(text, "alibi", None),
+        "its logits get a position bias (ALiBi)": getattr(text, "alibi", None) or text.model_type in ALIBI,
         f"it has layers of type {', '.join(sorted(kinds))}": kinds,
     }
     for reason, applies in reasons.items():

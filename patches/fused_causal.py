@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from foveate.sparse_attn.protocol import StepState
 
@@ -95,7 +95,7 @@ def _computes_the_same(fused: FusedCausal, inner: Any) -> bool:
     # Large, so that a soft cap on the logits shows.
     hidden = 100 * torch.randn(1, _ROWS_COMPARED, weight.shape[1], generator=generator).to(weight.dtype)
     ids, rows = torch.zeros(1, _ROWS_COMPARED, dtype=torch.int64), torch.tensor(_ROWS_WANTED)
-    inner.forward = lambda *args, **kwargs: BaseModelOutputWithPast(last_hidden_state=hidden)
+    inner.forward = lambda *args, **kwargs: fused._body.output(hidden)
     try:
         expected = fused._stock(input_ids=ids, use_cache=False, logits_to_keep=rows).logits
         return torch.equal(fused.logits(hidden, rows), expected)

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.modeling_outputs import BaseModelOutputWithPast
+from transformers.utils.generic import ModelOutput
 
 from foveate.sparse_attn.ops.whole_native import PreparedStep
 from foveate.sparse_attn.protocol import StepState
@@ -26,7 +27,7 @@ from .native_decoder import Known, run
 from .quantize import QuantizedLinear
 from .rotary import plain_angles
 
-_OUTPUTS = ("output_hidden_states", "output_attentions")
+_OUTPUTS = ("output_hidden_states", "output_attentions", "output_router_logits")
 _PARTS = ("embed_tokens", "rotary_emb", "norm")
 # Tokens on which a model is compared with the original, and how far it may be off behind all of its layers.
 _TOKENS_COMPARED = 4
@@ -41,11 +42,15 @@ class FusedModel:
     Args:
         inner: Has ``embed_tokens``, ``rotary_emb``, ``layers`` and ``norm``.
         layers: Its layers.
+
+    Attributes:
+        kind: Class of what its own ``forward`` gives, which has every field that the head may ask for.
     """
 
     def __init__(self, inner: Any, layers: list[FusedLayer]) -> None:
         self._inner, self._layers = inner, layers
         self._stock: Callable[..., Any] = type(inner).forward.__get__(inner)
+        self.kind: type[ModelOutput] = BaseModelOutputWithPast
         self._hooks = hooks_of(list(inner.modules())[1:])
         self._modules = tuple(inner.layers)
         self._rotary = inner.rotary_emb
@@ -66,7 +71,7 @@ class FusedModel:
     ) -> Any:
         """As the model's own ``forward``."""
         packed = kwargs.pop("foveate_step", None)
-        others = {name for name, value in kwargs.items() if value is not None and (value or name not in _OUTPUTS)}
+        others = {name for name, value in kwargs.items() if value is not None and (name not in _OUTPUTS or value)}
         known = self.known(input_ids, position_ids, packed)
         unknown = others or any(given is not None for given in (attention_mask, inputs_embeds, past_key_values))
         if known is None or unknown or use_cache:
@@ -80,7 +85,11 @@ class FusedModel:
                 **({} if packed is None else {"foveate_step": packed}),
                 **kwargs,
             )
-        return BaseModelOutputWithPast(last_hidden_state=self.compute(*known))
+        return self.output(self.compute(*known))
+
+    def output(self, hidden: torch.Tensor) -> ModelOutput:
+        """``hidden [B, L, E]`` as the model's own ``forward`` gives it; what else there is in it is ``None``."""
+        return self.kind(last_hidden_state=hidden)
 
     def known(
         self, ids: torch.Tensor | None, positions: torch.Tensor | None, packed: Any
@@ -168,7 +177,8 @@ def _computes_the_same(fused: FusedModel, inner: Any) -> bool:
         return next(layers).rotated(query, key, cos, sin)[0].flatten(1)
 
     try:
-        expected = fused._stock(input_ids=ids, position_ids=positions, use_cache=False).last_hidden_state.float()
+        output = fused._stock(input_ids=ids, position_ids=positions, use_cache=False)
+        fused.kind, expected = type(output), output.last_hidden_state.float()
         got = fused.compute(ids, positions, None, see).float()  # type: ignore[arg-type]
     except (UnsupportedCall, ValueError, TypeError, RuntimeError, AttributeError, KeyError):  # another kind of model
         return False

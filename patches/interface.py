@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import inf
 from typing import Any, NoReturn
+from weakref import WeakKeyDictionary
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface
@@ -14,9 +16,13 @@ from foveate.sparse_attn.protocol import AttentionSpec, LayerCall, StepState
 from foveate.sparse_attn.selection import Band
 
 from .errors import UnsupportedCall, UnsupportedModel
+from .families import facts
 
 # Must not contain "flash", "sdpa", "flex_attention" or "/": transformers reads meaning into those.
 NAME = "foveate"
+
+# Layers, and the sliding window that each gave last, which was that of its config.
+_WINDOWS: WeakKeyDictionary[torch.nn.Module, int | None] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -27,10 +33,12 @@ class PackedStep:
         step: Slots, positions and groups of the T tokens.
         token_index: ``[T]`` int64, where the tokens are among the B * L entries of the model's
             input, row by row; all other entries are padding. ``None``: every entry is a token.
+        attended: Layers that have attended in this pass.
     """
 
     step: StepState
     token_index: torch.Tensor | None = None
+    attended: set[int] = field(default_factory=set, init=False)
 
 
 def register() -> None:
@@ -84,9 +92,10 @@ def paged_attention(
 
     Raises:
         UnsupportedCall: there is no step, or the call needs what pages cannot do.
-        UnsupportedModel: the layer is not causal self-attention with equal head dims.
+        UnsupportedModel: the layer is not causal self-attention with equal head dims, or not as its config says.
     """
     packed = _checked(module, query, key, value, attention_mask, dropout, foveate_step, kwargs)
+    check_window(module, sliding_window)
     index_of_layer: Any = module.layer_idx
     layer = LayerCall(
         index_of_layer,
@@ -108,6 +117,33 @@ def paged_attention(
     if torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad):
         out = _NoGradient.apply(out, query, key, value)  # type: ignore[no-untyped-call]
     return out.view(batch, length, heads, dim), None
+
+
+def check_window(module: torch.nn.Module, given: int | None) -> None:
+    """Compares the sliding window that a layer gives its attention function with that of its config.
+
+    Some models put it into their mask alone, which is not made here, and comparing logits behind a long window
+    would take too long.
+
+    Args:
+        module: The attention layer.
+        given: Its window in tokens.
+
+    Raises:
+        UnsupportedModel: they differ within the model's context.
+    """
+    if _WINDOWS.get(module, 0) == given:  # a config is read too slowly for every call
+        return
+    config: Any = module.config
+    layer: Any = module.layer_idx
+    known = facts(config)
+    named = known.windows[layer]
+    if given != named and min(given or inf, named or inf) < known.context_length:
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives its attention function a sliding window of {given} in layer {layer} where "
+            f"its config names {named}: it cannot be told which keys the model's own mask lets through"
+        )
+    _WINDOWS[module] = given
 
 
 class _NoGradient(torch.autograd.Function):
@@ -160,6 +196,13 @@ def _checked(
         raise UnsupportedModel(
             f"head dims differ: queries {query.shape[-1]}, keys {key.shape[-1]}, values {value.shape[-1]}"
         )
+    layer: Any = module.layer_idx
+    _, kv_heads, _, head_dim = packed.step.pool.layer(layer).keys.shape
+    if key.shape[1] != kv_heads or key.shape[-1] != head_dim:
+        raise UnsupportedModel(
+            f"{type(module).__name__} gives keys of {key.shape[1]} heads and head dim {key.shape[-1]}, and the pages, "
+            f"like its config, have {kv_heads} and {head_dim}"
+        )
     if kwargs.get("position_bias") is not None:
         raise UnsupportedModel(f"{type(module).__name__} adds a position bias to its logits")
     if attention_mask is not None and attention_mask.numel():
@@ -171,4 +214,10 @@ def _checked(
     tokens = query.shape[0] * query.shape[2] if packed.token_index is None else packed.token_index.shape[0]
     if tokens != packed.step.slots.shape[0]:
         raise UnsupportedCall(f"the step is for {packed.step.slots.shape[0]} tokens, the model was given {tokens}")
+    if layer in packed.attended:
+        raise UnsupportedModel(
+            f"{type(module).__name__} attends twice with layer_idx {layer} in one pass: its second keys would replace "
+            "the first in their pages"
+        )
+    packed.attended.add(layer)
     return packed

@@ -16,29 +16,30 @@ class LogitRows:
 
     The model's own code makes the logits (its soft cap or scale included): while it does, its body
     gives back what it gave before. So rows can be taken a few at a time, and ``[T, vocab]`` never
-    stands in memory as a whole.
+    stands in memory as a whole. The body is what the head calls: ``base_model``, or (OPT) the decoder inside.
 
     Raises:
         UnsupportedModel: the model has no body apart from its head.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
-        body = model.base_model
-        if body is model:
+        if model.base_model is model:
             raise UnsupportedModel(f"{type(model).__name__} has no body apart from its head")
         self._model = model
-        self._body = body
+        self._bodies: set[Any] = {model.base_model, model.base_model.get_decoder()}  # type: ignore[operator]
+        self._body: Any = None
         self._kept: Any = None
 
     def __enter__(self) -> LogitRows:
-        self._hook = self._body.register_forward_hook(self._keep)
+        self._hooks = [body.register_forward_hook(self._keep) for body in self._bodies]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._hook.remove()
-        self._kept = None
+        for hook in self._hooks:
+            hook.remove()
+        self._body = self._kept = None
 
     def of(self, rows: torch.Tensor) -> torch.Tensor:
         """Logits ``[N, vocab]`` of ``rows``, ``[N]`` int64: places in the row ``[1, T]`` of the pass."""
@@ -54,4 +55,4 @@ class LogitRows:
         return logits
 
     def _keep(self, body: torch.nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        self._kept = output
+        self._body, self._kept = body, output  # the outer one comes last

@@ -79,7 +79,7 @@ def check_positions(given: Any, expected: torch.Tensor, real: torch.Tensor, seen
     """Refuses positions other than those of the tables.
 
     Args:
-        given: ``position_ids`` of the caller.
+        given: ``position_ids`` of the caller; models that also see give several planes, alike for text: ``[N, B, L]``.
         expected: ``[B, L]``, those of the step.
         real: ``[B, L]``, which of them are tokens.
         seen: The same, with all that came before them.
@@ -96,9 +96,9 @@ def check_positions(given: Any, expected: torch.Tensor, real: torch.Tensor, seen
                 "tokens of each row from 0, padding left out"
             )
         return
-    if given.ndim == 2:
-        rows = given.to(expected.device).expand_as(expected)
-        if bool((rows == expected)[real.to(expected.device)].all()):
+    if given.ndim in (2, 3):
+        planes = given.to(expected.device).expand(*given.shape[:-2], *expected.shape)
+        if bool((planes == expected)[..., real.to(expected.device)].all()):
             return
     if bool((seen[:, :-1] & ~seen[:, 1:]).any()):
         raise UnsupportedCall(

@@ -107,6 +107,12 @@ class ModelRotary:
             try:
                 return torch.as_tensor(apply(query, query, *self._rotary(*arguments))[0])[0].transpose(0, 1)
             except (TypeError, ValueError, RuntimeError, AttributeError) as error:
+                width = 2 * getattr(self._rotary, self._buffers[layer] or "").shape[0]
+                if width < head_dim:
+                    raise UnsupportedRotary(
+                        f"the layers rotate {width} of the {head_dim} channels of a head, which they divide by code of "
+                        "their own"
+                    ) from error
                 raise UnsupportedRotary(
                     f"{type(self._rotary).__name__} is called in an unknown way: {error}"
                 ) from error

@@ -27,6 +27,9 @@ TOLERANCES = {torch.float32: 2e-4, torch.float16: 0.1, torch.bfloat16: 0.1}
 
 PROMPT_TOKENS, DECODE_TOKENS, NEIGHBOUR_TOKENS = 70, 3, 41
 
+# Tokens of a pass that is only tried.
+TRIED_TOKENS = 6
+
 # Last tokens of each chunk whose logits are compared: a large vocabulary costs more than the layers.
 COMPARED_TOKENS = 64
 
@@ -115,7 +118,7 @@ def verify(model: PreTrainedModel, change: Callable[[PreTrainedModel], None] | N
             change(model)
         with attach_engine(model):
             try:
-                _compare(_Packed(model, known), first, second, *stock, differences)
+                _compare(_Packed(model, known, len(first)), first, second, *stock, differences)
             except Exception as failure:  # whatever goes wrong under our attention is the answer sought
                 error = f"{type(failure).__name__}: {failure}"
     finally:
@@ -128,6 +131,31 @@ def verify(model: PreTrainedModel, change: Callable[[PreTrainedModel], None] | N
         error=error,
         untested_window=longest if longest > LONGEST_WINDOW else None,
     )
+
+
+@torch.inference_mode()
+def try_pass(model: PreTrainedModel) -> None:
+    """Runs a few tokens as the engine does: what only fails on our attention fails here, and not in every request.
+
+    Args:
+        model: Not attached.
+
+    Raises:
+        UnsupportedModel: it failed.
+        AttachError: the model is attached.
+    """
+    known = facts(model.config)
+    ids = torch.arange(TRIED_TOKENS, device=model.device) % known.vocab_size
+    with attach_engine(model):
+        try:
+            packed = _Packed(model, known, TRIED_TOKENS)
+            table = packed.open()
+            for part in (ids[:-1], ids[-1:]):
+                packed.logits((table, part), kept=[len(part) - 1])
+        except Exception as failure:
+            raise UnsupportedModel(
+                f"{known.model_type} does not run on paged attention: {type(failure).__name__}: {failure}"
+            ) from failure
 
 
 def _stock(model: PreTrainedModel, first: torch.Tensor, second: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -147,9 +175,9 @@ def _stock(model: PreTrainedModel, first: torch.Tensor, second: torch.Tensor) ->
 class _Packed:
     """Runs steps as the engine does."""
 
-    def __init__(self, model: PreTrainedModel, known: ModelFacts) -> None:
+    def __init__(self, model: PreTrainedModel, known: ModelFacts, tokens: int) -> None:
         size = default_page_size(model.device)
-        pages = 4 + 2 * ((PROMPT_TOKENS + LONGEST_WINDOW) // size + 1)
+        pages = 4 + 2 * (tokens // size + 1)
         geometry = CacheGeometry(
             known.num_layers, known.num_kv_heads, known.head_dim, size, pages, model.dtype, model.device
         )
@@ -161,24 +189,28 @@ class _Packed:
 
     def run(self, stock: torch.Tensor, *chunks: tuple[BlockTable, torch.Tensor]) -> float:
         """Difference to the stock logits ``[T, vocab]`` of the same tokens, over the last ones of each chunk."""
-        step = build_step(self.manager, [(table, len(ids)) for table, ids in chunks], None)
-        row = torch.cat([ids for _, ids in chunks])
         kept: list[int] = []
         start = 0
         for _, ids in chunks:
             kept += range(start + max(0, len(ids) - COMPARED_TOKENS), start + len(ids))
             start += len(ids)
-        index = torch.tensor(kept, device=row.device)
+        return _difference(self.logits(*chunks, kept=kept).float(), stock[kept].float())
+
+    def logits(self, *chunks: tuple[BlockTable, torch.Tensor], kept: list[int]) -> torch.Tensor:
+        """Logits ``[N, vocab]`` of those rows."""
+        step = build_step(self.manager, [(table, len(ids)) for table, ids in chunks], None)
+        row = torch.cat([ids for _, ids in chunks])
         output = self.model(
             input_ids=row[None],
             position_ids=step.positions[None],
             use_cache=False,
-            logits_to_keep=index,
+            logits_to_keep=torch.tensor(kept, device=row.device),
             foveate_step=PackedStep(step),
         )
         for table, ids in chunks:
             self.manager.commit(table, range(table.num_tokens + len(ids)))
-        return _difference(output.logits[0].float(), stock[index].float())
+        logits: torch.Tensor = output.logits[0]
+        return logits
 
 
 def _compare(

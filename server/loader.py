@@ -15,13 +15,14 @@ from transformers import PreTrainedConfig
 
 from foveate.kv_cache.geometry import CacheGeometry, default_page_size
 from foveate.patches.attach import Attached, attach_engine
+from foveate.patches.errors import UnsupportedModel
 from foveate.patches.families import VERIFIED, ModelFacts, facts
 from foveate.patches.fingerprint import fingerprint
 from foveate.patches.profiles import profiles_for, read_profiles
 from foveate.patches.quantize import quantize
 from foveate.patches.rotary import ModelRotary
 from foveate.patches.tune import tune
-from foveate.patches.verify import verify
+from foveate.patches.verify import try_pass, verify
 from foveate.sparse_attn.ops.cpu import has_bfloat16_products
 from foveate.sparse_attn.profile import Profile
 
@@ -82,7 +83,7 @@ def load(options: EngineOptions) -> LoadedModel:
         ModelNotLoaded: nothing can be loaded under that name, or what is there is damaged or not whole.
         FileNotFoundError: it can only be a directory, and there is none.
         PackagedModelError: the packaged model cannot be fetched.
-        UnsupportedModel: the model's attention cannot be ours; the message says why.
+        UnsupportedModel: it is no language model, or its attention cannot be ours; the message says why.
         QuantizationError: its weights cannot be quantised so, or it is not on a CPU.
         InvalidRequest: an option does not fit the model, or there is no such device.
         ProfileError: a profile cannot be read, or was made for another model.
@@ -90,12 +91,13 @@ def load(options: EngineOptions) -> LoadedModel:
     device = device_of(options.device)
     check_kv_dtype(options, device)
     config = config_of(options)
+    made_by = _auto_class(config)
     _context(facts(config), options)
     read_profiles(options.profile)
     if device.type == "cpu":
         tune_allocator()
     with _telling():
-        model, tokenizer = _read(config, options, device)
+        model, tokenizer = _read(config, made_by, options, device)
     return ready(model, tokenizer, options)
 
 
@@ -128,7 +130,26 @@ def _telling() -> Iterator[None]:
         raise ModelNotLoaded(f"the model cannot be read: {error or type(error).__name__}") from error
 
 
-def _read(config: PreTrainedConfig, options: EngineOptions, device: torch.device) -> tuple[Any, Any]:
+def _auto_class(config: PreTrainedConfig) -> Any:
+    """The class of ``transformers`` that reads the weights. Of a model that sees, too, only text is served.
+
+    Raises:
+        UnsupportedModel: there is none, since it is no language model.
+    """
+    causal: Any = transformers.AutoModelForCausalLM
+    if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING:
+        return causal
+    if type(config) in transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        return transformers.AutoModelForImageTextToText
+    if causal.__name__ in (getattr(config, "auto_map", None) or {}):  # code that comes with the checkpoint
+        return causal
+    made = ", ".join(config.architectures or ()) or type(config).__name__
+    raise UnsupportedModel(
+        f"transformers reads {config.model_type} ({made}) neither as a causal language model nor as one that also sees"
+    )
+
+
+def _read(config: PreTrainedConfig, made_by: Any, options: EngineOptions, device: torch.device) -> tuple[Any, Any]:
     """The model on its device, and its tokenizer.
 
     Raises:
@@ -137,7 +158,7 @@ def _read(config: PreTrainedConfig, options: EngineOptions, device: torch.device
     """
     path, common = resolve(options.model), {"trust_remote_code": options.trust_remote_code}
     tokenizer = transformers.AutoTokenizer.from_pretrained(path, **common)
-    loaded: Any = transformers.AutoModelForCausalLM.from_pretrained(
+    loaded: Any = made_by.from_pretrained(
         path,
         config=config,
         dtype=dtype_of(options.dtype, device),
@@ -172,15 +193,17 @@ def ready(model: Any, tokenizer: Any, options: EngineOptions) -> LoadedModel:
         ProfileError: a profile cannot be read, or was made for another model.
     """
     found = facts(model.config)
-    verified, rounds = found.model_type in VERIFIED, options.quantization != "none"
+    family: str = model.config.model_type  # of the whole, whose own code passes on what its text part needs
+    verified, rounds = family in VERIFIED, options.quantization != "none"
     if not verified:
-        log.info("%s is not a verified family: comparing its logits with stock attention", found.model_type)
+        log.info("%s is not a verified family: comparing its logits with stock attention", family)
         # Rounded weights give other logits, so of such a model what tuning makes is only tried layer by layer.
         verify(model, None if rounds else tune).raise_on_failure()
     if rounds:
         quantize(model, options.quantization)
     if verified or rounds:
         tune(model)
+        try_pass(model)
     context = _context(found, options)
     name = options.served_model_name or os.path.basename(os.path.normpath(options.model))
     return LoadedModel(

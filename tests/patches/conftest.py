@@ -151,6 +151,28 @@ def multimodal() -> transformers.PreTrainedModel:
 
 
 @pytest.fixture(scope="session")
+def seeing() -> transformers.PreTrainedModel:
+    """A Qwen2.5-VL, whose positions have several planes."""
+    vision = {"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 64}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    torch.manual_seed(0)
+    model = transformers.Qwen2_5_VLForConditionalGeneration(
+        transformers.Qwen2_5_VLConfig(
+            text_config={**_COMMON, "rope_parameters": rope},
+            vision_config=vision,
+            image_token_id=99,
+            video_token_id=98,
+            vision_start_token_id=97,
+            vision_end_token_id=96,
+            eos_token_id=None,
+        )
+    ).eval()
+    spread(model)
+    model.set_attn_implementation("eager")
+    return model
+
+
+@pytest.fixture(scope="session")
 def tokens() -> Callable[..., torch.Tensor]:
     """Random ids ``[B, L]``, never the padding id."""
 

@@ -442,3 +442,12 @@ def test_pages_are_let_go_at_once(policy, tiny_llama, tokens):
         assert pages() is None
     finally:
         gc.enable()
+
+
+def test_a_model_of_several_text_parts_is_refused(llama, monkeypatch):
+    def ambiguous(*_, **__):
+        raise ValueError("Multiple valid text configs were found")
+
+    monkeypatch.setattr(type(llama.config), "get_text_config", ambiguous)
+    with pytest.raises(UnsupportedModel, match="several text parts"):
+        attach(llama)

@@ -14,7 +14,7 @@ import foveate
 from foveate.kv_cache.table import BlockTable
 from foveate.patches.attach import attach_engine
 from foveate.patches.errors import UnsupportedModel
-from foveate.patches.families import ROTATE_SLIDING_ONLY, VERIFIED, facts
+from foveate.patches.families import LEARNED_SINKS, ROTATE_SLIDING_ONLY, VERIFIED, facts
 from foveate.patches.interface import PackedStep, no_mask
 from foveate.patches.step import build_step
 from foveate.sparse_attn.registry import build
@@ -108,6 +108,7 @@ def test_each_fact_of_a_layer_is_felt(left_out, tiny, manager_for, tokens, monke
     want = stock(model, ids)
     real = interface.paged_attention
     monkeypatch.setattr(interface, "paged_attention", lambda *args, **kw: real(*args, **{**kw, left_out: None}))
+    monkeypatch.setattr(interface, "check_window", lambda *_: None)
     with attach_engine(model):
         run = Packed(model, manager_for(model))
         got = run((run.open(), ids))
@@ -246,6 +247,27 @@ def test_every_family_that_rotates_by_its_windows_is_known():
     files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
     found = {file.parent.name for file in files if rotates.search(file.read_text(encoding="utf-8"))}
     assert found - {"exaone4_5"} == ROTATE_SLIDING_ONLY
+
+
+def test_every_family_with_learned_sinks_is_known():
+    """Their attention says ``s_aux``. Others are refused for something else, or are no causal language models."""
+    files = Path(transformers.__file__).parent.glob("models/*/modeling_*.py")
+    found = {file.parent.name for file in files if "s_aux=self.sinks" in file.read_text(encoding="utf-8")}
+    assert found >= LEARNED_SINKS
+    for family in found - LEARNED_SINKS - {"openai_privacy_filter"}:
+        with pytest.raises(UnsupportedModel):
+            facts(AutoConfig.for_model(family))
+
+
+@pytest.mark.parametrize("family", ["bloom", "mpt"])
+def test_a_position_bias_that_code_alone_says_is_named(family):
+    with pytest.raises(UnsupportedModel, match="position bias"):
+        facts(AutoConfig.for_model(family))
+
+
+def test_several_text_parts_are_refused():
+    with pytest.raises(UnsupportedModel, match="musicgen cannot run on paged attention: it has several text parts"):
+        facts(AutoConfig.for_model("musicgen"))
 
 
 @pytest.mark.parametrize("family", ["gemma4_text", "gemma4"])

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from transformers import Glm4MoeConfig, Glm4MoeForCausalLM
 
 import foveate
 from foveate.patches.fused_model import FusedModel
@@ -88,3 +89,43 @@ def test_it_makes_way_for_whoever_changes_or_looks_on(change, tiny, tokens, comp
         change(model)
         model(ids, position_ids=positions, use_cache=False)
     assert not computed
+
+
+@torch.inference_mode()
+def test_it_makes_way_for_tensors_that_it_does_not_know(tiny, tokens, computed):
+    """Models that also see pass some on to their text part."""
+    model, ids = tuned(tiny("llama")), tokens(1, 12)
+    positions = torch.arange(12)[None]
+    with foveate.attach(model):
+        want = model(ids, position_ids=positions, use_cache=False).logits
+        computed.clear()
+        got = model(ids, position_ids=positions, use_cache=False, seen=torch.ones(12, dtype=torch.bool)).logits
+    assert not computed
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.fixture
+def experts():
+    """A model whose head asks its body for what the experts' router said."""
+    sizes = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+    chosen = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "first_k_dense_replace": 1}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    torch.manual_seed(0)
+    return Glm4MoeForCausalLM(Glm4MoeConfig(**sizes, **heads, **chosen, **ids)).eval()
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("asked", [False, True], ids=["unasked", "asked"])
+def test_every_field_that_a_head_reads_is_there(asked, experts, tokens, computed):
+    model, ids = tuned(experts), tokens(1, 12)
+    model.config.output_router_logits = asked
+    assert isinstance(model.model.forward, FusedModel)
+    with foveate.attach(experts):
+        want = experts(ids, use_cache=False)
+    computed.clear()  # of what tried the model
+    with foveate.attach(model):
+        got = model(ids, position_ids=torch.arange(12)[None], use_cache=False)
+    assert bool(computed) != asked
+    assert (got.router_logits is not None) == asked
+    torch.testing.assert_close(got.logits, want.logits, rtol=1e-4, atol=1e-4)

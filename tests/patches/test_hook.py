@@ -169,6 +169,28 @@ def test_a_multimodal_model_generates_from_text(kinds, multimodal, tokens):
     assert torch.equal(got, want)
 
 
+@pytest.mark.parametrize("lengths", [[30], [30, 19]], ids=["single", "left-padded batch"])
+def test_a_model_with_planes_of_positions_generates_from_text(lengths, seeing, tokens):
+    ids, mask = padded(tokens, lengths, "left")
+    ids = ids.clamp(max=90)
+    want = seeing.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    with attach(seeing):
+        got = seeing.generate(ids, attention_mask=mask, max_new_tokens=5, do_sample=False)
+    assert torch.equal(got, want)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("planes", [3, 4])
+def test_a_plane_with_other_positions_is_refused(planes, seeing, tokens):
+    ids = tokens(1, 20).clamp(max=90)
+    positions = torch.arange(20).repeat(planes, 1, 1)
+    with attach(seeing):
+        seeing(ids, position_ids=positions)
+        positions[1, 0, 10:] += 1
+        with pytest.raises(UnsupportedCall, match="position_ids must count the tokens of each row"):
+            seeing(ids, position_ids=positions)
+
+
 def test_tokens_of_another_kind_are_refused(multimodal, tokens):
     ids = tokens(1, 20).clamp(max=90)
     with attach(multimodal), pytest.raises(UnsupportedCall, match="token_type_ids change which tokens see each other"):

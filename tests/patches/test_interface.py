@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, MistralConfig
 
 from foveate.kv_cache.geometry import CacheGeometry
 from foveate.kv_cache.manager import KVCacheManager
@@ -24,6 +24,7 @@ class Layer(torch.nn.Module):
     def __init__(self, **attributes):
         super().__init__()
         self.layer_idx = 0
+        self.config = MistralConfig(num_hidden_layers=1, sliding_window=None, max_position_embeddings=256)
         for name, value in attributes.items():
             setattr(self, name, value)
 
@@ -38,9 +39,10 @@ def packed(manager):
     return PackedStep(build_step(manager, [(manager.open([], b""), 5)], None))
 
 
-def tensors(batch=1, length=5, keys=None, dim=8, value_dim=8):
+def tensors(batch=1, length=5, keys=None, dim=8, value_dim=8, kv_heads=2):
     keys = length if keys is None else keys
-    return torch.randn(batch, 4, length, dim), torch.randn(batch, 2, keys, dim), torch.randn(batch, 2, keys, value_dim)
+    shapes = (4, length, dim), (kv_heads, keys, dim), (kv_heads, keys, value_dim)
+    return tuple(torch.randn(batch, *shape) for shape in shapes)
 
 
 def test_register_may_be_repeated():
@@ -128,6 +130,12 @@ def test_strides_are_the_same_for_any_number_of_tokens(layout, heads, kv_heads, 
         pytest.param({}, {}, {"is_causal": False}, UnsupportedModel, "bidirectional", id="bidirectional call"),
         pytest.param({}, {"keys": 9}, {}, UnsupportedModel, "9 keys for 5 queries", id="cross-attention"),
         pytest.param({}, {"value_dim": 4}, {}, UnsupportedModel, "values 4", id="value head dim"),
+        pytest.param(
+            {}, {"kv_heads": 4}, {}, UnsupportedModel, "keys of 4 heads and head dim 8, and the.*2 and 8", id="KV heads"
+        ),
+        pytest.param(
+            {}, {"dim": 4, "value_dim": 4}, {}, UnsupportedModel, "2 heads and head dim 4, and.*2 and 8", id="head dim"
+        ),
         pytest.param({}, {}, {"position_bias": torch.zeros(1)}, UnsupportedModel, "position bias", id="position bias"),
         pytest.param({}, {}, {"dropout": 0.1}, UnsupportedCall, r"model\.eval\(\)", id="dropout"),
         pytest.param(
@@ -143,6 +151,45 @@ def test_what_pages_cannot_do_is_refused(layer, inputs, kwargs, error, message, 
     assert isinstance(caught.value, PatchError)
 
 
+@pytest.mark.parametrize(
+    ("named", "given"),
+    [(24, None), (None, 24), (24, 23), (24, 4096)],
+    ids=["in the mask alone", "in code alone", "another", "longer than the context"],
+)
+def test_a_window_other_than_that_of_the_config_is_refused(named, given, packed):
+    layer = Layer()
+    layer.config.sliding_window = named
+    with pytest.raises(
+        UnsupportedModel, match=f"a sliding window of {given} in layer 0 where its config names {named}"
+    ):
+        paged_attention(layer, *tensors(), None, sliding_window=given, foveate_step=packed)
+
+
+@pytest.mark.parametrize(
+    ("named", "given"),
+    [(24, 24), (None, None), (256, None), (None, 256), (300, 400)],
+    ids=["the same", "none", "as long as the context", "as long, in code alone", "both longer"],
+)
+def test_a_window_that_no_sequence_outgrows_may_be_left_out(named, given, packed):
+    layer = Layer()
+    layer.config.sliding_window = named
+    for step in (packed, PackedStep(packed.step)):
+        paged_attention(layer, *tensors(), None, sliding_window=given, foveate_step=step)
+
+
+def test_a_window_that_changes_is_looked_at_again(packed):
+    layer = Layer()
+    paged_attention(layer, *tensors(), None, foveate_step=packed)
+    with pytest.raises(UnsupportedModel, match="sliding window of 24"):
+        paged_attention(layer, *tensors(), None, sliding_window=24, foveate_step=PackedStep(packed.step))
+
+
+def test_a_layer_that_attends_twice_in_a_pass_is_refused(packed):
+    paged_attention(Layer(), *tensors(), None, foveate_step=packed)
+    with pytest.raises(UnsupportedModel, match="Layer attends twice with layer_idx 0 in one pass"):
+        paged_attention(Layer(), *tensors(), None, foveate_step=packed)
+
+
 def test_gradients_are_refused_at_once_in_training_and_else_when_they_are_wanted(packed):
     query, key, value = tensors()
     query.requires_grad_()
@@ -153,7 +200,7 @@ def test_gradients_are_refused_at_once_in_training_and_else_when_they_are_wanted
         out.sum().backward()
     assert query.grad is None
     with torch.no_grad():
-        out, _ = paged_attention(Layer().eval(), query, key, value, None, foveate_step=packed)
+        out, _ = paged_attention(Layer().eval(), query, key, value, None, foveate_step=PackedStep(packed.step))
     assert not out.requires_grad
 
 

@@ -100,6 +100,16 @@ def test_unknown_kinds_give_none_and_a_reason(family, changes, reason, tiny, cap
     assert reason in caplog.text
 
 
+def test_layers_that_divide_a_head_by_themselves_are_named():
+    from transformers import PhiConfig, PhiForCausalLM
+
+    sizes = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1}
+    rope = {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}
+    model = PhiForCausalLM(PhiConfig(**sizes, num_attention_heads=2, rope_parameters=rope))
+    with pytest.raises(UnsupportedRotary, match=r"^the layers rotate 16 of the 32 channels of a head, which they"):
+        ModelRotary(model)
+
+
 def test_no_rotary_embedding_at_all(config):
     from transformers import LlamaForCausalLM
 

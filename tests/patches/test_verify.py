@@ -7,12 +7,13 @@ import math
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import foveate.patches.interface as interface
 from foveate.patches.attach import attach
 from foveate.patches.errors import AttachError, UnsupportedModel
 from foveate.patches.families import VERIFIED
-from foveate.patches.verify import verify
+from foveate.patches.verify import try_pass, verify
 
 WAYS = ["one-shot prefill", "chunked prefill", "decode", "two packed sequences"]
 
@@ -62,7 +63,8 @@ def test_bfloat16_passes_at_its_own_tolerance(config):
         pytest.param("gemma2", {"softcap": None}, id="soft cap lost"),
     ],
 )
-def test_broken_attention_is_refused(family, changes, tiny, broken):
+def test_broken_attention_is_refused(family, changes, tiny, broken, monkeypatch):
+    monkeypatch.setattr(interface, "check_window", lambda *_: None)  # which would refuse it first
     broken(**changes)
     report = verify(tiny(family))
     assert not report.passed
@@ -87,6 +89,27 @@ def test_long_windows_are_said_to_be_untested(config):
     assert report.passed
     assert report.untested_window == 4096
     assert "4096 tokens: longer than the test" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("family", "more"),
+    [
+        ("phimoe", {"num_local_experts": 4}),
+        ("qwen2_moe", {"num_experts": 4, "use_sliding_window": True, "max_window_layers": 1}),
+    ],
+    ids=["phimoe", "qwen2_moe"],
+)
+def test_a_long_window_in_the_mask_alone_is_refused(family, more, tokens):
+    sizes = {"vocab_size": 101, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 8192}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    made = AutoConfig.for_model(family, **sizes, **heads, **ids, sliding_window=4096, **more)
+    model = AutoModelForCausalLM.from_config(made, attn_implementation="eager").eval()
+    report = verify(model)
+    assert not report.passed
+    assert "a sliding window of None in layer" in report.error
+    with attach(model), pytest.raises(UnsupportedModel, match=r"sliding window of None in layer \d .* names 4096"):
+        model(tokens(1, 8))
 
 
 def test_nan_fails(config):
@@ -122,6 +145,17 @@ def test_training_mode_comes_back(config):
     assert model.training
 
 
-def test_an_attached_model_is_refused(tiny):
+@pytest.mark.parametrize("check", [verify, try_pass])
+def test_an_attached_model_is_refused(check, tiny):
     with attach(tiny("granite")), pytest.raises(AttachError):
-        verify(tiny("granite"))
+        check(tiny("granite"))
+
+
+def test_a_pass_is_tried(tiny, broken):
+    model = tiny("granite")
+    try_pass(model)
+    assert model.config._attn_implementation == "eager"
+    broken(foveate_step=None)
+    with pytest.raises(UnsupportedModel, match=r"granite does not run on paged attention: .*needs a step"):
+        try_pass(model)
+    assert model.config._attn_implementation == "eager"

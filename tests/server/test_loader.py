@@ -8,11 +8,24 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    CLIPVisionConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    ViTConfig,
+)
 
+from foveate import LLM, SamplingParams
 from foveate.patches.errors import UnsupportedModel
 from foveate.patches.families import VERIFIED
 from foveate.patches.quantize import QuantizedLinear
+from foveate.patches.verify import verify
 from foveate.server import cli, loader
 from foveate.server.exceptions import InvalidRequest, ModelNotLoaded
 from foveate.server.options import EngineOptions
@@ -48,6 +61,69 @@ def test_what_tuning_makes_of_an_unverified_family_is_compared(granite, tokenize
     monkeypatch.setattr(loader, "tune", wrongly)
     with pytest.raises(UnsupportedModel, match="does not give the same logits"):
         loader.ready(granite, tokenizer, EngineOptions("granite"))
+
+
+SIZES = {"vocab_size": 260, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256}
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+
+
+@pytest.fixture
+def llava():
+    """Sees, in a class of its own, and hands text to a llama."""
+    vision = CLIPVisionConfig(**VISION, image_size=28, patch_size=14)
+    config = LlavaConfig(text_config=LlamaConfig(**SIZES, **HEADS), vision_config=vision, image_token_index=259)
+    torch.manual_seed(0)
+    return LlavaForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.fixture
+def gemma():
+    text = SIZES | HEADS | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    vision = VISION | {"image_size": 28, "patch_size": 14}
+    config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=259)
+    torch.manual_seed(0)
+    return Gemma3ForConditionalGeneration(config).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize(("model", "compared"), [("llava", True), ("gemma", False)])
+def test_what_is_around_a_verified_text_part_is_compared_too(model, compared, request, tokenizer, monkeypatch):
+    seen = []
+    monkeypatch.setattr(loader, "verify", lambda *given: (seen.append(given[0]), verify(*given))[1])
+    model = request.getfixturevalue(model)
+    assert model.config.get_text_config().model_type in VERIFIED
+    loader.ready(model, tokenizer, EngineOptions("model")).attached.detach()
+    assert seen == [model] * compared
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_the_text_part_of_a_model_that_sees_is_served(llava, tokenizer, tmp_path, quantization):
+    llava.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with LLM(str(tmp_path), dtype="float32", quantization=quantization, kv_cache_gib=0.01) as llm:
+        got = llm.generate([list(range(5, 25))], SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    assert len(got[0].token_ids) == 4
+    if quantization == "none":
+        want = llava.generate(torch.arange(5, 25)[None], max_new_tokens=4, do_sample=False)
+        assert list(got[0].token_ids) == want[0, 20:].tolist()
+
+
+def test_what_is_no_language_model_is_told_in_one_sentence(tmp_path):
+    ViTConfig(architectures=["ViTForImageClassification"]).save_pretrained(tmp_path)
+    with pytest.raises(UnsupportedModel, match=r"^transformers reads vit \(ViTForImageClassification\) neither as"):
+        loader.load(EngineOptions(str(tmp_path)))
+
+
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+def test_a_model_that_only_fails_when_it_is_served_is_refused_at_load(gemma, tokenizer, quantization, monkeypatch):
+    """Its family is verified, or its weights are rounded: nothing is compared that would tell."""
+
+    def wrongly(model):
+        model.model.language_model.norm = torch.nn.LayerNorm(3)
+
+    monkeypatch.setattr(loader, "tune", wrongly)
+    with pytest.raises(UnsupportedModel, match=r"gemma3.* does not run on paged attention: RuntimeError"):
+        loader.ready(gemma, tokenizer, EngineOptions("gemma", quantization=quantization))
 
 
 def damaged(model_dir, path, change):
