@@ -216,7 +216,7 @@ def test_settings_that_are_no_flags_here_are_not_taken_from_the_environment(prof
         seen.append(options)
         raise ValueError("seen enough")
 
-    monkeypatch.setattr(calibrate, "load", load)
+    monkeypatch.setattr(calibrate, "config_of", load)  # what it does first
     for name, value in {"QUANTIZATION": "int8", "PROFILE": str(profile_file), "CACHE_DIR": str(tmp_path)}.items():
         monkeypatch.setenv(f"FOVEATE_{name}", value)
     monkeypatch.setenv("FOVEATE_MAX_CONTEXT", "16")

@@ -51,7 +51,8 @@ public:
         helpers_ = threads - 1;
         state_.store((state_.load(std::memory_order_relaxed) | (kCall - 1)) + 1 + kOpen);
         bell_.fetch_add(1);
-        if (sleepers_.load()) wake(bell_, int(threads - 1));
+        const unsigned awake = workers_ - sleepers_.load();
+        if (awake < threads - 1) wake(bell_, int(threads - 1 - awake));
         body(data);
         state_.fetch_and(~kOpen);
         const auto done = [this] { return state_.load() % kJoined == 0; };
