@@ -18,7 +18,7 @@ from foveate.patches.fingerprint import fingerprint, weights_digest
 from foveate.patches.norm_native import NativeNorm, replace_norms
 from foveate.patches.packed import GatedMLP, PackedLinear, _activation_of, supports
 from foveate.patches.tune import tune
-from foveate.sparse_attn.ops.native import library
+from foveate.sparse_attn.ops.native import Library, library
 
 needs_kernels = pytest.mark.skipif(library() is None, reason="the native CPU kernels were not built")
 needs_bfloat16 = pytest.mark.skipif(
@@ -230,6 +230,15 @@ def test_a_tuned_model_computes_the_same(model):
         assert isinstance(model.model.layers[0].mlp, GatedMLP)
         assert isinstance(model.get_output_embeddings(), PackedLinear)
         assert (ours - exact).norm() <= 1.2 * (theirs - exact).norm()
+
+
+@needs_kernels
+@pytest.mark.parametrize(("family", "keeps"), [("llama", True), ("phi3", False)], ids=["fused", "its-own-code"])
+def test_kernels_keep_threads_of_their_own_where_they_compute_whole_layers(family, keeps, tiny, monkeypatch):
+    kept = []
+    monkeypatch.setattr(Library, "keep_threads", lambda self: kept.append(self))
+    tune(copy.deepcopy(tiny(family)).requires_grad_(False))
+    assert kept == [library()] * keeps
 
 
 def test_the_digest_of_a_tuned_model_tells_its_weights(model):

@@ -128,21 +128,25 @@ def test_a_shared_prefix_is_not_computed_twice():
     assert step(scheduler)[-1].count == 100
 
 
-def test_who_waits_comes_in_when_the_common_prefix_is_complete():
-    """It did not fit when it was asked; beside the pages that it will share it does."""
-    scheduler = make_scheduler(pages=16, room=32, prefix=True)
-    first = make_sequence(range(192), 0)
-    second = make_sequence([*range(96), *range(500, 525)], 1)
+@pytest.mark.parametrize(
+    ("pages", "document", "common", "own"),
+    [(16, 192, 96, 25), (29, 400, 160, 9)],
+    ids=["much-of-it-was-there", "little-of-it-was-there"],
+)
+def test_who_waits_comes_in_when_the_common_prefix_is_complete(pages, document, common, own):
+    """It did not fit when it was asked; of the pages that it lacks beside those that it shares now there are enough."""
+    scheduler = make_scheduler(pages=pages, room=32, prefix=True)
+    first, second = make_sequence(range(document), 0), make_sequence([*range(common), *range(500, 500 + own)], 1)
     scheduler.add(first)
     step(scheduler)
     scheduler.add(second)
     while first.num_generated == 0:
         step(scheduler)
         assert second.table is None
-    assert second.wait.is_blocked
+    assert (scheduler.cache.available, second.wait.is_blocked) == (4, True)
     step(scheduler)
     assert second.table is not None
-    assert second.group.cached_tokens == 96
+    assert second.group.cached_tokens == common
 
 
 def test_what_a_preempted_prompt_had_computed_itself_is_no_cached_token():
@@ -250,22 +254,6 @@ def test_who_waits_for_pages_needs_fewer_once_the_common_document_is_in():
         step(scheduler)
     assert first.num_generated > 1
     assert second.num_generated > 0
-
-
-def test_who_was_told_to_wait_is_asked_again_when_the_common_document_is_in():
-    """It was refused when little of the document was there; of the pages that it lacks now there are enough."""
-    scheduler = make_scheduler(pages=29, room=32, prefix=True)
-    first, second = make_sequence(range(400), 0), make_sequence([*range(160), *range(500, 509)], 1)
-    scheduler.add(first)
-    step(scheduler)
-    scheduler.add(second)
-    while first.num_generated == 0:
-        step(scheduler)
-        assert second.table is None
-    assert (scheduler.cache.available, second.wait.is_blocked) == (4, True)
-    step(scheduler)
-    assert second.table is not None
-    assert second.group.cached_tokens == 160
 
 
 @pytest.mark.parametrize("waited", [0, 1], ids="waited{}".format)

@@ -12,6 +12,8 @@
 #include <chrono>
 #include <cstdint>
 #include <new>
+#include <system_error>
+#include <thread>
 
 namespace {
 
@@ -44,11 +46,11 @@ class Pool {
 public:
     void run(void (*body)(void*), void* data, unsigned threads, foveate_parallel torchs) {
         if (busy_.exchange(true, std::memory_order_acquire)) return body(data);
-        if (!workers_) torchs_ = torchs;
-        while (workers_ + 1 < threads && start_worker(workers_ == 0)) ++workers_;
+        torchs_ = torchs;
+        helpers_ = threads - 1;  // before the first of them begins, which asks for as many
+        while (workers_ + 1 < threads && start_worker()) ++workers_;
         body_ = body;
         data_ = data;
-        helpers_ = threads - 1;
         state_.store((state_.load(std::memory_order_relaxed) | (kCall - 1)) + 1 + kOpen);
         bell_.fetch_add(1);
         const unsigned awake = workers_ - sleepers_.load();
@@ -68,33 +70,26 @@ public:
 private:
     static constexpr uint64_t kAtWork = 1, kJoined = 1 << 15, kOpen = 1 << 30, kCall = uint64_t(1) << 31;
 
-    bool start_worker(bool first) {
-        pthread_attr_t detached;
-        pthread_attr_init(&detached);
-        pthread_attr_setdetachstate(&detached, PTHREAD_CREATE_DETACHED);
+    bool start_worker() {
         sigset_t all, before;
         sigfillset(&all);
         pthread_sigmask(SIG_SETMASK, &all, &before);  // signals are for the process's own threads
-        pthread_t thread;
-        void* (*const other)(void*) = [](void* pool) -> void* { static_cast<Pool*>(pool)->work(); };
-        void* (*const one)(void*) = [](void* pool) -> void* {
-            static_cast<Pool*>(pool)->calm_torch();
-            static_cast<Pool*>(pool)->work();
-        };
-        const bool started = pthread_create(&thread, &detached, first ? one : other, this) == 0;
+        bool started = true;
+        try {
+            std::thread([this] { work(); }).detach();
+        } catch (const std::system_error&) {
+            started = false;
+        }
         pthread_sigmask(SIG_SETMASK, &before, nullptr);
-        pthread_attr_destroy(&detached);
-        if (started) pthread_setname_np(thread, "foveate-cpu");
         return started;
     }
 
-    // Two teams have more threads than there are CPUs, and then OpenMP lets idle ones sleep soon. Else torch's, between the
-    // calls to us, would hold the CPUs for milliseconds that our threads want.
-    void calm_torch() const {
-        if (torchs_) torchs_([](void*) {}, nullptr, helpers_ + 1, 0);
-    }
-
     [[noreturn]] void work() {
+        pthread_setname_np(pthread_self(), "foveate-cpu");
+        // Two teams have more threads than there are CPUs, and then OpenMP lets idle ones sleep soon. Else torch's, between
+        // the calls to us, would hold the CPUs for milliseconds that our threads want.
+        if (const foveate_parallel torchs = torchs_; torchs && !calm_.exchange(true))
+            torchs([](void*) {}, nullptr, helpers_ + 1, 0);
         for (uint64_t last = 0;;) {
             const auto called = [&] {
                 const uint64_t state = state_.load(std::memory_order_acquire);
@@ -122,10 +117,11 @@ private:
 
     std::atomic<bool> busy_{false};  // someone calls
     unsigned workers_ = 0;
-    foveate_parallel torchs_ = nullptr;  // written before the first of them begins
-    void (*body_)(void*) = nullptr;  // of the call, as what follows
-    void* data_ = nullptr;
-    std::atomic<unsigned> helpers_{0};
+    std::atomic<foveate_parallel> torchs_{nullptr};
+    std::atomic<bool> calm_{false};           // torch's threads soon sleep
+    void (*body_)(void*) = nullptr;           // of the call
+    void* data_ = nullptr;                    // likewise
+    std::atomic<unsigned> helpers_{0};        // that it wants at most
     alignas(64) std::atomic<uint64_t> state_{0};
     alignas(64) Word bell_{0};  // calls
     Word sleepers_{0};

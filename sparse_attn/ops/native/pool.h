@@ -11,6 +11,6 @@
 #include "kernels.h"
 
 // Runs ``body(data)`` on the caller's thread and on up to ``threads - 1`` others, and waits for those that began. ``body``
-// takes work until none is left, so it may run on any number of them; another caller's, or one within ``body``, runs it alone.
-// ``torchs`` is OpenMP's way to do the same.
+// takes work until none is left, so any number of them may run it: a second caller, or one within ``body``, runs its own
+// alone. ``torchs`` is OpenMP's way to do the same.
 void foveate_pool_run(void (*body)(void*), void* data, unsigned threads, foveate_parallel torchs);
